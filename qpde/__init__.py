@@ -1,0 +1,1 @@
+"""qpde: networks that survive quantization, built as partial differential equations, in JAX."""

@@ -1,0 +1,1 @@
+"""Real data in, arrays out."""

@@ -1,0 +1,1 @@
+"""Networks, assembled from the steps and operators of qpde."""
