@@ -1,4 +1,4 @@
-"""Test-wide settings: strict JAX, four simulated devices, type-checked shapes, and where the real data lies."""
+"""Test-wide settings: strict JAX, four simulated devices, checked shapes, and where the real data lies."""
 
 import os
 from pathlib import Path
