@@ -1,0 +1,82 @@
+"""Pieces that every network shares: starting kernels, batch norm as pure functions, pooling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["NORM_EPSILON", "Mode", "average_pool", "batch_moments", "he_normal", "moments", "normalize", "row"]
+
+NORM_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How one call of a network runs.
+
+    Attributes:
+      train: normalise by the batch's statistics and update the running ones.
+      momentum: share of the running statistics that is kept; 0 stores the batch's own.
+      calibrate: method of `qpde.quantizers.initial_clip` that replaces every clip by one read off the data, or None.
+      power_iterations: of each spectral norm in this call, from the carried vector on; at least 1.
+    """
+
+    train: bool = False
+    momentum: float = 0.9
+    calibrate: str | None = None
+    power_iterations: int = 1
+
+
+def he_normal(key: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+    """Kernel (kh, kw, I, O) from N(0, 2 / (kh kw O)), fan-out; a depthwise kernel (I = 1) feeds one channel each."""
+    height, width, inputs, outputs = shape
+    fan_out = height * width * (1 if inputs == 1 and height > 1 else outputs)
+    return math.sqrt(2 / fan_out) * jax.random.normal(key, shape)
+
+
+def batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of x (..., C) per channel."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.maximum((x * x).mean(axes) - mean * mean, 0)
+
+
+def moments(x: jax.Array, running: dict, mode: Mode) -> tuple[jax.Array, jax.Array | None, dict]:
+    """What a norm of x (..., C) normalises by, and the running statistics after it.
+
+    In training these are the batch's moments, and the running ones move towards them by 1 - momentum; the running
+    variance is the unbiased one, as the published nets store it, while the batch is normalised by the biased one.
+
+    Args:
+      x: (..., C).   running: {"mean": (C,)[, "var": (C,)]}; a mean-only norm has no "var".   mode: of the call.
+    Returns:
+      mean (C,), variance (C,) or None, updated running statistics.
+    """
+    if not mode.train:
+        return running["mean"], running.get("var"), running
+    mean, var = batch_moments(x)
+    count = x.size // x.shape[-1]
+    batch = {"mean": mean, "var": var * (count / max(count - 1, 1))}
+    keep = mode.momentum
+    updated = {k: keep * v + (1 - keep) * jax.lax.stop_gradient(batch[k]) for k, v in running.items()}
+    return mean, var, updated
+
+
+def normalize(x: jax.Array, params: dict, mean: jax.Array, var: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(var + 1e-5) * scale + bias per channel, with params {"scale": (C,), "bias": (C,)}."""
+    scale = params["scale"] * jax.lax.rsqrt(var + NORM_EPSILON)
+    return x * row(scale) + row(params["bias"] - mean * scale)
+
+
+def row(v: jax.Array) -> jax.Array:
+    """A per-channel vector (C,) as (1, 1, 1, C)."""
+    return v[None, None, None, :]
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """2x2 means of x (N, H, W, C) at stride 2; an odd last row or column is left out."""
+    n, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))

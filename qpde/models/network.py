@@ -1,0 +1,248 @@
+"""A network: opening convolution, stages of blocks integrated step by step, pooling, dense head.
+
+`Stage` is the one place where blocks meet Flax: it owns their variables. Neighbouring blocks of equal description
+keep every parameter stacked on a leading axis (block, ...), also where there is only one, and are integrated by
+`qpde.integrators.integrate`, as a scan or unrolled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qpde import operators
+from qpde.bits import Bits
+from qpde.integrators import integrate
+from qpde.models.blocks import Block, Smoothing
+from qpde.models.layers import Mode, he_normal, moments, normalize
+
+__all__ = ["Network", "Stage", "groups"]
+
+
+def groups(blocks: tuple[Block, ...]) -> list[tuple[str, Block, int, int]]:
+    """Runs of equal blocks in a stage, whose parameters are stacked: (name, block, index of the first, count)."""
+    found, start = [], 0
+    for block, equal in itertools.groupby(blocks):
+        count = len(list(equal))
+        name = f"block{start}" if count == 1 else f"blocks{start}to{start + count - 1}"
+        found.append((name, block, start, count))
+        start += count
+    return found
+
+
+class Norm(nn.Module):
+    """Batch norm over all axes but the last."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        width = (x.shape[-1],)
+        params = {
+            "scale": self.param("scale", nn.initializers.ones, width),
+            "bias": self.param("bias", nn.initializers.zeros, width),
+        }
+        running = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, width),
+            "var": self.variable("batch_stats", "var", jnp.ones, width),
+        }
+        mean, var, updated = moments(x, {k: v.value for k, v in running.items()}, mode)
+        _store(self, running, updated)
+        return normalize(x, params, mean, var)
+
+
+class Stage(nn.Module):
+    """Blocks in a row, stacked where they are equal.
+
+    Attributes:
+      blocks: their descriptions, in order.   first_block: index of the first one, counted through the network.
+      loop, remat: of `qpde.integrators.integrate`.
+    """
+
+    blocks: tuple[Block, ...]
+    first_block: int
+    loop: str
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, bits: Bits, mode: Mode, return_states: bool
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The last block's output, and all of them in order when asked for (else none)."""
+        states = []
+        for name, block, start, count in groups(self.blocks):
+            x, new = self._integrate(block, count, name, self.first_block + start, x, bits, mode, return_states)
+            states += new
+        return x, states
+
+    def _integrate(self, block, count, name, first, x, bits, mode, return_states):
+        params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
+        held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
+        if block.has_spectral_state:
+            held["spectral"] = self.variable("spectral", name, self._spectral_start, block, count, params, x.shape)
+            expected = (1, *x.shape[1:3], block.width_in)
+            if held["spectral"].value.shape[1:] != expected:
+                raise ValueError(
+                    f"the spectral state of {self.name}/{name} is for maps of {held['spectral'].value.shape[2:4]}, "
+                    f"this input makes them {x.shape[1:3]}; the norm of a convolution depends on the image size: "
+                    "call model.init with images of this size"
+                )
+
+        # Widths and smoothing given per block travel with the stacked variables; common ones stay outside the loop.
+        own_bits = Bits(*(None if v is None or jnp.ndim(v) == 0 else v[first : first + count] for v in bits))
+        own_gamma2, gamma2 = _smoothing_strength(block.smoothing, first, count)
+
+        def step(x, scanned, step_size):
+            variables, widths, strength = scanned
+            widths = Bits(*(common if own is None else own for own, common in zip(widths, bits, strict=True)))
+            strength = gamma2 if strength is None else strength
+            x, updates = block(variables, x, step_size, widths, mode, strength)
+            return x, (updates, x if return_states else None)
+
+        variables = {"params": params, **{k: v.value for k, v in held.items()}}
+        step_size = block.step_size if isinstance(block.step_size, float) else 1.0
+        x, (updates, states) = integrate(
+            step,
+            (variables, own_bits, own_gamma2),
+            x,
+            step_size=step_size,
+            loop=self.loop if count > 1 else "unroll",  # a lone block may change the shape
+            remat=self.remat,
+            has_aux=True,
+        )
+        _store(self, held, updates)
+        if "clips" in updates:
+            clips = {k: jnp.stack(v, axis=-1) for k, v in updates["clips"].items()}
+            self.sow("clips", name, clips, reduce_fn=lambda _, new: new)
+        return x, [states[i] for i in range(count)] if return_states else []
+
+    def _spectral_start(self, block, count, params, shape):
+        keys = jax.random.split(self.make_rng("params"), count)
+        return jax.vmap(lambda key, p: block.initial_spectral(key, p, shape[1], shape[2]))(keys, params)
+
+
+class Network(nn.Module):
+    """Image classifier of qpde; make one with `qpde.models.create`, which documents the attributes."""
+
+    name_of_architecture: str
+    stages: tuple[tuple[Block, ...], ...]
+    num_classes: int
+    closing_width: int | None
+    weight_bits: int | None
+    act_bits: int | None
+    loop: str
+    remat: bool
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks in order."""
+        return tuple(itertools.chain(*self.stages))
+
+    @property
+    def bits(self) -> Bits:
+        """The widths that the network was created with."""
+        return Bits(self.weight_bits, self.act_bits)
+
+    @property
+    def total_stride(self) -> int:
+        """Of all blocks together: the smallest image side."""
+        stride = 1
+        for block in self.blocks:
+            stride *= block.stride
+        return stride
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        bits: Bits | None = None,
+        return_states: bool = False,
+        momentum: float = 0.9,
+        calibrate: str | None = None,
+        power_iterations: int = 1,
+    ):
+        """Logits of images.
+
+        Args:
+          x: (N, H, W, C) float32, H and W at least the product of the strides.
+          train: normalise by the batch's statistics; the running ones change when "batch_stats" is mutable.
+          bits: `qpde.Bits` for this call, values static or traced; None is the widths of `create`.
+          return_states: also return the blocks' outputs, in order.
+          momentum: share of the running statistics that is kept; 0 stores the batch's own.
+          calibrate: method of `qpde.quantizers.initial_clip`; clips are read off this batch, used, and sown into the
+            collection "clips" (see `qpde.models.calibrate_clips`).
+          power_iterations: of every spectral norm, from the carried vector on, which moves when "spectral" is mutable.
+        Returns:
+          logits (N, num_classes), or (logits, tuple of states).
+        Raises:
+          ValueError: wrong rank, an image smaller than the strides, per-block bits of another length than the blocks.
+        """
+        self._check_input(x)
+        bits = self._checked_bits(self.bits if bits is None else bits)
+        mode = Mode(train, momentum, calibrate, power_iterations)
+
+        opening = self.param("opening_kernel", he_normal, (3, 3, x.shape[-1], self.stages[0][0].width_in))
+        x = jax.nn.relu(Norm(name="opening_norm")(operators.conv(x, opening), mode))
+        states, first = [], 0
+        for i, blocks in enumerate(self.stages):
+            stage = Stage(blocks, first, self.loop, self.remat, name=f"stage{i}")
+            x, new = stage(x, bits, mode, return_states)
+            states, first = states + new, first + len(blocks)
+        if self.closing_width is not None:
+            closing = self.param("closing_kernel", he_normal, (1, 1, x.shape[-1], self.closing_width))
+            x = jax.nn.relu(Norm(name="closing_norm")(operators.conv(x, closing), mode))
+        logits = nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+        return (logits, tuple(states)) if return_states else logits
+
+    def _check_input(self, x):
+        if x.ndim != 4:
+            raise ValueError(f"images must be (N, H, W, C); got shape {x.shape}")
+        if min(x.shape[1:3]) < self.total_stride:
+            raise ValueError(
+                f"images of {x.shape[1]}x{x.shape[2]} are smaller than {self.name_of_architecture}'s total stride "
+                f"{self.total_stride}; pad or resize them to at least {self.total_stride}x{self.total_stride}"
+            )
+
+    def _checked_bits(self, bits):
+        values = []
+        for field, value in zip(Bits._fields, bits, strict=True):
+            if isinstance(value, (tuple, list)):
+                value = jnp.asarray(value)
+            if value is not None and jnp.ndim(value) > 0 and jnp.shape(value) != (len(self.blocks),):
+                raise ValueError(
+                    f"bits.{field} has shape {jnp.shape(value)}; give one value, or one for each of the "
+                    f"{len(self.blocks)} blocks"
+                )
+            values.append(value)
+        return Bits(*values)
+
+
+def _store(module: nn.Module, held: dict[str, nn.Variable], updates: dict[str, Any]) -> None:
+    """Keep the changed collections that the caller made mutable; initialisation keeps its starting values."""
+    if module.is_initializing():
+        return
+    for name, variable in held.items():
+        if name in updates and module.is_mutable_collection(variable.collection):
+            variable.value = updates[name]
+
+
+def _stacked_statistics(block: Block, count: int) -> Any:
+    stats = block.init(jax.random.key(0))[1]
+    return jax.tree.map(lambda v: jnp.tile(v[None], (count, *[1] * v.ndim)), stats)
+
+
+def _smoothing_strength(smoothing: Smoothing | None, first: int, count: int) -> tuple[jax.Array | None, float | None]:
+    """gamma2 for each of these blocks where they differ, or one for all of them, or neither."""
+    if smoothing is None:
+        return None, None
+    chosen = [smoothing.blocks is None or i in smoothing.blocks for i in range(first, first + count)]
+    if all(chosen):
+        return None, smoothing.gamma2
+    if not any(chosen):
+        return None, None
+    return jnp.asarray(chosen, jnp.float32) * smoothing.gamma2, None
+

@@ -1,0 +1,137 @@
+"""Pictures of what was measured. Needs matplotlib, of the extra `train`; its global state stays as it is."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jax.typing import ArrayLike
+
+# Okabe and Ito's palette (2008), told apart by colour-blind readers; its yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "osD^vPX"
+_INK, _GREY, _PALE = "#262626", "#767676", "#E4E4E4"
+_LABEL_GAP = 0.15  # between names at the curves' ends, in heights of a panel: two lines of text
+
+
+def layer_error_figure(
+    curves: Mapping[str, Sequence[float] | ArrayLike],
+    path: str | os.PathLike | None = None,
+    *,
+    relative: Mapping[str, Sequence[float] | ArrayLike] | None = None,
+    stages: Sequence[int] = (),
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """The layer-wise error of networks against block number: the paper's figure, the relative error beside it.
+
+    The absolute error rewards networks whose activations shrink, the relative one does not: show both where
+    both were measured. A curve is named at its end, with its mean over blocks, the number that tables quote.
+
+    Args:
+      curves: by network, the error of each block, for instance `Faithfulness.layer_error`.
+      path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
+      relative: by network, the relative error, for instance `Faithfulness.relative_layer_error`.
+      stages: number of blocks in each stage, to mark where a stage ends.
+      title: above the panels.
+    Returns:
+      The figure, for `savefig` or more changes.
+    Raises:
+      ValueError: no curves, more than there are colours, or a curve that is not a row of finite numbers >= 0.
+      ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("qpde.plots needs matplotlib: pip install 'qpde[train]'") from error
+
+    panels = [("Absolute error", "rms difference from the high-precision twin", _checked(curves))]
+    if relative is not None:
+        panels.append(("Relative error", "divided by the rms of the twin's output", _checked(relative)))
+    # One style for a network in both panels.
+    names = list(dict.fromkeys(name for *_, rows in panels for name in rows))
+    if len(names) > len(COLOURS):
+        raise ValueError(f"{len(names)} curves are more than the {len(COLOURS)} colours; draw fewer in one figure")
+
+    figure = Figure(figsize=(5.4 * len(panels), 4.2), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
+    for axes, (heading, unit, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(axes, rows, names, stages)
+        axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=18 if stages else 8)
+        axes.set_ylabel(unit, fontsize=10, color=_INK)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _checked(curves):
+    if not curves:
+        raise ValueError("there are no curves to draw")
+    rows = {name: np.asarray(row, np.float64) for name, row in curves.items()}
+    for name, row in rows.items():
+        if row.ndim != 1 or row.size == 0 or not np.isfinite(row).all() or row.min() < 0:
+            raise ValueError(f"the curve of {name!r} must be a row of finite numbers >= 0, one per block; got {row}")
+    return rows
+
+
+def _draw(axes, rows, names, stages):
+    from matplotlib.ticker import MaxNLocator
+
+    depth = max(len(row) for row in rows.values())
+    top = 1.08 * max(row.max() for row in rows.values()) or 1.0
+    axes.set(xlim=(0.5, depth + 0.5), ylim=(0, top))
+    _mark_stages(axes, stages, depth)
+    heights = _spread([row[-1] / top for row in rows.values()])
+    for (name, row), height in zip(rows.items(), heights, strict=True):
+        style = names.index(name)
+        mark = {
+            "color": COLOURS[style],
+            "marker": _MARKERS[style],
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+            "clip_on": False,
+            "zorder": 3,
+        }
+        blocks = np.arange(1, len(row) + 1)
+        axes.plot(blocks, row, linewidth=1.8, markersize=6 if len(row) <= 30 else 4, **mark)
+        # The name stays in ink, which is readable where the curve's colour is pale; its mark leads to the curve.
+        axes.plot(1.03, height, markersize=7.5, transform=axes.transAxes, **mark)
+        text = f"{name}\nmean {np.mean(row):.3g}"
+        axes.text(1.055, height, text, transform=axes.transAxes, color=_INK, va="center", linespacing=1.25)
+    axes.set_xlabel("block", fontsize=10, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
+    axes.tick_params(colors=_INK, labelsize=9.5, length=3)
+    axes.grid(axis="y", color=_PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+
+
+def _mark_stages(axes, stages, depth):
+    ends = itertools.accumulate(stages, initial=0)
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        if end < depth:
+            axes.axvline(end + 0.5, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.text(
+            (start + end + 1) / 2,
+            1.02,
+            f"stage {i + 1}",
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            color=_GREY,
+            fontsize=9,
+        )
+
+
+def _spread(heights):
+    """The heights moved apart by at least the gap, as little as may be, in their order and inside the panel."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, float)
+    for low, high in itertools.pairwise(order):
+        placed[high] = max(placed[high], placed[low] + _LABEL_GAP)
+    ceiling = 1.0
+    for i in order[::-1]:
+        placed[i] = ceiling = min(placed[i], ceiling)
+        ceiling -= _LABEL_GAP
+    return placed

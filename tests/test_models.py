@@ -1,0 +1,325 @@
+"""Networks: structure, counts, options, and what they promise about compilation and errors."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qpde
+from qpde import models
+from qpde.models.network import groups
+
+IMAGE = (8, 8, 3)
+
+
+def images(n=2, shape=IMAGE, seed=0):
+    return jax.random.normal(jax.random.key(seed), (n, *shape))
+
+
+@functools.cache
+def make(name="resnet20", **options):
+    model = models.create(name, **({"num_classes": 10} | options))
+    return model, jax.jit(model.init)(jax.random.key(0), images(1))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "return_states", "train"))
+def apply(model, variables, x, bits=None, return_states=False, train=False):
+    return model.apply(variables, x, bits=bits, return_states=return_states, train=train)
+
+
+PUBLISHED_COUNTS = [
+    ("resnet20", 10, 272_474, 175_706),
+    ("resnet56", 10, 855_770, 468_698),
+    ("stablenet20", 10, 223_450, 112_858),
+    ("stablenet56", 10, 806_746, 405_850),
+    ("mobilenetv2", 10, 2_236_074, 1_719_306),
+    ("resnet18", 10, 11_173_962, 8_040_522),
+    ("resnet34", 100, 21_328_292, 13_144_484),
+    ("stablenet34", 100, 18_056_100, 9_061_284),
+]
+
+
+@pytest.mark.parametrize(("name", "classes", "plain", "symmetric"), PUBLISHED_COUNTS)
+def test_parameter_counts_equal_the_published_networks(name, classes, plain, symmetric):
+    for is_symmetric, expected in ((False, plain), (True, symmetric)):
+        model = models.create(name, num_classes=classes, symmetric=is_symmetric)
+        assert models.summary(model, (32, 32, 3)).parameters == expected
+
+
+@pytest.mark.parametrize(("name", "per_stage"), [("stablenet20x2", 6), ("stablenet56x2", 18)])
+def test_doubled_networks_have_the_blocks_of_the_table(name, per_stage):
+    assert [len(stage) for stage in models.create(name, num_classes=10).stages] == [per_stage] * 3
+
+
+@pytest.mark.parametrize("name", ["resnet20", "stablenet20", "mobilenetv2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_kind_of_network_trains_in_low_bits(name, symmetric):
+    model = models.create(name, num_classes=7, symmetric=symmetric, weight_bits=4, act_bits=4)
+    x = images(4, (16, 16, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def loss_and_gradient(params, stats):
+        def loss(params):
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            )
+            return -jax.nn.log_softmax(logits)[:, 0].mean(), (logits, updates)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (logits, updates)), gradient = loss_and_gradient(variables["params"], variables["batch_stats"])
+    assert logits.shape == (4, 7)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((logits, gradient)))
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updates["batch_stats"])
+    assert all(jax.tree.leaves(changed))
+
+
+def test_states_are_the_block_outputs_in_order():
+    model, variables = make(symmetric=True)
+    logits, states = apply(model, variables, images(), return_states=True)
+    assert [s.shape for s in states] == [(2, 8, 8, 16)] * 3 + [(2, 4, 4, 32)] * 3 + [(2, 2, 2, 64)] * 3
+    head = variables["params"]["head"]
+    pooled = states[-1].mean((1, 2))
+    np.testing.assert_allclose(logits, pooled @ head["kernel"] + head["bias"][None], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, apply(model, variables, images()), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_blocks_of_a_stage_are_stacked():
+    _, variables = make("resnet56", symmetric=True)
+    assert variables["params"]["stage1"]["blocks1to8"]["kernel1"].shape == (8, 3, 3, 32, 32)
+    assert variables["params"]["stage1"]["block0"]["shortcut_kernel"].shape == (1, 1, 1, 16, 32)
+    plain = models.create("resnet20", num_classes=10, symmetric=False)
+    assert [g[0] for g in groups(plain.stages[0])] == ["blocks0to2"]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_unroll_and_remat_agree(remat):
+    x = images(4)
+
+    def run(loop, remat):
+        model, variables = make("resnet20", weight_bits=4, act_bits=4, loop=loop, remat=remat)
+
+        def loss(params):
+            logits, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(logits**2), updates
+
+        (value, updates), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+        return value, updates, gradient
+
+    # Sums in another order; a rounding tie may flip single codes, hence not float32's full precision.
+    for a, b in zip(jax.tree.leaves(run("unroll", False)), jax.tree.leaves(run("scan", remat)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(a).max()) + 1e-6)
+
+
+def test_changing_traced_bits_never_recompiles():
+    model, variables = make(weight_bits=4, act_bits=4)
+    compilations = 0
+
+    @jax.jit
+    def run(variables, x, bits):
+        nonlocal compilations
+        compilations += 1
+        return model.apply(variables, x, bits=bits)
+
+    outputs = [run(variables, images(), qpde.Bits(w, a)) for w, a in itertools.product((2, 4, 8), (3, 8, 32))]
+    assert compilations == 1
+    assert all(bool((a != b).any()) for a, b in itertools.combinations(outputs, 2))
+    exactly = jax.jit(lambda v, x: model.apply(v, x, bits=qpde.Bits(8, 3)))(variables, images())
+    np.testing.assert_allclose(run(variables, images(), qpde.Bits(8, 3)), exactly, rtol=1e-5, atol=1e-5)
+
+
+def test_bits_of_the_call_override_those_of_the_model():
+    model, variables = make(weight_bits=4, act_bits=4)
+    other = models.create("resnet20", num_classes=10, weight_bits=2, act_bits=8)
+    as_called = apply(model, variables, images(), bits=qpde.Bits(2, 8))
+    np.testing.assert_allclose(as_called, apply(other, variables, images()), rtol=1e-5, atol=1e-5)
+    exact = models.create("resnet20", num_classes=10)
+    as_called = apply(model, variables, images(), bits=qpde.Bits(None, None))
+    np.testing.assert_allclose(as_called, apply(exact, variables, images()), rtol=1e-5, atol=1e-5)
+
+
+def test_one_value_per_block_equals_the_same_scalar_and_sets_single_blocks():
+    model, variables = make(weight_bits=4, act_bits=4)
+    def run(bits):
+        return apply(model, variables, images(), bits=bits, return_states=True)[1]
+
+    uniform = run(qpde.Bits(4, 4))
+    per_block = run(qpde.Bits(jnp.full(9, 4), jnp.full(9, 4)))
+    np.testing.assert_allclose(uniform[-1], per_block[-1], rtol=1e-5, atol=1e-5)
+    changed = run(qpde.Bits(jnp.full(9, 4), jnp.full(9, 4).at[4].set(2)))
+    for i in range(4):
+        np.testing.assert_array_equal(changed[i], per_block[i])
+    assert bool((changed[4] != per_block[4]).any())
+
+
+def test_full_precision_has_no_rounding_in_its_program():
+    model, variables = make()
+    assert "round" not in str(jax.make_jaxpr(model.apply)(variables, images()))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "stablenet20"])
+def test_precise_residual_lets_rounding_enter_by_the_branch_only(name):
+    # With h tiny the branch vanishes: the precise net then equals its twin, the rounded net does not.
+    def gap(residual):
+        model, variables = make(name, weight_bits=4, act_bits=3, residual=residual, step_size=1e-6)
+        _, states = apply(model, variables, images(), bits=qpde.Bits(4, 3), return_states=True)
+        _, twin = apply(model, variables, images(), bits=qpde.Bits(4, 32), return_states=True)
+        return float(jnp.abs(states[2] - twin[2]).max())
+
+    if name == "stablenet20":  # all blocks are symmetric; a ResNet's first one is plain and has h = 1
+        assert gap("precise") < 1e-4
+    assert gap("rounded") > 1e-2
+
+
+@pytest.mark.parametrize("name", ["resnet20", "stablenet20", "mobilenetv2"])
+@pytest.mark.parametrize("norm", ["tied", "spectral"])
+def test_steps_with_a_bounded_norm_are_non_expansive(name, norm):
+    """x -> x - h K^T D s(D K x + b) never increases a distance, whatever the kernels: the claim of design 2.3."""
+    step_size = "auto" if norm == "tied" else 0.1
+    model = models.create(name, num_classes=4, norm=norm, step_size=step_size)
+    block = next(b for b in model.blocks if b.symmetric)
+    params, stats = block.init(jax.random.key(1))
+    params["norm1"]["scale"] = 5 * jax.random.normal(jax.random.key(2), params["norm1"]["scale"].shape)
+    params["norm1"]["bias"] = jax.random.normal(jax.random.key(3), params["norm1"]["bias"].shape)
+    size = (1, 8, 8, block.width_in)
+    variables = {
+        "params": params,
+        "batch_stats": stats,
+        "spectral": block.initial_spectral(jax.random.key(4), params, 8, 8),
+    }
+    mode = models.layers.Mode(power_iterations=100)
+
+    @jax.jit
+    def step(x):
+        return block(variables, x, 0.1, qpde.Bits(), mode)[0]
+
+    for seed in range(5):
+        x, y = (jax.random.normal(jax.random.key(10 * seed + i), size) for i in (0, 1))
+        assert float(jnp.linalg.norm(step(x) - step(y))) <= float(jnp.linalg.norm(x - y)) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("tied", 0.1), ("spectral", 0.1)])
+def test_tied_and_spectral_networks_train_and_carry_their_singular_vectors(norm, step_size):
+    model, variables = make(norm=norm, step_size=step_size, weight_bits=4, act_bits=4, residual="precise")
+    carries = norm == "spectral" or step_size == "auto"
+    assert ("spectral" in variables) == carries
+    mutable = [name for name in variables if name != "params"]
+
+    def loss(params):
+        logits, updates = model.apply({**variables, "params": params}, images(4), train=True, mutable=mutable)
+        return jnp.sum(logits**2), updates
+
+    (_, updates), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+    if carries:
+        for v in jax.tree.leaves(updates["spectral"]):
+            np.testing.assert_allclose(jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=1), 1, rtol=1e-5)
+        with pytest.raises(ValueError, match="spectral state"):
+            model.apply(variables, images(1, (16, 16, 3)))
+
+
+def test_smoothing_acts_in_the_chosen_blocks_only():
+    _, variables = make()
+
+    def states(smoothing):
+        return apply(make(smoothing=smoothing)[0], variables, images(), return_states=True)[1]
+
+    plain, one = states(None), states(models.Smoothing(blocks=(4,)))
+    for i in range(4):
+        np.testing.assert_array_equal(plain[i], one[i])
+    assert bool((plain[4] != one[4]).any())
+    assert bool((plain[0] != states(models.Smoothing())[0]).any())
+
+
+def test_smoothing_the_output_lowers_its_total_variation():
+    def energy(smoothing):
+        model, variables = make(smoothing=smoothing)
+        states = apply(model, variables, images(), return_states=True)[1]
+        return float(qpde.stencils.total_variation(states[0], eps=0.1).sum())
+
+    assert energy(models.Smoothing(output=True, steps=3)) < energy(models.Smoothing(steps=3))
+
+
+def test_calibrated_clips_are_those_of_the_data():
+    model, variables = make(weight_bits=4, act_bits=8)
+    x = images(16)
+    calibrated = models.calibrate_clips(model, variables, x, method="absmax", train=True)
+    clips = calibrated["params"]["stage0"]["block0"]["act_clips"]
+    opening = jax.nn.relu(_normalized(qpde.operators.conv(x, variables["params"]["opening_kernel"])))
+    np.testing.assert_allclose(clips[0, 0], opening.max(), rtol=1e-4)
+    kernel = calibrated["params"]["stage0"]["block0"]["kernel1"][0]
+    weight_clip = calibrated["params"]["stage0"]["block0"]["weight_clips"][0, 0]
+    np.testing.assert_allclose(weight_clip, jnp.abs((kernel - kernel.mean()) / kernel.std(ddof=1)).max(), rtol=1e-5)
+    shapes = jax.tree.map(jnp.shape, variables)
+    assert jax.tree.map(jnp.shape, calibrated) == shapes
+
+
+def _normalized(x):
+    return (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-5)
+
+
+def test_summary_counts_operations_and_bits():
+    table = models.summary(models.create("resnet20", num_classes=10, weight_bits=4, act_bits=4), (32, 32, 3))
+    assert len(table.rows) == 11
+    by_name = {row.name: row for row in table.rows}
+    assert by_name["opening"].macs == 32 * 32 * 27 * 16
+    assert by_name["stage0.block1"].macs == 2 * 32 * 32 * 9 * 16 * 16
+    assert by_name["stage0.block1"].parameters == 9 * 16 * 16 + 4 * 16
+    assert by_name["stage1.block0"].output == (16, 16, 32)
+    assert by_name["stage1.block0"].macs == 16 * 16 * (9 * 16 * 32 + 9 * 32 * 32 + 16 * 32)
+    assert by_name["stage1.block0"].bit_operations == 16 * by_name["stage1.block0"].macs
+    assert by_name["head"].macs == 640
+    assert table.macs == sum(row.macs for row in table.rows) == 40_813_184
+    assert "total" in str(table)
+    halved = models.summary(
+        models.create("resnet20", num_classes=10), (32, 32, 3), bits=qpde.Bits(tuple([4] * 8 + [2]), 4)
+    )
+    assert halved.rows[9].bit_operations * 2 == table.rows[9].bit_operations
+
+
+def test_depthwise_weights_keep_eight_bits():
+    model = models.create("mobilenetv2", num_classes=3, symmetric=False)
+    row = models.summary(model, (32, 32, 3), bits=qpde.Bits(4, 4)).rows[1]
+    block = model.blocks[0]
+    macs = block.macs(32, 32)
+    assert row.bit_operations == 4 * (4 * macs["kernel1"] + 8 * macs["kernel2"] + 4 * macs["kernel3"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet21"}, "resnet20"),
+        ({"weight_bits": 1}, "weight_bits must be 2 to 32.*got 1"),
+        ({"act_bits": 33}, "act_bits must be 2 to 32.*got 33"),
+        ({"step_size": 0.0}, "positive.*got 0.0"),
+        ({"step_size": float("nan")}, "positive"),
+        ({"step_size": "fast"}, "'auto'.*'fast'"),
+        ({"step_size": "auto"}, "norm='tied'"),
+        ({"norm": "batch"}, "separate, tied, spectral"),
+        ({"residual": "exact"}, "rounded, precise"),
+        ({"levels": "log"}, "uniform, pot, apot"),
+        ({"loop": "while"}, "auto, scan, unroll"),
+        ({"num_classes": 0}, "num_classes.*0"),
+        ({"signed_inputs": True}, "mobilenetv2"),
+        ({"smoothing": models.Smoothing(gamma2=1.0)}, "max_stable_step"),
+        ({"smoothing": models.Smoothing(blocks=(9,))}, "blocks 0 to 8"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(**({"name": "resnet20", "num_classes": 10} | options))
+
+
+def test_bad_input_is_refused_by_name():
+    model, variables = make()
+    with pytest.raises(ValueError, match="smaller than resnet20's total stride 4"):
+        model.apply(variables, images(1, (3, 8, 3)))
+    with pytest.raises(ValueError, match=r"\(N, H, W, C\)"):
+        model.apply(variables, jnp.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="9 blocks"):
+        model.apply(variables, images(), bits=qpde.Bits(4, jnp.full(8, 4)))

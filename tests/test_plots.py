@@ -1,0 +1,100 @@
+"""The layer-wise error figure: what it shows, where it goes, and what it refuses."""
+
+import itertools
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qpde.plots import COLOURS, layer_error_figure
+
+ABSOLUTE = {"plain": np.array([0.1, 0.2, 0.4]), "symmetric": [0.1, 0.05, 0.06]}
+RELATIVE = {"plain": np.array([0.1, 0.1, 0.1]), "symmetric": [0.1, 0.12, 0.2]}
+
+
+def data_lines(axes):
+    """The curves: lines in data coordinates with a point for each block."""
+    return [line for line in axes.lines if len(line.get_xdata()) == 3]
+
+
+def test_both_panels_hold_the_curves_against_block_numbers():
+    figure = layer_error_figure(ABSOLUTE, relative=RELATIVE)
+    assert isinstance(figure, Figure)
+    for axes, curves in zip(figure.axes, (ABSOLUTE, RELATIVE), strict=True):
+        for line, values in zip(data_lines(axes), curves.values(), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+            np.testing.assert_array_equal(line.get_ydata(), values)
+        assert axes.get_xlabel() == "block"
+        assert axes.get_ylabel()
+        assert axes.get_ylim()[0] == 0, "an error axis that does not start at zero exaggerates"
+
+
+def test_curves_are_named_with_their_means_and_look_alike_in_both_panels():
+    figure = layer_error_figure(ABSOLUTE, relative=dict(reversed(RELATIVE.items())))
+    labels = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert labels == [["plain\nmean 0.233", "symmetric\nmean 0.07"], ["symmetric\nmean 0.14", "plain\nmean 0.1"]]
+    styles = [[(line.get_color(), line.get_marker()) for line in data_lines(axes)] for axes in figure.axes]
+    assert styles[0] == styles[1][::-1]
+    assert len(set(styles[0])) == 2
+
+
+@pytest.mark.parametrize("ends", [[0.5] * 7, [0.0] * 7, [1.0] * 7, [0.1, 0.11, 0.9, 0.91, 0.92, 0.93, 0.94]])
+def test_names_neither_overlap_nor_leave_the_page(ends):
+    figure = layer_error_figure({str(i): [1.0, end] for i, end in enumerate(ends)})
+    FigureCanvasAgg(figure).draw()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
+    assert all(figure.bbox.containsx(box.x1) for box in boxes)
+    assert figure.bbox.containsy(boxes[0].y0)
+    assert figure.bbox.containsy(boxes[-1].y1)
+
+
+def test_stage_boundaries_lie_between_blocks():
+    (axes,) = layer_error_figure(ABSOLUTE, stages=(1, 2)).axes
+    walls = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() not in ("-", "None")]
+    assert walls == [1.5]
+    assert [text.get_text() for text in axes.texts][:2] == ["stage 1", "stage 2"]
+
+
+@pytest.mark.parametrize(("name", "start"), [("error.png", b"\x89PNG"), ("error.svg", b"<?xml")])
+def test_file_is_written_in_the_format_of_its_ending(tmp_path, name, start):
+    layer_error_figure(ABSOLUTE, tmp_path / name, relative=RELATIVE, stages=(2, 1), title="a title")
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_global_state_of_matplotlib_stays_as_it_is(tmp_path):
+    before, pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+    layer_error_figure(ABSOLUTE, tmp_path / "error.png")
+    assert dict(matplotlib.rcParams) == before
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot
+
+
+def test_curves_of_zeros_and_of_one_block_are_drawn(tmp_path):
+    layer_error_figure({"exact": [0.0]}, tmp_path / "error.png")
+    assert (tmp_path / "error.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        ({}, "no curves"),
+        ({"a": []}, "curve of 'a'"),
+        ({"a": [1.0, np.nan]}, "curve of 'a'.*nan"),
+        ({"a": [-1.0]}, "curve of 'a'"),
+        ({"a": np.ones((1, 1))}, "curve of 'a'"),
+        ({str(i): [1.0] for i in range(8)}, f"8 curves are more than the {len(COLOURS)} colours"),
+    ],
+)
+def test_bad_curves_are_named_and_nothing_is_written(tmp_path, curves, message):
+    with pytest.raises(ValueError, match=message):
+        layer_error_figure(curves, tmp_path / "error.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"qpde\[train\]"):
+        layer_error_figure(ABSOLUTE)

@@ -1,0 +1,119 @@
+"""Parity with the published networks: every block, logits, loss, gradients and batch statistics (golden files)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qpde
+from qpde import models
+from qpde.models.published import tree_from_torch
+
+NETS = ["resnet20_fp32", "stablenet20_fp32", "resnet20_stable_w4a4", "stablenet20_w4a4"]
+
+
+@pytest.fixture(scope="module", params=NETS)
+def net(request, golden_dir):
+    golden = dict(np.load(golden_dir / f"{request.param}.npz"))
+    state = {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
+    model, variables = models.from_torch_state(
+        str(golden["meta/arch"]),
+        state,
+        num_classes=int(golden["meta/classes"]),
+        symmetric=bool(golden["meta/stable"]),
+        step_size=float(golden["meta/stability_coeff"]),
+        weight_bits=int(golden["meta/weight_bits"]) or None,
+        act_bits=int(golden["meta/activation_bits"]) or None,
+    )
+    return request.param, golden, model, variables, jnp.asarray(golden["input"].transpose(0, 2, 3, 1))
+
+
+def assert_close(name, actual, expected, what):
+    """1e-4 relative in full precision. In 4 bits a tie may flip a code, so the median counts, at 1e-3."""
+    error = np.abs(np.asarray(actual) - expected)
+    scale = np.abs(expected).max() + 1e-12
+    if name.endswith("fp32"):
+        assert error.max() <= 1e-4 * scale, f"{what}: {error.max() / scale:.2e}"
+    else:
+        assert np.median(error) <= 1e-3 * scale, f"{what}: {np.median(error) / scale:.2e}"
+
+
+def test_logits_and_every_block_in_evaluation(net):
+    name, golden, model, variables, x = net
+    logits, states = jax.jit(lambda v, x: model.apply(v, x, return_states=True))(variables, x)
+    assert_close(name, logits, golden["eval/logits"], "logits")
+    for i, state in enumerate(states):
+        assert_close(name, state[:2].transpose(0, 3, 1, 2), golden[f"eval/block/{i}"], f"block {i}")
+
+
+def test_no_more_than_one_code_in_a_hundred_flips(net):
+    name, golden, model, variables, x = net
+    if name.endswith("fp32"):
+        assert model.act_bits is None
+        return
+    _, states = jax.jit(lambda v, x: model.apply(v, x, return_states=True))(variables, x)
+    clips = [c for s in range(3) for g in sorted(variables["params"][f"stage{s}"])
+             for c in variables["params"][f"stage{s}"][g]["act_clips"][:, 0]]
+    flipped = total = 0
+    for i, state in enumerate(states[:-1]):
+        clip = float(clips[i + 1])
+        codes = qpde.quantizers.encode_activation(state[:2].transpose(0, 3, 1, 2), clip, 4).codes
+        expected = qpde.quantizers.encode_activation(jnp.asarray(golden[f"eval/block/{i}"]), clip, 4).codes
+        flipped += int((codes != expected).sum())
+        total += codes.size
+    assert flipped <= 0.01 * total
+
+
+def test_loss_gradients_and_statistics_in_training(net):
+    name, golden, model, variables, x = net
+    labels = jnp.asarray(golden["labels"].astype(np.int32))
+
+    @jax.jit
+    def value_and_gradient(params):
+        def loss(params):
+            logits, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
+            return -picked.mean(), (logits, updates)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, (logits, updates)), gradient = value_and_gradient(variables["params"])
+    assert_close(name, logits, golden["train/logits"], "logits")
+    np.testing.assert_allclose(loss, golden["train/loss"], rtol=1e-4 if name.endswith("fp32") else 5e-3)
+
+    def read(kind):
+        return lambda torch_name: golden.get(f"train/{kind}/{torch_name}", np.asarray(np.nan, np.float32))
+
+    for kind, collection, actual in (
+        ("grad", "params", gradient),
+        ("state", "batch_stats", updates["batch_stats"]),
+    ):
+        expected = tree_from_torch(model, read(kind), collections=(collection,))[collection]
+        paths = jax.tree_util.tree_leaves_with_path(expected)
+        compared = 0
+        for (path, e), a in zip(paths, jax.tree.leaves(actual), strict=True):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            if "clips" in where and name.endswith("fp32"):
+                continue  # full-precision nets have no clips
+            for j in np.ndindex(e.shape[:1]) if "stage" in where else [()]:
+                assert not np.isnan(e[j]).any(), where
+                assert_close(name, a[j], e[j], f"{kind} {where}{j}")
+                compared += 1
+        assert compared > 20
+
+
+def test_missing_extra_and_misshapen_arrays_are_refused_by_name(golden_dir):
+    golden = dict(np.load(golden_dir / "resnet20_fp32.npz"))
+    state = {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
+
+    def load(state, **options):
+        models.from_torch_state("resnet20", state, **({"num_classes": 10, "symmetric": False} | options))
+
+    with pytest.raises(ValueError, match=r"lacks 'conv1'"):
+        load({k: v for k, v in state.items() if k != "conv1"})
+    with pytest.raises(ValueError, match="conv2_weight"):
+        load(state, symmetric=True)
+    with pytest.raises(ValueError, match=r"head/bias has shape \(10,\).*\(12,\)"):
+        load(state, num_classes=12)
+    with pytest.raises(ValueError, match="norm='separate'"):
+        load(state, norm="spectral")
