@@ -1,0 +1,169 @@
+"""The shapes in which data is handed over, and the deterministic ways to split it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int32, Integer, UInt8
+
+
+class Split(NamedTuple):
+    """Images with their labels: a pytree, so `jax.device_put(split)` keeps it on the device.
+
+    images: uint8 (N, H, W, C), as stored: a quarter of the memory of float32. `Images.normalize` belongs inside jit.
+    labels: int32 (N,), one class per image, or uint8 (N, H, W), one class per pixel.
+    """
+
+    images: UInt8[np.ndarray, "images height width channels"]
+    labels: Integer[np.ndarray, "images *map"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of images in three disjoint splits.
+
+    classes: their names; label k is classes[k].
+    mean, std: of the training split, per channel, on the scale where a full pixel is 1.
+    ignored_label: a label that counts neither in losses nor in metrics, if there is one.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: Float32[np.ndarray, " channels"]
+    std: Float32[np.ndarray, " channels"]
+    ignored_label: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def normalize(self, images: UInt8[ArrayLike, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        """What the networks take: (x / 255 - mean) / std in float32, on the device, in or out of jit."""
+        scale, shift = 1 / (255 * self.std), self.mean / self.std
+        ones = (1,) * (jnp.ndim(images) - 1)
+        return jnp.asarray(images, jnp.float32) * scale.reshape(*ones, -1) - shift.reshape(*ones, -1)
+
+
+class SparseRows(NamedTuple):
+    """A sparse matrix as a pytree of its entries, sorted by row, then column; its shape is kept by the owner.
+
+    The product with a dense matrix W is a sorted segment sum of value[:, None] * W[column] over row.
+    """
+
+    row: Int32[np.ndarray, " entries"]
+    column: Int32[np.ndarray, " entries"]
+    value: Float32[np.ndarray, " entries"]
+
+
+@dataclass(frozen=True)
+class NodeGraph:
+    """One undirected graph with features and a label on every node.
+
+    senders, receivers: each edge once with sender < receiver, sorted; no self-loops.
+    features: sparse (nodes, num_features).
+    labels: class of each node, -1 where it is unknown.
+    train, validation, test: disjoint sorted node indices, all labelled.
+    """
+
+    senders: Int32[np.ndarray, " edges"]
+    receivers: Int32[np.ndarray, " edges"]
+    features: SparseRows
+    labels: Int32[np.ndarray, " nodes"]
+    train: Int32[np.ndarray, " train"]
+    validation: Int32[np.ndarray, " validation"]
+    test: Int32[np.ndarray, " test"]
+    num_features: int
+    num_classes: int
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.labels)
+
+    def dense_features(self) -> Float32[np.ndarray, "nodes features"]:
+        """The features as an ordinary matrix; Pubmed's has 40 MB."""
+        dense = np.zeros((self.num_nodes, self.num_features), np.float32)
+        dense[self.features.row, self.features.column] = self.features.value
+        return dense
+
+
+def random_split(
+    graph: NodeGraph, *, seed: int, labels_per_class: int = 20, validation: int = 500, test: int = 1000
+) -> NodeGraph:
+    """The same graph with other training, validation and test nodes, as in Planetoid's protocol (Yang et al., 2016).
+
+    Args:
+      graph: whose labelled nodes are drawn from.   seed: the same seed gives the same split.
+      labels_per_class: training nodes of each class, at least 1.
+      validation, test: sizes of the other two sets, drawn from the remaining labelled nodes whatever their class.
+    Returns:
+      A `NodeGraph` that shares all other arrays with `graph`.
+    Raises:
+      ValueError: a class or the whole graph has too few labelled nodes.
+    """
+    if min(labels_per_class, validation, test) < 1:
+        raise ValueError(f"sizes must be positive, got {labels_per_class=}, {validation=}, {test=}")
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(graph.labels >= 0))
+    rank = _rank_in_class(graph.labels[order])
+    counts = np.bincount(graph.labels[order], minlength=graph.num_classes)
+    if counts.min() < labels_per_class:
+        raise ValueError(
+            f"class {counts.argmin()} has {counts.min()} labelled nodes, fewer than {labels_per_class=}"
+        )
+    train, rest = order[rank < labels_per_class], order[rank >= labels_per_class]
+    if len(rest) < validation + test:
+        raise ValueError(
+            f"{len(rest)} labelled nodes remain after training, fewer than {validation=} and {test=} together"
+        )
+    parts = train, rest[:validation], rest[validation : validation + test]
+    train, held, tested = (np.sort(part).astype(np.int32) for part in parts)
+    return replace(graph, train=train, validation=held, test=tested)
+
+
+def stratified_parts(labels: np.ndarray, sizes: Sequence[int], *, seed: int) -> list[np.ndarray]:
+    """Disjoint sorted index sets of the given sizes, each with the classes in the proportions of the whole.
+
+    The items are shuffled, then ordered by their rank within their class relative to the size of the class: all
+    classes advance together, so every stretch of that order is balanced up to an item or two a class.
+    """
+    if sum(sizes) > len(labels) or min(sizes) < 0:
+        raise ValueError(f"{len(labels)} items cannot be split into parts of {list(sizes)}")
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    classes = labels[shuffled]
+    quantile = (_rank_in_class(classes) + 0.5) / np.bincount(classes)[classes]
+    order = shuffled[np.argsort(quantile, kind="stable")]
+    return [np.sort(part) for part in np.split(order, np.cumsum(sizes))[: len(sizes)]]
+
+
+def channel_statistics(images: UInt8[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel on the scale where a full pixel is 1, exact, from histograms."""
+    levels = np.arange(256) / 255
+    histograms = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(images, -1, 0)])
+    weights = histograms / histograms.sum(1, keepdims=True)
+    mean = weights @ levels
+    deviation = np.sqrt(np.sum(weights * (levels[None, :] - mean[:, None]) ** 2, axis=1))
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def find_folder(root: Path, below: Sequence[str], contains: str, *, what: str, source: str) -> Path:
+    """The first of root / below[i] with a file that matches the pattern `contains`."""
+    candidates = [root / path for path in below]
+    for folder in candidates:
+        if any(folder.glob(contains)):
+            return folder
+    tried = ", ".join(str(folder) for folder in candidates)
+    raise FileNotFoundError(f"{what} not found: no file like {contains} in {tried}; get it from {source}")
+
+
+def _rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """For each item how many of the same class come before it."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(labels))])
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - starts[labels[order]]
+    return rank
