@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from qpde import operators, quantizers, stability, stencils
 from qpde.bits import Bits
-from qpde.models.layers import NORM_EPSILON, Mode, average_pool, he_normal, moments, normalize, row
+from qpde.models.layers import NORM_EPSILON, Mode, average_pool, he_normals, moments, normalize, row
 
 __all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Smoothing", "StableBlock"]
 
@@ -105,10 +105,7 @@ class Block:
     def init(self, key: jax.Array) -> tuple[dict, dict]:
         """Parameters (He normal kernels, unit norms, the published clips) and batch statistics of one block."""
         shapes = self.kernel_shapes()
-        keys = jax.random.split(key, len(shapes))
-        params: dict[str, Any] = {
-            name: he_normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
+        params: dict[str, Any] = dict(zip(shapes, he_normals(key, list(shapes.values())), strict=True))
         stats: dict[str, Any] = {}
         for name, channels in self.norm_widths().items():
             params[name] = {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)}

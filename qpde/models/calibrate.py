@@ -33,7 +33,7 @@ def calibrate_clips(
     return {**variables, "params": _replaced(variables["params"], read(variables, x))}
 
 
-def _replaced(tree: dict, new: Any) -> Any:
+def _replaced(tree: Any, new: Any) -> Any:
     if not isinstance(new, dict):
         return new
     return {**tree, **{k: _replaced(tree[k], v) for k, v in new.items()}}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["NORM_EPSILON", "Mode", "average_pool", "batch_moments", "he_normal", "moments", "normalize", "row"]
+__all__ = ["NORM_EPSILON", "Mode", "average_pool", "batch_moments", "he_normal", "he_normals", "moments", "normalize", "row"]
 
 NORM_EPSILON = 1e-5
 
@@ -32,9 +33,18 @@ class Mode:
 
 def he_normal(key: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
     """Kernel (kh, kw, I, O) from N(0, 2 / (kh kw O)), fan-out; a depthwise kernel (I = 1) feeds one channel each."""
-    height, width, inputs, outputs = shape
-    fan_out = height * width * (1 if inputs == 1 and height > 1 else outputs)
-    return math.sqrt(2 / fan_out) * jax.random.normal(key, shape)
+    return he_normals(key, [shape])[0]
+
+
+def he_normals(key: jax.Array, shapes: list[tuple[int, int, int, int]]) -> list[jax.Array]:
+    """`he_normal` kernels of several shapes from one draw: a random generator is slow to compile, once for each call."""
+    sizes = [math.prod(shape) for shape in shapes]
+    draws = jnp.split(jax.random.normal(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
+    kernels = []
+    for draw, (height, width, inputs, outputs) in zip(draws, shapes, strict=True):
+        fan_out = height * width * (1 if inputs == 1 and height > 1 else outputs)
+        kernels.append(math.sqrt(2 / fan_out) * draw.reshape(height, width, inputs, outputs))
+    return kernels
 
 
 def batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,385 @@
+"""The parts of the application: configuration, optimizer, losses, augmentation, the step, checkpoints."""
+
+import dataclasses
+import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qpde.datasets import Split
+from qpde.models import Smoothing
+from train.augment import random_crop, random_flip
+from train.checkpoints import Checkpoints
+from train.config import Data, Experiment, Model, Optimizer, Rule, Variant, from_json, to_json
+from train.data import stack_batches
+from train.losses import IGNORED, classification_sums
+from train.memory import keep_freed_memory
+from train.optimizer import create_optimizer, rule_of_each
+from train.schedules import SCHEDULES, cosine, one_cycle
+from train.state import create_state
+from train.step import empty_totals, epoch_order, make_epoch_step, make_evaluate, make_train_step
+
+ROOT = Path(__file__).parents[1]
+
+EXPERIMENT = Experiment(
+    name="example",
+    variants=(Variant("symmetric"), Variant("plain", {"symmetric": False})),
+    model=Model(smoothing=Smoothing(blocks=(1, 2))),
+    optimizer=Optimizer(rules=(Rule("clip", learning_rate=10.0, weight_decay=0.0),)),
+)
+
+
+# Configuration
+
+
+def test_an_experiment_survives_json():
+    assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
+    assert from_json(to_json(dataclasses.replace(EXPERIMENT, model=Model(), only=("plain",)))).only == ("plain",)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Optimizer(learning_rate=0.0), r"learning_rate \(=0.0\) must be positive"),
+        (lambda: Optimizer(learning_rate=math.inf), r"learning_rate \(=inf\)"),
+        (lambda: Optimizer(momentum=1.0), r"momentum \(=1.0\) must lie in \[0, 1\)"),
+        (lambda: Optimizer(momentum=0.0, nesterov=True), "nesterov needs a momentum"),
+        (lambda: Optimizer(weight_decay=-1.0), r"weight_decay \(=-1.0\)"),
+        (lambda: Rule("("), "not a regular expression"),
+        (lambda: Rule("clip", learning_rate=math.nan), r"rule 'clip' \(=nan\)"),
+        (lambda: Data(size=0), r"data.size \(=0\) must be at least 1"),
+        (lambda: Data(crop_padding=-1), r"crop_padding \(=-1\)"),
+        (lambda: Variant("a", {"colour": 1}), "colour"),
+        (lambda: Variant("../a"), "names a folder"),
+        (lambda: dataclasses.replace(EXPERIMENT, name=""), "names a folder"),
+        (lambda: dataclasses.replace(EXPERIMENT, epochs=0), r"epochs \(=0\) must be at least 1"),
+        (lambda: dataclasses.replace(EXPERIMENT, batch_size=1), r"batch_size \(=1\) must be at least 2"),
+        (lambda: dataclasses.replace(EXPERIMENT, variants=()), "at least one"),
+        (lambda: dataclasses.replace(EXPERIMENT, variants=(Variant("a"), Variant("a"))), "different names"),
+        (lambda: dataclasses.replace(EXPERIMENT, only=("b",)), "choose from"),
+        (lambda: from_json("{}"), "not an experiment of this version"),
+        (lambda: from_json("{"), "property name"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(steps=st.integers(1, 2000), peak=st.floats(1e-3, 10.0))
+def test_a_schedule_stays_between_zero_and_its_peak_and_ends_near_zero(name, steps, peak):
+    schedule = SCHEDULES[name](peak, steps)
+    rates = np.asarray(schedule(jnp.array([0, steps // 10, 3 * steps // 10, steps // 2, steps, steps + 1])))
+    assert np.all(rates >= -1e-6 * peak)  # float32 rounding of a cosine
+    assert np.all(rates <= peak * (1 + 1e-6))
+    assert np.all(np.abs(rates[-2:]) <= 1e-5 * peak)
+
+
+def test_cosine_is_the_published_formula():
+    schedule = cosine(0.1, 200)
+    for t in (0, 50, 100, 150, 200):
+        assert schedule(jnp.int32(t)) == pytest.approx(0.05 * (1 + math.cos(math.pi * t / 200)), abs=1e-8)
+
+
+def test_one_cycle_rises_to_its_peak_at_three_tenths_and_then_falls():
+    rates = np.asarray(one_cycle(1.0, 100)(jnp.arange(101)))
+    assert np.argmax(rates) == 30
+    assert rates[0] == pytest.approx(1 / 25)
+    assert np.all(np.diff(rates[:31]) > 0)
+    assert np.all(np.diff(rates[30:]) < 0)
+
+
+# Optimizer
+
+PARAMS = {
+    "stage0": {"kernel": jnp.ones((2,)), "clip_weight": jnp.full((3,), 2.0)},
+    "head": {"kernel": jnp.ones((2,))},
+}
+
+
+def test_the_first_rule_found_in_the_path_counts():
+    rules = (Rule("clip", 10.0), Rule("stage0/", 2.0))
+    chosen = rule_of_each(rules, PARAMS)
+    assert chosen["stage0"]["clip_weight"] == rules[0]
+    assert chosen["stage0"]["kernel"] == rules[1]
+    assert chosen["head"]["kernel"] == Rule("")
+
+
+def test_a_rule_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match="rule 'clop' matches none of the 3 parameters"):
+        create_optimizer(Optimizer(rules=(Rule("clop"),)), PARAMS, steps=10)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_optimizer_is_torch_sgd_with_a_group_for_each_rule(nesterov):
+    torch = pytest.importorskip("torch")
+    config = Optimizer(
+        learning_rate=0.1,
+        schedule="cosine",
+        nesterov=nesterov,
+        weight_decay=0.01,
+        rules=(Rule("clip", learning_rate=3.0, weight_decay=0.0),),
+    )
+    grads = {"kernel": jnp.array([0.3, -0.2]), "clip": jnp.array([0.5])}
+    params = {"kernel": jnp.array([1.0, -2.0]), "clip": jnp.array([3.0])}
+    optimizer = create_optimizer(config, params, steps=5)
+    theirs = {name: torch.tensor(np.asarray(value), requires_grad=True) for name, value in params.items()}
+    groups = [
+        {"params": [theirs["kernel"]], "weight_decay": 0.01, "lr": 0.1},
+        {"params": [theirs["clip"]], "weight_decay": 0.0, "lr": 0.3},
+    ]
+    reference = torch.optim.SGD(groups, momentum=0.9, nesterov=nesterov)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 5)
+    state = optimizer.init(params)
+    for _ in range(5):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, value in theirs.items():
+            value.grad = torch.tensor(np.asarray(grads[name]))
+        reference.step()
+        annealing.step()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-5)  # float32, five steps
+
+
+# Losses
+
+
+@given(fill=st.integers(0, 3), seed=st.integers(0, 100))
+def test_ignored_examples_change_no_sum(fill, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(6, 3)).astype(np.float32), rng.integers(0, 3, 6).astype(np.int32)
+    kept = 6 - fill
+    labels[kept:] = IGNORED
+    sums = classification_sums(jnp.asarray(logits), jnp.asarray(labels))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    right = probabilities[np.arange(kept), labels[:kept]]
+    assert sums["loss"] == pytest.approx(-np.log(right).sum(), rel=1e-5)
+    assert float(sums["correct"]) == (logits.argmax(1) == labels)[:kept].sum()
+    assert float(sums["count"]) == kept
+
+
+# Augmentation
+
+
+def _images(seed, n=6, side=8, channels=2):
+    return jnp.asarray(np.random.default_rng(seed).integers(1, 256, (n, side, side, channels)), jnp.uint8)
+
+
+@given(seed=st.integers(0, 1000))
+def test_flipping_twice_with_the_same_key_is_the_identity(seed):
+    images, key = _images(seed), jax.random.key(seed)
+    np.testing.assert_array_equal(random_flip(key, random_flip(key, images)), images)
+
+
+def test_half_of_the_images_are_flipped():
+    images = _images(0, n=2000, side=2, channels=1)
+    flipped = np.any(np.asarray(random_flip(jax.random.key(0), images)) != np.asarray(images), axis=(1, 2, 3))
+    changeable = np.any(np.asarray(images[:, :, ::-1]) != np.asarray(images), axis=(1, 2, 3))
+    assert abs(flipped[changeable].mean() - 0.5) < 4 * 0.5 / math.sqrt(changeable.sum())  # 4 standard deviations
+
+
+@given(seed=st.integers(0, 1000))
+def test_a_crop_moves_each_image_by_at_most_the_padding_and_moves_zeros_in(seed):
+    images, padding = _images(seed), 3
+    cropped = np.asarray(random_crop(jax.random.key(seed), images, padding=padding))
+    for image, crop in zip(np.asarray(images), cropped, strict=True):
+        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+        places = [
+            (i, j)
+            for i in range(2 * padding + 1)
+            for j in range(2 * padding + 1)
+            if np.array_equal(padded[i : i + 8, j : j + 8], crop)
+        ]
+        assert len(places) == 1  # the images have no zeros, so the place is unique
+
+
+def test_crops_reach_every_place_and_differ_between_images():
+    marked = jnp.zeros((2000, 5, 5, 1), jnp.uint8).at[:, 2, 2].set(1)
+    cropped = np.asarray(random_crop(jax.random.key(1), marked, padding=2))[..., 0]
+    places = {tuple(np.argwhere(image)[0]) for image in cropped}
+    assert places == {(i, j) for i in range(5) for j in range(5)}
+
+
+def test_augmentation_is_determined_by_its_key():
+    images = _images(0)
+    for vary in (random_flip, lambda key, x: random_crop(key, x, padding=2)):
+        once, again = vary(jax.random.key(3), images), vary(jax.random.key(3), images)
+        np.testing.assert_array_equal(once, again)
+        assert np.any(np.asarray(once) != np.asarray(vary(jax.random.key(4), images)))
+
+
+# The step
+
+
+class Tiny(nn.Module):
+    """A stand-in with batch statistics; its dense layer can be made to break down."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x.reshape(x.shape[0], -1))
+        return nn.Dense(3)(x)
+
+
+def _normalize(images):
+    return images.astype(jnp.float32) / 128 - 1
+
+
+def _problem(batch_size=8, count=32, learning_rate=0.1):
+    """Three classes of noisy images, a state, and the jitted step."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, count).astype(np.int32)
+    images = np.clip(rng.normal(60, 10, (count, 4, 4, 1)) + 60 * labels[:, None, None, None], 0, 255).astype(np.uint8)
+    model = Tiny()
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 4, 4, 1)))
+    steps = 10 * count // batch_size
+    optimizer = create_optimizer(Optimizer(learning_rate=learning_rate), variables["params"], steps=steps)
+    state = create_state(variables, optimizer, jax.random.key(1))
+    prepare = lambda key, x: _normalize(random_flip(key, x))  # noqa: E731
+    traced = []
+
+    def train_step(*arguments):
+        traced.append(1)
+        return make_train_step(model, optimizer, prepare)(*arguments)
+
+    step = make_epoch_step(train_step, steps_per_epoch=count // batch_size, batch_size=batch_size)
+    return model, state, step, (jnp.asarray(images), jnp.asarray(labels)), traced
+
+
+def _train(state, step, data, epochs):
+    losses = []
+    for _ in range(epochs):
+        order, totals = epoch_order(state, count=32, steps_per_epoch=4), empty_totals()
+        for _ in range(4):
+            state, totals = step(state, totals, *data, order)
+        losses.append(float(totals["loss"] / totals["count"]))
+    return state, losses, totals
+
+
+def test_training_lowers_the_loss_and_compiles_once():
+    model, state, step, data, traced = _problem()
+    state, losses, totals = _train(state, step, data, 10)
+    assert losses[-1] < 0.2 * losses[0]
+    assert int(state.step) == 40
+    assert float(totals["count"]) == 32
+    assert int(totals["broken_step"]) == -1
+    assert len(traced) == 1
+    scores = make_evaluate(model, _normalize)(state.variables, data[0][None], data[1][None])
+    assert scores["accuracy"] > 0.9
+
+
+def test_the_step_gives_its_old_state_back_to_the_device():
+    _, state, step, data, _ = _problem()
+    kernel, totals = state.params["Dense_0"]["kernel"], empty_totals()
+    step(state, totals, *data, epoch_order(state, count=32, steps_per_epoch=4))
+    assert kernel.is_deleted()
+    assert not data[0].is_deleted()
+
+
+def test_an_epoch_sees_every_image_once_and_the_next_in_another_order():
+    _, state, *_ = _problem()
+    first = epoch_order(state, count=32, steps_per_epoch=4)
+    second = epoch_order(state.replace(step=jnp.int32(4)), count=32, steps_per_epoch=4)
+    np.testing.assert_array_equal(np.sort(first), np.arange(32))
+    np.testing.assert_array_equal(np.sort(second), np.arange(32))
+    assert np.any(np.asarray(first) != np.asarray(second))
+    np.testing.assert_array_equal(first, epoch_order(state, count=32, steps_per_epoch=4))
+
+
+def test_the_steps_of_an_epoch_take_its_batches_one_after_the_other_with_different_keys():
+    _, state, *_ = _problem()
+    order = epoch_order(state, count=32, steps_per_epoch=4)
+
+    def note(state, batch, key):
+        sums = {"loss": jnp.sum(batch[1] ** 2).astype(jnp.float32), "correct": jax.random.uniform(key)}
+        return state.replace(step=state.step + 1), sums | {"count": jnp.sum(batch[0]).astype(jnp.float32)}
+
+    step = make_epoch_step(note, steps_per_epoch=4, batch_size=8)
+    labels = np.arange(32)
+    expected, drawn = np.asarray(order).reshape(4, 8), []
+    totals = empty_totals()
+    for batch in expected:
+        before = jax.device_get(totals)
+        state, totals = step(state, totals, jnp.ones((32, 1, 1, 1), jnp.uint8), jnp.asarray(labels), order)
+        assert float(totals["loss"]) - before["loss"] == np.sum(labels[batch] ** 2)  # small integers: exact
+        drawn.append(float(totals["correct"]) - before["correct"])
+    assert float(totals["count"]) == 32
+    assert len(set(drawn)) == 4
+
+
+def test_the_step_that_broke_the_loss_is_known_at_the_end_of_the_epoch():
+    _, state, step, data, _ = _problem()
+    order, totals = epoch_order(state, count=32, steps_per_epoch=4), empty_totals()
+    for i in range(4):
+        if i == 2:
+            state = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+        state, totals = step(state, totals, *data, order)
+    assert int(totals["broken_step"]) == 2
+
+
+def test_batch_statistics_are_carried_by_the_state():
+    _, state, step, data, _ = _problem()
+    before = np.asarray(state.model_state["batch_stats"]["BatchNorm_0"]["mean"])
+    after, *_ = step(state, empty_totals(), *data, epoch_order(state, count=32, steps_per_epoch=4))
+    assert np.any(before != np.asarray(after.model_state["batch_stats"]["BatchNorm_0"]["mean"]))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 7])
+def test_scores_do_not_depend_on_the_batch_size(batch_size):
+    model, state, _, (images, labels), _ = _problem()
+    evaluate = make_evaluate(model, _normalize)
+    split = Split(np.asarray(images), np.asarray(labels))
+    scores = evaluate(state.variables, *stack_batches(split, batch_size))
+    whole = evaluate(state.variables, images[None], labels[None])
+    assert scores["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-6)
+    assert scores["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+# Checkpoints
+
+
+def test_checkpoints_keep_the_last_and_the_best_state(tmp_path):
+    _, state, step, data, _ = _problem()
+    states, quality = {}, {1: (0.5, 1.0), 2: (0.7, 0.9), 3: (0.7, 0.8), 4: (0.6, 0.1)}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.last_epoch, checkpoints.best_epoch) == (0, 0)
+        for epoch, (accuracy, loss) in quality.items():
+            state, *_ = _train(state, step, data, 1)
+            checkpoints.save(epoch, state, {"accuracy": accuracy, "loss": loss})
+            states[epoch] = jax.tree.map(np.asarray, state.params)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.last_epoch, checkpoints.best_epoch) == (4, 3)
+        for epoch in (3, 4):
+            loaded = checkpoints.load(epoch, state)
+            jax.tree.map(np.testing.assert_array_equal, loaded.params, states[epoch])
+            assert int(loaded.step) == 4 * epoch
+            assert loaded.key == state.key
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+
+
+# Memory
+
+
+def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch):
+    ask = "from train.memory import keep_freed_memory; print(keep_freed_memory())"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()

@@ -1,0 +1,234 @@
+"""The main job through its command line, on a network small enough for a test and on the real digits."""
+
+import json
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from qpde.models import registry
+from qpde.models.blocks import BasicBlock
+from train.checkpoints import Checkpoints
+from train.cli import COMMANDS, load_recipes, main
+from train.progress import Display
+
+CONFIG = """
+from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
+
+tiny = Experiment(
+    name="tiny",
+    variants=(Variant("symmetric"), Variant("plain", {"symmetric": False})),
+    data=Data("digits", size=8, crop_padding=1, flip=False),
+    model=Model("tiny"),
+    optimizer=Optimizer(rules=(Rule("clip", weight_decay=0.0),)),
+    epochs=3,
+    batch_size=256,
+    clip_start="rms",
+)
+recipes = {"fast": tiny, "full_precision": Experiment(
+    name="exact",
+    variants=(Variant("plain", {"symmetric": False, "weight_bits": None, "act_bits": None}),),
+    data=tiny.data,
+    model=tiny.model,
+    epochs=1,
+    batch_size=256,
+)}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of the same network share their compiled programs: compiling is nearly all that these tests do."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A file of recipes for a network of two blocks, in a fresh folder that is also the working directory."""
+    architecture = registry.Architecture(BasicBlock, ((8, 8, 2, 1, 1),))
+    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", architecture)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    return "tiny.py"
+
+
+def _summary(tmp_path, name="tiny"):
+    """The results without what the clock adds."""
+    variants = json.loads((tmp_path / "runs" / name / "summary.json").read_text())["variants"]
+    return {name: {k: v for k, v in result.items() if k != "training_seconds"} for name, result in variants.items()}
+
+
+def _files(tmp_path):
+    return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tmp_path, monkeypatch, capsys):
+    assert main(["run", config, "--name", "whole"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("symmetric", "plain", "agreement with the twin", "layer-wise error, relative", "4 and 4"):
+        assert words in printed
+
+    run = tmp_path / "runs" / "whole"
+    assert {"config.json", "metrics.jsonl", "summary.json", "layer_error.png", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert (run / "layer_error.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["variant"], line["epoch"]) for line in lines] == [
+        (variant, epoch) for variant in ("symmetric", "plain") for epoch in (1, 2, 3)
+    ]
+    assert lines[2]["train_loss"] < lines[0]["train_loss"]
+    whole = _summary(tmp_path, "whole")
+    for result in whole.values():
+        assert 0 <= result["accuracy"] <= 1
+        assert 0 <= result["agreement"] <= 1
+        assert len(result["layer_error"]) == len(result["relative_layer_error"]) == 2
+        assert result["samples"] == 320
+    assert whole["symmetric"]["parameters"] < whole["plain"]["parameters"]
+    for name, result in whole.items():
+        mine = [line for line in lines if line["variant"] == name]
+        best = max(mine, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
+        with Checkpoints(run / "checkpoints" / name) as checkpoints:
+            assert (checkpoints.last_epoch, checkpoints.best_epoch) == (3, best["epoch"])
+        assert result["best_epoch"] == best["epoch"]
+
+    # The same run, cut off in the second epoch of each variant: five steps an epoch, so at the steps 8 and 16.
+    steps, step = [], Display.step
+
+    def interrupt(display):
+        steps.append(1)
+        if len(steps) in (8, 18):
+            raise KeyboardInterrupt
+        step(display)
+
+    monkeypatch.setattr(Display, "step", interrupt)
+    assert main(["run", config, "--name", "cut"]) == 130
+    assert "same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "cut" / "summary.json").exists()
+    assert main(["run", config, "--name", "cut", "--epochs", "4"]) == 2
+    assert "epochs: 3 there, 4 now" in capsys.readouterr().err
+    with open(tmp_path / "runs" / "cut" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(lines[1]) + '\n{"variant": "symmet')  # logged, never saved; and a line cut short
+    statuses = [main(["run", config, "--name", "cut"]) for _ in range(2)]
+    assert sorted(statuses) == [0, 130]
+    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert _summary(tmp_path, "cut") == whole
+    again = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
+    without_time = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert without_time(again) == without_time(lines)
+
+    # A finished run is refused, and nothing in it changes; --overwrite does what it says.
+    monkeypatch.setattr(Display, "step", step)
+    before = _files(tmp_path)
+    assert main(["run", config, "--name", "whole"]) == 2
+    assert "holds a finished run: choose another --name, or --overwrite" in capsys.readouterr().err
+    assert _files(tmp_path) == before
+    assert main(["run", config, "--name", "whole", "--overwrite", "--epochs", "1", "--only", "plain"]) == 0
+    assert list(_summary(tmp_path, "whole")) == ["plain"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["plain"]
+
+
+def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(config, tmp_path, capsys):
+    assert main(["run", config, "--recipe", "full_precision"]) == 0
+    assert "32 and 32" in capsys.readouterr().out
+    result = _summary(tmp_path, "exact")["plain"]
+    assert "agreement" not in result
+    assert 0 <= result["accuracy"] <= 1
+    assert not (tmp_path / "runs" / "exact" / "layer_error.png").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(config, tmp_path, capsys):
+    assert main(["run", config, "--only", "plain", "--optimizer.learning-rate", "1e30"]) == 1
+    error = capsys.readouterr().err
+    assert "plain: the loss of step" in error
+    assert "(epoch 1) is not finite" in error
+    assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name an experiment first"),
+        (["absent.py"], "there is no experiment file absent.py"),
+        (["other.py"], "must define `recipes`"),
+        (["tiny.py", "--recipe", "slow"], r"no recipe 'slow': choose from \['fast', 'full_precision'\]"),
+        (["tiny.py", "--model.name", "resnet21"], "resnet21"),
+        (["tiny.py", "--model.act-bits", "1"], "act_bits"),
+        (["tiny.py", "--model.step-size", "-1"], "step_size"),
+        (["tiny.py", "--clip-start", "guess"], "guess"),
+        (["tiny.py", "--batch-size", "2000"], r"batch_size \(=2000\) exceeds the 1280 training images"),
+        (["tiny.py", "--data.size", "9"], r"\(=9\) must be 8, 16 or 32"),
+        (["tiny.py", "--data.name", "cifar10"], "give --data-dir or set QPDE_DATA_DIR"),
+        (["tiny.py", "--data.name", "cifar10", "--data-dir", "nowhere"], "nowhere"),
+        (["tiny.py", "--name", "../elsewhere"], "names a folder"),
+        (["tiny.py", "--epochs", "many"], "many"),
+        (["tiny.py", "--colour", "red"], "colour"),
+        (["tiny.py", "other.py"], "other.py"),
+        (["tiny.py", "--runs-dir", "taken"], "holds something that is not a run"),
+    ],
+)
+def test_bad_input_is_refused_with_its_reason_and_nothing_written(
+    config, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.delenv("QPDE_DATA_DIR", raising=False)
+    (tmp_path / "other.py").write_text("experiment = 1\n")
+    (tmp_path / "taken" / "tiny").mkdir(parents=True)
+    (tmp_path / "taken" / "tiny" / "notes.txt").write_text("mine")
+    before = _files(tmp_path)
+    try:
+        status = main(["run", *arguments])
+    except SystemExit as exit:  # tyro's own refusals
+        status = exit.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert message.replace("\\", "") in captured.err + captured.out
+    assert _files(tmp_path) == before
+
+
+def test_two_processes_cannot_work_in_one_run(config, tmp_path, capsys):
+    from train.config import from_json  # the recipe as another process would hold it
+    from train.rundir import open_run
+
+    experiment = load_recipes(tmp_path / "tiny.py")["fast"]
+    with open_run(tmp_path / "runs", experiment) as held:
+        assert from_json((held.path / "config.json").read_text()) == experiment
+        assert main(["run", config]) == 2
+        assert "another process works in" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(config, capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
+    assert main(["dance"]) == 2
+    assert "choose from ['run']" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main(["run", config, "--help"])
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    for words in ("--optimizer.learning-rate", "(default: 3)", "--overwrite", "--model.act-bits", "run tiny.py"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_resnet20", "cifar10_resnet56", "cifar10_mobilenetv2"])
+def test_every_experiment_file_names_its_command_and_has_known_recipes(name, pytestconfig):
+    path = pytestconfig.rootpath / "configs" / f"{name}.py"
+    assert path.read_text().startswith(f'"""python -m train run configs/{name}.py')
+    recipes = load_recipes(path)
+    assert next(iter(recipes)) == "fast"
+    assert [variant.name for variant in recipes["fast"].variants] == ["symmetric", "plain"]
+    if name != "digits":
+        published = recipes["published"]
+        assert (published.epochs, published.batch_size, published.optimizer.schedule) == (200, 128, "cosine")
+        assert (published.optimizer.learning_rate, published.optimizer.weight_decay) == (0.1, 1e-4)

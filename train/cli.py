@@ -1,0 +1,146 @@
+"""The command line.  A command is a dataclass whose fields are its options, and one row of `COMMANDS`."""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from train.config import Experiment
+from train.experiment import Job, prepare_job
+
+_PROGRAM = "python -m train"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train the variants of an experiment and compare each with its high-precision twin.
+
+    Writes RUNS_DIR/NAME: config.json, metrics.jsonl, checkpoints, summary.json and pictures. The same command
+    takes up an interrupted run; a finished one is never overwritten silently.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    recipe: str
+    """Which of the file's recipes."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    runs_dir: Path = Path("runs")
+    """Where the run's folder goes."""
+    overwrite: bool = False
+    """Delete what the run's folder holds and start anew."""
+
+
+def parse_run(arguments: Sequence[str]) -> Run:
+    """The options of `run`; the defaults are those of the file and recipe that the arguments name.
+
+    Raises:
+      ValueError: no file is named, or it has no such recipe.   FileNotFoundError: it does not exist.
+      SystemExit: an option is unknown or wrong, or help was asked for; tyro has printed why.
+    """
+    paths = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    if not paths:
+        raise ValueError(f"name an experiment first: {_PROGRAM} run configs/digits.py [--option value ...]")
+    recipes = load_recipes(Path(paths[0]))
+    recipe = _value_of("--recipe", arguments) or next(iter(recipes))
+    if recipe not in recipes:
+        raise ValueError(f"{paths[0]} has no recipe {recipe!r}: choose from {list(recipes)}")
+    default = Run(experiment=recipes[recipe], recipe=recipe)
+    program = f"{_PROGRAM} run {paths[0]}"
+    return tyro.cli(Run, default=default, args=list(arguments[1:]), prog=program, config=(tyro.conf.SuppressFixed,))
+
+
+def prepare_run(arguments: Sequence[str]) -> Job:
+    """The job that the arguments of `run` describe, everything about it checked."""
+    options = parse_run(arguments)
+    return prepare_job(
+        options.experiment,
+        data_dir=options.data_dir,
+        runs_dir=options.runs_dir,
+        overwrite=options.overwrite,
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table.
+
+    Attributes:
+      prepare: arguments -> what `main` then calls with a console; raises ValueError or OSError for bad input.
+      usage, summary: its line in the help.
+    """
+
+    prepare: Callable[[Sequence[str]], Callable[[Console], None]]
+    usage: str
+    summary: str
+
+
+COMMANDS = {
+    "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 0 done, 1 training broke down, 2 bad input or 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}: choose from {list(COMMANDS)}")
+    try:
+        work = COMMANDS[name].prepare(rest)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error))
+    try:
+        work(Console())
+    except FloatingPointError as error:
+        return _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        return _fail("interrupted: the same command goes on after the last saved epoch", status=130)
+    return 0
+
+
+def load_recipes(path: Path) -> dict[str, Experiment]:
+    """The recipes that a file of configs/ defines, the default first.
+
+    Raises:
+      FileNotFoundError: there is no such file.   ValueError: it does not define `recipes`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no experiment file {path}: see configs/")
+    recipes = runpy.run_path(str(path)).get("recipes")
+    if not (isinstance(recipes, dict) and recipes and all(isinstance(r, Experiment) for r in recipes.values())):
+        raise ValueError(f"{path} must define `recipes`, a dictionary from names to train.config.Experiment")
+    return recipes
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option before all options are known."""
+    for position, argument in enumerate(arguments):
+        if argument == option:
+            return next(iter(arguments[position + 1 :]), None)
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return None
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {command.usage:40}{command.summary}" for command in COMMANDS.values())
+    return (
+        f"usage: {_PROGRAM} COMMAND ...\n\n"
+        "Trains the quantized networks of qpde and reports how faithful they stay in few bits.\n\n"
+        f"commands:\n{commands}\n\n"
+        f"`{_PROGRAM} run configs/digits.py` is the place to start: it needs no data and takes minutes.\n"
+        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults."
+    )
+
+
+def _fail(message: str, *, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

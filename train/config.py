@@ -1,0 +1,216 @@
+"""What an experiment is: frozen values, checked when they are built, written to and read from JSON.
+
+A file in configs/ defines `recipes: dict[str, Experiment]`; its first entry is the default.  Every field here
+is also an option of `python -m train run`, spelled as in `--optimizer.learning-rate 0.05`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from qpde.models import Smoothing
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images, and how each training batch is varied."""
+
+    name: Literal["digits", "cifar10"] = "digits"
+    """Data set. The digits come with scikit-learn; CIFAR-10 is read from the data folder."""
+    size: int = 16
+    """Side of the digits' images in pixels. CIFAR-10 has 32."""
+    crop_padding: int = 4
+    """Each training image is padded by so many pixels and cropped back at random. 0 turns it off."""
+    flip: bool = True
+    """Mirror half of the training images. Off for digits, whose mirror images are other signs."""
+
+    def __post_init__(self):
+        _check_at_least("data.size", self.size, 1)
+        _check_at_least("data.crop_padding", self.crop_padding, 0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Arguments of `qpde.models.create`, which checks them and knows the names."""
+
+    name: str = "resnet20"
+    """Architecture."""
+    symmetric: bool = True
+    """Blocks use one kernel K and its adjoint. Variants usually set this."""
+    step_size: float | Literal["auto"] = 0.1
+    """h of the symmetric step x - h K^T s(K x)."""
+    weight_bits: int | None = 4
+    """Bits of the kernels; None trains them in full precision."""
+    act_bits: int | None = 4
+    """Bits of the activations; None leaves them as they are."""
+    norm: Literal["separate", "tied", "spectral"] = "separate"
+    """Where a symmetric block normalises."""
+    residual: Literal["rounded", "precise"] = "rounded"
+    """Whether the shortcut takes the rounded or only the clipped activation."""
+    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
+    signed_inputs: bool = False
+    """MobileNet's block inputs are quantized with a sign, not clipped at 0 as published."""
+    smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None
+    """Total-variation smoothing before the activations' quantizers."""
+    loop: Literal["auto", "scan", "unroll"] = "auto"
+    """How the equal blocks of a stage are run."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of an experiment: a name, and what differs from the shared `model`."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_folder_name("variant", self.name)
+        known = [option.name for option in dataclasses.fields(Model)]
+        unknown = sorted(set(self.changes) - set(known))
+        if unknown:
+            raise ValueError(f"variant {self.name!r} changes {unknown}, no fields of the model: choose from {known}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose path matches `pattern` (a regular expression, searched anywhere in "a/b/c")."""
+
+    pattern: str
+    learning_rate: float = 1.0
+    """Multiplier of the schedule's learning rate."""
+    weight_decay: float | None = None
+    """Replaces the shared weight decay; None keeps it."""
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"rule pattern {self.pattern!r} is not a regular expression: {error}") from error
+        _check_not_negative(f"learning_rate of rule {self.pattern!r}", self.learning_rate)
+        if self.weight_decay is not None:
+            _check_not_negative(f"weight_decay of rule {self.pattern!r}", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """Peak of the schedule."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """Shape of the learning rate over the run."""
+    momentum: float = 0.9
+    """Share of the last step kept in the next."""
+    nesterov: bool = False
+    """Look ahead along the momentum."""
+    weight_decay: float = 1e-4
+    """Added to the gradient, times the parameter."""
+    rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
+    """Exceptions by parameter path; the first match counts."""
+
+    def __post_init__(self):
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"optimizer.learning_rate (={self.learning_rate}) must be positive and finite")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum (={self.momentum}) must lie in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov needs a momentum above 0")
+        _check_not_negative("optimizer.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One or several variants of a network, trained alike and compared."""
+
+    name: str
+    """The run lives in the folder of this name."""
+    variants: tyro.conf.Fixed[tuple[Variant, ...]]
+    only: tuple[str, ...] = ()
+    """Train only the variants of these names."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images a step. The images left over at the end of an epoch are dropped."""
+    clip_start: str = "rms"
+    """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
+    seed: int = 0
+    """Initial weights, order and variation of the images follow from it."""
+
+    def __post_init__(self):
+        _check_folder_name("name", self.name)
+        names = [variant.name for variant in self.variants]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"variants (={names}) must be at least one, with different names")
+        unknown = sorted(set(self.only) - set(names))
+        if unknown:
+            raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
+        _check_at_least("epochs", self.epochs, 1)
+        _check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        _check_at_least("seed", self.seed, 0)
+
+    @property
+    def chosen(self) -> tuple[Variant, ...]:
+        """The variants to train, in their order."""
+        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
+
+    def model_of(self, variant: Variant) -> Model:
+        """The shared model with the variant's changes."""
+        return dataclasses.replace(self.model, **variant.changes)
+
+
+def to_json(experiment: Experiment) -> str:
+    """The experiment as JSON text; `from_json` reads it back to an equal value."""
+    return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
+
+
+def from_json(text: str) -> Experiment:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: not JSON, an unknown or missing field, or a value that is out of its range.
+    """
+    try:
+        values = json.loads(text)
+        model, optimizer = values["model"], values["optimizer"]
+        optimizer["rules"] = tuple(Rule(**rule) for rule in optimizer["rules"])
+        if model["smoothing"] is not None:
+            blocks = model["smoothing"].pop("blocks")
+            model["smoothing"] = Smoothing(**model["smoothing"], blocks=None if blocks is None else tuple(blocks))
+        return Experiment(
+            **values
+            | {
+                "variants": tuple(Variant(**variant) for variant in values["variants"]),
+                "only": tuple(values["only"]),
+                "data": Data(**values["data"]),
+                "model": Model(**model),
+                "optimizer": Optimizer(**optimizer),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an experiment of this version: {error}") from error
+
+
+def _check_at_least(name: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise ValueError(f"{name} (={value}) must be at least {limit}")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} (={value}) must be finite and not negative")
+
+
+def _check_folder_name(name: str, value: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", value):
+        raise ValueError(f"{name} (={value!r}) names a folder: use letters, digits, '_', '-' and '.' only")

@@ -1,0 +1,177 @@
+"""The main job: train the variants of an experiment and compare each with its high-precision twin."""
+
+import dataclasses
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+import qpde.models
+from qpde.bits import Bits
+from qpde.datasets import Images
+from qpde.diagnostics import compare, reestimate_statistics
+from train.checkpoints import Checkpoints
+from train.config import Experiment, Variant
+from train.data import load_images, make_prepare, normalized_batches, stack_batches
+from train.loop import fit
+from train.optimizer import create_optimizer
+from train.progress import Display
+from train.report import write_report
+from train.rundir import RunDirectory, open_run
+from train.state import TrainState, create_state
+from train.step import make_epoch_step, make_evaluate, make_train_step
+
+_RANDOM = "rbg"
+"""XLA's own generator: with JAX's default one, compiling the initialisation of resnet20 takes four times as long."""
+
+_STATISTICS_BATCHES = 16
+"""Training batches over which batch statistics are estimated again at the end."""
+
+
+def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path, overwrite: bool = False) -> "Job":
+    """Everything that can be wrong with an experiment is found here, before the first file is written.
+
+    Args:
+      experiment: what to do.
+      data_dir: root of the data, for data sets in files; None takes the environment's.
+      runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
+      overwrite: delete what the run's folder holds.
+    Raises:
+      ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
+    """
+    images = load_images(experiment.data, data_dir)
+    count = len(images.train.labels)
+    if count < experiment.batch_size:
+        raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
+    trainings = [Training.create(experiment, variant, images) for variant in experiment.chosen]
+    return Job(experiment, trainings, open_run(runs_dir, experiment, overwrite=overwrite))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked experiment with the folder that it holds."""
+
+    experiment: Experiment
+    trainings: list["Training"]
+    run: RunDirectory
+
+    def __call__(self, console: Console) -> None:
+        """Trains and evaluates the variants and writes the report; progress and table go to `console`.
+
+        Raises:
+          FloatingPointError: training broke down.
+        """
+        with self.run as run:
+            results = {}
+            for training in self.trainings:
+                name = training.variant.name
+                state = training.fit(run, console)
+                results[name] = training.evaluate(state) | _history(run.lines(name))
+            stages = [len(blocks) for blocks in self.trainings[0].model.stages]
+            write_report(run, self.experiment, results, console, stages=stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A variant with its data, network and optimizer: checked, nothing computed yet."""
+
+    experiment: Experiment
+    variant: Variant
+    images: Images
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def create(cls, experiment: Experiment, variant: Variant, images: Images) -> "Training":
+        """Builds the variant and traces its first batch, so that unusable options are found.
+
+        Raises:
+          ValueError: the network or the optimizer refuses an option.
+        """
+        config = experiment.model_of(variant)
+        options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        model = qpde.models.create(options.pop("name"), num_classes=images.num_classes, **options)
+        sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.train.images.shape[1:]), jnp.float32)
+        first_variables = partial(_first_variables, model, method=experiment.clip_start)
+        shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=_RANDOM), sample)
+        steps = experiment.epochs * (len(images.train.labels) // experiment.batch_size)
+        optimizer = create_optimizer(experiment.optimizer, shapes["params"], steps=steps)
+        return cls(experiment, variant, images, model, optimizer)
+
+    def fit(self, run: RunDirectory, console: Console) -> TrainState:
+        """Trains, or goes on with training, and returns the state that is best on the validation images."""
+        experiment, images = self.experiment, self.images
+        steps_per_epoch = len(images.train.labels) // experiment.batch_size
+        train_step = make_train_step(self.model, self.optimizer, make_prepare(experiment.data, images))
+        epoch_step = make_epoch_step(train_step, steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
+        validation = stack_batches(images.validation, experiment.batch_size)
+        with (
+            Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,
+            Display(
+                console,
+                self.variant.name,
+                steps=experiment.epochs * steps_per_epoch,
+                done=checkpoints.last_epoch * steps_per_epoch,
+            ) as display,
+        ):
+            return fit(
+                self._first_state(),
+                epoch_step,
+                lambda variables: self._scores(variables, *validation),
+                (jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)),
+                variant=self.variant.name,
+                epochs=experiment.epochs,
+                steps_per_epoch=steps_per_epoch,
+                run=run,
+                checkpoints=checkpoints,
+                display=display,
+            )
+
+    def evaluate(self, state: TrainState) -> dict[str, Any]:
+        """Results on the test images; batch statistics are estimated again, for each precision its own."""
+        model, size = self.model, self.experiment.batch_size
+        statistics = list(self._training_batches(limit=_STATISTICS_BATCHES))
+        variables = reestimate_statistics(model, state.variables, statistics, model.bits)
+        results = {"parameters": qpde.models.summary(model, self.images.train.images.shape[1:]).parameters}
+        if model.bits.activations is None:  # there is nothing to be faithful to
+            scores = self._scores(variables, *stack_batches(self.images.test, size))
+            return results | {"accuracy": scores["accuracy"]}
+        test = normalized_batches(self.images, self.images.test, batch_size=size)
+        faithfulness = compare(model, variables, test, model.bits, statistics_batches=statistics)
+        return results | faithfulness.as_dict()
+
+    def _first_state(self) -> TrainState:
+        """Random weights, and clips that fit them and the first training images."""
+        init_key, key = jax.random.split(jax.random.key(self.experiment.seed, impl=_RANDOM))
+        ((x, _),) = self._training_batches(limit=1)
+        first_variables = partial(_first_variables, self.model, method=self.experiment.clip_start)
+        return create_state(jax.jit(first_variables)(init_key, x), self.optimizer, key)
+
+    @cached_property
+    def _scores(self):
+        return make_evaluate(self.model, self.images.normalize)
+
+    def _training_batches(self, *, limit: int):
+        size = self.experiment.batch_size
+        return normalized_batches(self.images, self.images.train, batch_size=size, limit=limit)
+
+
+def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]:
+    variables = model.init(key, x)
+    if model.bits == Bits(None, None):
+        return variables
+    return qpde.models.calibrate_clips(model, variables, x, method=method, train=True)
+
+
+def _history(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    best = max(lines, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
+    return {
+        "best_epoch": best["epoch"],
+        "validation_accuracy": best["validation_accuracy"],
+        "training_seconds": round(sum(line["seconds"] for line in lines), 1),
+    }

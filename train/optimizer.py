@@ -1,0 +1,53 @@
+"""Stochastic gradient descent whose learning rate and weight decay depend on the parameter's path."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from train.config import Optimizer, Rule
+from train.schedules import SCHEDULES
+
+
+def create_optimizer(config: Optimizer, params, *, steps: int) -> optax.GradientTransformation:
+    """SGD with momentum, in the order of PyTorch, which the published recipes assume:
+
+        g <- g + decay w,    m <- momentum m + g,    w <- w - rate(t) factor m
+
+    with g + momentum m for the last m if it is Nesterov's.  decay and factor are `config`'s and 1, or those
+    of the first rule whose pattern is found in the parameter's path.
+
+    Args:
+      config: the settings.
+      params: the parameters, or a tree of the same paths: only the paths are used.
+      steps: length of the schedule.
+    Raises:
+      ValueError: a rule matches no parameter, so it is misspelled or does not belong to this network.
+    """
+    chosen = rule_of_each(config.rules, params)
+    decays = jax.tree.map(lambda rule: config.weight_decay if rule.weight_decay is None else rule.weight_decay, chosen)
+    factors = jax.tree.map(lambda rule: rule.learning_rate, chosen)
+    return optax.chain(
+        optax.stateless(lambda grads, params: jax.tree.map(lambda g, w, d: g + d * w, grads, params, decays)),
+        optax.trace(decay=config.momentum, nesterov=config.nesterov),
+        optax.stateless(lambda steps, _: jax.tree.map(lambda m, factor: factor * m, steps, factors)),
+        optax.scale_by_learning_rate(SCHEDULES[config.schedule](config.learning_rate, steps)),
+    )
+
+
+def rule_of_each(rules: Sequence[Rule], params):
+    """The tree of `params` with the first matching rule at every leaf, `Rule("")` where none matches."""
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
+    names = jax.tree.leaves(paths)
+    for rule in rules:
+        if not any(re.search(rule.pattern, name) for name in names):
+            shown = ", ".join(names[:5])
+            raise ValueError(f"rule {rule.pattern!r} matches none of the {len(names)} parameters ({shown}, ...)")
+    everything = Rule("")
+    return jax.tree.map(lambda name: next((rule for rule in rules if re.search(rule.pattern, name)), everything), paths)
+
+
+def path_name(path) -> str:
+    """The path of a leaf as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,46 @@
+"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Display:
+    """Shows steps and lines.  Use it in a `with` statement, once for all epochs of a variant."""
+
+    def __init__(self, console: Console, title: str, *, steps: int, done: int):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=steps, completed=done)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def step(self) -> None:
+        """One more step was started."""
+        self._bar.advance(self._task)
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays, above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

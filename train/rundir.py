@@ -1,0 +1,133 @@
+"""The folder of a run: created once, gone on with after an interruption, never overwritten silently.
+
+config.json     the experiment, as given
+metrics.jsonl   one line an epoch and variant
+checkpoints/    the last and the best state of each variant
+summary.json    the results; its presence says that the run is finished
+*.png           pictures
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+from train.config import Experiment, from_json, to_json
+
+
+class RunDirectory:
+    """The folder `runs_dir / experiment.name`, held by this process alone during the `with` statement."""
+
+    def __init__(self, path: Path, lock):
+        self.path, self._lock = path, lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    def checkpoints(self, variant: str) -> Path:
+        """Where the states of a variant are kept."""
+        return self.path / "checkpoints" / variant
+
+    def log(self, **line: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self, variant: str) -> list[dict[str, Any]]:
+        """The lines of a variant."""
+        return [line for line in _read_lines(self.path / "metrics.jsonl") if line["variant"] == variant]
+
+    def forget_after(self, variant: str, epoch: int) -> None:
+        """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in _read_lines(path) if line["variant"] != variant or line["epoch"] <= epoch]
+        _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json: from now on the run is finished."""
+        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def open_run(runs_dir: Path, experiment: Experiment, *, overwrite: bool = False) -> RunDirectory:
+    """Creates the run's folder, or takes up an interrupted run of the same experiment.
+
+    Raises:
+      FileExistsError: the folder holds a finished run, a run of another experiment or anything else, or
+        another process is at work in it; nothing is changed.
+    """
+    path = runs_dir / experiment.name
+    other = "choose another --name, or --overwrite to delete it"
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is not a folder: choose another --name")
+    is_run = (path / "config.json").is_file()
+    if path.is_dir() and not is_run and any(entry.name != _LOCK for entry in path.iterdir()):
+        raise FileExistsError(f"{path} holds something that is not a run: choose another --name")
+    if is_run and not overwrite:
+        if (path / "summary.json").exists():
+            raise FileExistsError(f"{path} holds a finished run: {other}")
+        changed = _difference(path / "config.json", experiment)
+        if changed:
+            raise FileExistsError(f"{path} holds an unfinished run of another experiment ({changed}): {other}")
+
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
+    if is_run and overwrite:
+        for entry in path.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if not (path / "config.json").exists():
+        _write(path / "config.json", to_json(experiment))
+    return RunDirectory(path, lock)
+
+
+_LOCK = ".lock"
+
+
+def _lock(path: Path):
+    """An open file that no other process can lock meanwhile; the system lets go of it when this one ends."""
+    file = open(path / _LOCK, "w")  # noqa: SIM115 (held open as long as the run directory)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise FileExistsError(f"another process works in {path}: wait, or choose another --name") from error
+    return file
+
+
+def _difference(path: Path, experiment: Experiment) -> str:
+    """The first field in which the experiment stored at `path` differs from `experiment`, "" if none."""
+    try:
+        stored = _flat(json.loads(to_json(from_json(path.read_text()))))
+    except ValueError as error:
+        return f"unreadable config.json: {error}"
+    given = _flat(json.loads(to_json(experiment)))
+    for field in sorted(stored.keys() | given.keys()):
+        before, now = stored.get(field), given.get(field)
+        if before != now:
+            return f"{field}: {before!r} there, {now!r} now"
+    return ""
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        key: leaf for field, inner in value.items() for key, leaf in _flat(inner, f"{name}.{field}".lstrip(".")).items()
+    }
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last line cut short by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
