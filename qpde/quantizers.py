@@ -250,7 +250,7 @@ def initial_clip(
         "absmax"      max a
         "percentile"  the given percentile of a, linearly interpolated
         "rms"         rms_factor * sqrt(mean a^2)
-        "mse"         least sum (x - quantized x)^2, over 64 fractions of max a and 14 more around the best of them
+        "mse"         least sum (x - quantized x)^2, over i/64 of max a for i up to 80, and 14 more around the best
         "lsq"         the clip whose step clip / n is 2 mean(a) / sqrt(n) (Esser et al., LSQ, ICLR 2020, section 2.1)
 
     The squared error as a function of the clip has many local minima, hence a search over a grid rather than descent.
@@ -506,17 +506,21 @@ def _rms_clip(x, options):
 
 
 def _least_squares_clip(x, options):
-    largest = _largest_clip(x, options)
+    return _search_least_squares(options.grid, x, _largest_clip(x, options), options.traced_bits)
 
+
+@partial(jax.jit, static_argnums=0)  # one program for all layers of equal shapes
+def _search_least_squares(grid, x, largest, traced_bits):
     def error(fraction):
-        rounded = _fake_quantize(options.grid, x, fraction * largest, options.traced_bits, jnp.ones(()))
+        rounded = _fake_quantize(grid, x, fraction * largest, traced_bits, jnp.ones(()))
         return jnp.sum((x - rounded) ** 2, axis=0)
 
     def best(fractions):
         errors = jax.lax.map(error, fractions)
         return jnp.take_along_axis(fractions, jnp.argmin(errors, axis=0)[None], axis=0)
 
-    coarse = jnp.broadcast_to(jnp.arange(1, 65, dtype=x.dtype)[:, None] / 64, (64, *largest.shape))
+    # Beyond the maximum too: with few levels the largest one may do best a little above all data.
+    coarse = jnp.broadcast_to(jnp.arange(1, 81, dtype=x.dtype)[:, None] / 64, (80, *largest.shape))
     around = jnp.broadcast_to(jnp.arange(-7, 8, dtype=x.dtype)[:, None] / 512, (15, *largest.shape))
     return best(best(coarse) + around)[0] * largest
 
@@ -592,7 +596,7 @@ def _floating(x: ArrayLike) -> Array:
 
 
 def _compute_dtype(x: Array):
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def _along_channels(values: Array, ndim: int) -> Array:

@@ -132,7 +132,8 @@ def test_level_sets_equal_the_published_ones(golden_dir):
 
 @given(tensors, clips, bit_widths, kinds)
 def test_there_are_at_most_two_to_the_bits_levels(x, clip, bits, kind):
-    y = compiled(*kind)(x, clip, bits)
+    spread = np.linspace(-clip, clip, x.size, dtype=np.float32).reshape(SHAPE)
+    y = [compiled(*kind)(values, clip, bits) for values in (x, spread)]
     assert len(np.unique(y)) <= 2**bits - kind[1]
 
 
@@ -314,12 +315,13 @@ def test_changing_traced_bits_compiles_once(levels):
         loss = lambda w: jnp.sum(quantize_weight(w, clip, bits, levels=levels, standardize=True) * x)  # noqa: E731
         return jax.grad(loss)(w), quantize_activation(x, clip, bits, levels=levels)
 
-    x = np.random.default_rng(6).uniform(0, 1e-4, SHAPE).astype(np.float32) ** np.linspace(0, 1, 5, dtype=np.float32)
+    x = np.where(normal(6) > 0, np.random.default_rng(6).random(SHAPE), 2.0 ** -np.linspace(0, 126, 180).reshape(SHAPE))
+    x = x.astype(np.float32)
     results = [step(normal(5), x, jnp.float32(1), jnp.int32(bits)) for bits in range(2, 33)]
     assert compilations == 1
     assert step._cache_size() == 1
-    # 2..8 bits and the clamp, and the widths between them for uniform levels, are different functions.
-    assert len({np.asarray(y).tobytes() for _, y in results}) == (15 if levels == "uniform" else 8)
+    # 2..15 bits and the clamp; level sets end at 8 bits, powers of two at the smallest float, which 7 bits reach.
+    assert len({np.asarray(y).tobytes() for _, y in results}) == {"uniform": 15, "pot": 7, "apot": 8}[levels]
 
 
 @pytest.mark.parametrize("options", [{}, {"standardize": True, "per_channel_statistics": True, "gradient_scale": 0.1}])
@@ -460,10 +462,14 @@ def test_codes_times_scale_equal_the_rounded_tensor_bit_for_bit(bits, per_channe
         np.testing.assert_array_equal(scale, quantization_step(clip, bits, signed=signed))
         np.testing.assert_allclose(scale, clip / largest, rtol=2 * EPS)
         same_bits(dequantize(codes, scale), reference)
-        for run in (integers, rounded):
-            same_bits(jax.jit(lambda x, c, run=run: run(x, c, bits))(x, clip), reference)
-            same_bits(jax.jit(lambda x, run=run: run(x, clip, bits))(x), reference)
-            same_bits(jax.jit(run)(x, clip, jnp.int32(bits)), reference)
+
+        @jax.jit
+        def programs(x, given, traced_bits, clip=clip, integers=integers, rounded=rounded):
+            arguments = [(given, bits), (clip, bits), (given, traced_bits)]
+            return [run(x, *each) for run in (integers, rounded) for each in arguments]
+
+        for found in programs(x, clip, jnp.int32(bits)):
+            same_bits(found, reference)
 
 
 @given(tensors, clips, bit_widths, st.booleans())
@@ -535,28 +541,32 @@ def test_simple_starts_equal_their_definitions(seed, signed, per_channel, percen
         np.testing.assert_allclose(found, np.where(value > 0, value, expected["constant"]), rtol=1e-4, err_msg=method)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize(("levels", "signed"), KINDS)
+@pytest.mark.parametrize(
+    ("levels", "signed", "per_channel"),
+    [("uniform", True, False), ("uniform", False, True), ("pot", True, True), ("apot", True, True)],
+)
 def test_the_mse_start_is_no_worse_than_any_clip_on_a_grid(levels, signed, per_channel):
-    """It is by construction the best of 64 fractions of the maximum, or better.
+    """It is by construction the best of 80 fractions of the maximum, or better.
 
-    Between them no clip can be much better: the error changes by less than 2 |x - q| |q| relative to the change of the
-    clip, and the second search is 8 times finer. So against a finer foreign grid a small excess is allowed.
+    Between those the error has more minima, but shallow ones, and the second search is 8 times finer: against a foreign
+    grid an excess of 3% is allowed.
     """
     x = jnp.asarray(normal(21, (6, 50, 3)))
-    axes = (0, 1) if per_channel else None
-    for bits in (2, 4, jnp.int32(6)):
 
-        def error(clip, bits=bits):
-            return np.square(x - quantize(x, clip, bits, levels=levels, signed=signed)).sum(axes)
+    @jax.jit
+    def error(clip, bits):
+        difference = x - quantize(x, clip, bits, levels=levels, signed=signed)
+        return jnp.sum(difference**2, axis=(0, 1) if per_channel else None)
 
+    for bits in (2, jnp.int32(4), 6):
         options = {"signed": signed, "per_channel": per_channel, "levels": levels}
-        found = error(initial_clip(x, bits, method="mse", **options))
+        found = error(initial_clip(x, bits, method="mse", **options), jnp.int32(bits))
         largest = initial_clip(x, bits, method="absmax", **options)
-        for fraction in range(1, 65, 3):
-            assert (found <= error(largest * (fraction / 64)) * (1 + 1e-5)).all()
-        for fraction in np.linspace(0.05, 1.05, 23):
-            assert (found <= error(largest * float(fraction)) * 1.03).all()
+        for fraction in range(1, 81):
+            # The sums of two programs differ in their last digits.
+            assert (found <= error(largest * (fraction / 64), jnp.int32(bits)) * (1 + 1e-5)).all()
+        for fraction in np.linspace(0.05, 1.25, 29):
+            assert (found <= error(largest * float(fraction), jnp.int32(bits)) * 1.03).all()
 
 
 def test_the_mse_start_of_an_unrounded_quantizer_is_the_maximum():
