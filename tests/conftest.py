@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Most of the tests' time goes into making fast machine code for programs that run once: leave it unoptimized.
+# XLA's own passes over the program, and so its arithmetic, stay as they are. Set before jax is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 import pytest
 from hypothesis import settings

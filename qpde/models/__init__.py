@@ -1,14 +1,33 @@
 """Networks, assembled from the steps and operators of qpde.
 
 `create` makes a network by name, `from_torch_state` one with published weights, `summary` its costs, and
-`calibrate_clips` reads its clips off data. `blocks` holds the formulas, `network` the Flax modules around them.
+`calibrate_clips` reads its clips off data. `blocks` holds the formulas, `network` the Flax modules around them;
+`graph_layers` and `graph_networks` are the same for graphs.
 """
 
 from qpde.models.blocks import Smoothing
 from qpde.models.calibrate import calibrate_clips
+from qpde.models.graph_layers import GraphSmoothing
+from qpde.models.graph_networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
 from qpde.models.network import Network
 from qpde.models.published import from_torch_state
-from qpde.models.registry import create, names
+from qpde.models.registry import create, image_network, names
 from qpde.models.summary import Summary, summary
 
-__all__ = ["Network", "Smoothing", "Summary", "calibrate_clips", "create", "from_torch_state", "names", "summary"]
+__all__ = [
+    "GraphNetwork",
+    "GraphSmoothing",
+    "Network",
+    "Smoothing",
+    "Summary",
+    "calibrate_clips",
+    "create",
+    "from_torch_state",
+    "gat",
+    "gcn",
+    "gcnii",
+    "image_network",
+    "names",
+    "pde_gcn",
+    "summary",
+]

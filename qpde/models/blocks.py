@@ -63,7 +63,7 @@ class Block:
     Attributes:
       width_in, width_out: channels.   stride: of the block.   symmetric: K^T instead of a second kernel.
       expansion: of the inverted block's hidden width.
-      norm, residual, levels, signed_inputs, step_size: see `qpde.models.create`.
+      norm, residual, levels, signed_inputs, step_size: see `qpde.models.image_network`.
     """
 
     width_in: int

@@ -7,21 +7,28 @@ from typing import Any
 import jax
 
 from qpde.bits import Bits
+from qpde.models.graph_networks import GraphNetwork
 from qpde.models.network import Network
 
 __all__ = ["calibrate_clips"]
 
 
 def calibrate_clips(
-    model: Network, variables: dict, x: jax.Array, *, method: str = "mse", bits: Bits | None = None, train: bool = False
+    model: Network | GraphNetwork,
+    variables: dict,
+    x: Any,
+    *,
+    method: str = "mse",
+    bits: Bits | None = None,
+    train: bool = False,
 ) -> dict:
     """Replace every clip by one that fits the data, block after block, each seeing its predecessors quantized.
 
     Args:
-      model, variables: a network and its collections.   x: (N, H, W, C) images; a few hundred are enough.
+      model, variables: a network and its collections.   x: (N, H, W, C) images, a few hundred are enough, or a graph.
       method: of `qpde.quantizers.initial_clip`.
       bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips.
-      train: normalise by the batch's statistics; for a net whose running ones are still the starting values.
+      train: normalise by the batch's statistics; for an image net whose running ones are still the starting values.
     Returns:
       `variables` with the new clips in "params".
     """

@@ -9,7 +9,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-__all__ = ["NORM_EPSILON", "Mode", "average_pool", "batch_moments", "he_normal", "he_normals", "moments", "normalize", "row"]
+__all__ = [
+    "NORM_EPSILON",
+    "Mode",
+    "average_pool",
+    "batch_moments",
+    "he_normal",
+    "he_normals",
+    "moments",
+    "normalize",
+    "row",
+]
 
 NORM_EPSILON = 1e-5
 
@@ -37,7 +47,7 @@ def he_normal(key: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
 
 
 def he_normals(key: jax.Array, shapes: list[tuple[int, int, int, int]]) -> list[jax.Array]:
-    """`he_normal` kernels of several shapes from one draw: a random generator is slow to compile, once for each call."""
+    """`he_normal` kernels of several shapes from one draw: each draw costs compile time."""
     sizes = [math.prod(shape) for shape in shapes]
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
     kernels = []

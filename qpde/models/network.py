@@ -124,7 +124,7 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """Image classifier of qpde; make one with `qpde.models.create`, which documents the attributes."""
+    """Image classifier of qpde; make one with `qpde.models.create`; `image_network` documents the attributes."""
 
     name_of_architecture: str
     stages: tuple[tuple[Block, ...], ...]

@@ -23,7 +23,7 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
     """A network with published weights.
 
     Args:
-      name, options: of `qpde.models.create`; they must describe the network that the state belongs to (num_classes,
+      name, options: of `qpde.models.image_network`; they must describe the network of the state (num_classes,
         symmetric, ...), with `norm="separate"`.
       state: arrays by published name (`layers.S.B.conv1_weight` in OIHW, `bn1.running_var`, ...). Clips that are
         missing, as in full-precision nets, take their starting values.

@@ -1,15 +1,17 @@
-"""The networks by name, and `create`, which makes them."""
+"""The networks by name, and `create`, which makes them: image networks here, graph networks from their builders."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from qpde import stencils
 from qpde.models.blocks import NORMS, RESIDUALS, BasicBlock, Block, InvertedBlock, Smoothing, StableBlock
+from qpde.models.graph_networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
 from qpde.models.network import Network
 
-__all__ = ["ARCHITECTURES", "Architecture", "create", "names"]
+__all__ = ["ARCHITECTURES", "GRAPH_NETWORKS", "Architecture", "create", "image_network", "names"]
 
 LOOPS = ("auto", "scan", "unroll")
 LEVELS = ("uniform", "pot", "apot")
@@ -66,12 +68,34 @@ ARCHITECTURES = {
 }
 
 
+GRAPH_NETWORKS = {"pde_gcn": pde_gcn, "gcn": gcn, "gcnii": gcnii, "gat": gat}
+
+
 def names() -> tuple[str, ...]:
     """Names that `create` knows."""
-    return tuple(ARCHITECTURES)
+    return (*ARCHITECTURES, *GRAPH_NETWORKS)
 
 
-def create(
+def create(name: str, **options: Any) -> Network | GraphNetwork:
+    """A network by name, as a Flax Linen module.
+
+    Args:
+      name: one of `names()`.
+      options: of `image_network`, or for a graph network of `pde_gcn`, `gcn`, `gcnii` or `gat`. All have
+        num_classes (which must be given), weight_bits and act_bits.
+    Returns:
+      Module with `init(key, x)` and `apply(variables, x, train=..., bits=..., return_states=...)`, x being images
+      (N, H, W, C) or a `jraph.GraphsTuple`.
+    Raises:
+      ValueError: an unknown name (the message lists the valid ones) or an option out of range.
+    """
+    if name in GRAPH_NETWORKS:
+        return GRAPH_NETWORKS[name](**options)
+    _known("name", name, dict.fromkeys(names()))
+    return image_network(name, **options)
+
+
+def image_network(
     name: str,
     *,
     num_classes: int,
@@ -87,10 +111,10 @@ def create(
     loop: str = "auto",
     remat: bool = False,
 ) -> Network:
-    """A network by name, as a Flax Linen module.
+    """An image classifier of the table, as a Flax Linen module.
 
     Args:
-      name: one of `names()`.   num_classes: at least 1.
+      name: a key of `ARCHITECTURES`.   num_classes: at least 1.
       symmetric: steps x - h K^T s(K x) with one kernel, instead of two kernels and h = 1. The first block of a
         stage stays plain in ResNets and MobileNets.
       step_size: h > 0 of the symmetric steps. "auto" keeps h |D K|^2 = 1.9 by a power iteration that is carried in the
