@@ -1,13 +1,14 @@
-"""The linear maps of a step x - h K^T s(K x): convolutions K, and their exact adjoints K^T with the same kernel.
+"""The linear maps of a step x - h K^T s(K x): convolutions K and their exact adjoints K^T, with one kernel.
 
 Images are (N, H, W, C), kernels (kh, kw, C_in, C_out); depthwise kernels (kh, kw, 1, C). Every pair satisfies
-<K x, y> = <x, K^T y> for every stride, padding and dilation, so that a symmetric block stores one kernel.
+<K x, y> = <x, K^T y> for every stride, padding and dilation, so a symmetric block stores one kernel.
 
-A convolution is one trilinear form T(x, k, y) = <conv(x, k), y>, and conv, conv_adjoint and the kernel's gradient
-are its derivatives in y, x and k. Each is linear in both its arguments and has the other two as its derivatives, which
-is all that the custom rules below say. They exist because the compiler's own gradient of the kernel is slow on
-CPUs, above all inside `lax.scan` (benchmarks/operators.py); elsewhere the compiler's is used. As with every
-`custom_vjp`, reverse mode works to any order and forward mode (`jax.jvp`) does not: J v is the vjp of the vjp.
+A convolution is one trilinear form T(x, k, y) = <conv(x, k), y>; conv, conv_adjoint and the kernel's gradient are its
+derivatives in y, x and k. Each of the three is bilinear, and its own derivatives are the other two: that is all the
+custom rules below say. They exist because the compiler's own kernel gradient is slow on CPUs, above all inside
+`lax.scan` (benchmarks/operators.py). What is written for CPUs is chosen when a function is lowered for one, by
+`lax.platform_dependent`; other platforms get the compiler's convolutions. As with every `custom_vjp`, reverse mode
+works to any order and forward mode (`jax.jvp`) does not: J v is the vjp of the vjp.
 """
 
 from functools import partial
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -29,18 +31,18 @@ def conv(
 ) -> Float[Array, "n h_out w_out c_out"]:
     """Convolution K x (cross-correlation, as everywhere in deep learning).
 
-    y[n, i, j, o] = sum_{a, b, c} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, c, o], x zero outside, stride s,
-    padding p, dilation d.
+    y[n, i, j, o] = sum_{a, b, c} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, c, o], with x zero outside,
+    stride s, padding p and dilation d. Sums are kept in float32 whatever the dtype of x.
 
     Args:
-      x: images.   kernel: kh and kw odd.
+      x: images.   kernel: in x's dtype, kh and kw odd.
       stride: 1 or more.   dilation: distance of the kernel's taps, 1 or more.
-      padding: zeros on each side of both axes; None is d (k - 1) / 2 on each axis, which keeps the size at stride 1
-        and equals the usual padding=1 of a 3x3 kernel at stride 2 (XLA's "SAME" differs there).
+      padding: zeros on each side of both axes, 0 or more; None is d (k - 1) / 2 on each axis, which keeps the size
+        at stride 1 and is the usual padding=1 of a 3x3 kernel at stride 2 (XLA's "SAME" differs there).
     Returns:
       Images of height (h + 2 p - d (kh - 1) - 1) // s + 1, likewise the width, in x's dtype.
     Raises:
-      ValueError: an even kernel, a stride, padding or dilation out of range, or a kernel larger than the padded image.
+      ValueError: an even kernel; a stride, padding or dilation out of range; a kernel larger than the padded image.
     """
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
     return _conv(form, x, kernel)
@@ -55,15 +57,15 @@ def conv_adjoint(
     dilation: int = 1,
     size: tuple[int, int] | None = None,
 ) -> Float[Array, "n h w c_in"]:
-    """Adjoint K^T y of `conv` with the same kernel and options: <conv(x), y> = <x, conv_adjoint(y)> for all x, y.
+    """Adjoint K^T y of `conv` with the same kernel and options: <conv(x), y> = <x, conv_adjoint(y)>.
 
     At stride 1 it is the convolution with the flipped, channel-swapped kernel and padding d (k - 1) - p; at a larger
     stride, that of y with s - 1 zeros between its pixels.
 
     Args:
       y: images in the range of `conv`.   kernel, stride, padding, dilation: as given to `conv`.
-      size: height and width of x. At stride 1 it follows from y; at a larger stride several sizes share one y and it
-        must be given.
+      size: height and width of x. At stride 1 it follows from y's; at a larger stride several sizes of x share one
+        of y, and it must be given.
     Returns:
       Images of that size, in y's dtype.
     Raises:
@@ -83,7 +85,7 @@ def depthwise(
 ) -> Float[Array, "n h_out w_out c"]:
     """Depthwise convolution: every channel with a kernel of its own, as a sum of shifted products.
 
-    y[n, i, j, c] = sum_{a, b} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, 0, c], the products of one pass over x.
+    y[n, i, j, c] = sum_{a, b} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, 0, c], all taps in one pass over x.
 
     Args, Returns, Raises: as `conv`.
     """
@@ -121,7 +123,7 @@ class _Form(NamedTuple):
     @property
     def reach(self) -> tuple[int, int]:
         """Distance from the kernel's first tap to its last."""
-        return tuple(self.dilation * (k - 1) for k in self.taps)
+        return _reach(self.taps, self.dilation)
 
     @property
     def conv_padding(self) -> list[tuple[int, int]]:
@@ -135,20 +137,24 @@ class _Form(NamedTuple):
         return [(r - low, r - high) for r, (low, high) in zip(self.reach, self.conv_padding, strict=True)]
 
 
+def _reach(taps, dilation):
+    return tuple(dilation * (k - 1) for k in taps)
+
+
 def _form(size, kernel, stride, padding, dilation) -> _Form:
     taps = kernel.shape[:2]
     if any(k % 2 == 0 for k in taps):
-        raise ValueError(f"`kernel` has even size {taps}; use odd sizes (pad the kernel with a row or column of zeros)")
+        raise ValueError(f"`kernel` has even size {taps}; odd sizes are needed, pad it with a row or column of zeros")
     if stride < 1 or dilation < 1:
         raise ValueError(f"`stride` (={stride}) and `dilation` (={dilation}) must be at least 1")
     if padding is not None and padding < 0:
         raise ValueError(f"`padding` (={padding}) must be at least 0; crop the image instead")
-    reach = tuple(dilation * (k - 1) for k in taps)
+    reach = _reach(taps, dilation)
     pads = tuple(r // 2 if padding is None else padding for r in reach)
     if any(n + 2 * p <= r for n, p, r in zip(size, pads, reach, strict=True)):
         raise ValueError(
-            f"the kernel spans {tuple(r + 1 for r in reach)} pixels, more than the image of {tuple(size)} padded by "
-            f"{pads}; use a larger image or more `padding`"
+            f"the kernel spans {tuple(r + 1 for r in reach)} pixels, more than the image of {tuple(size)} padded "
+            f"by {pads}; use a larger image or more `padding`"
         )
     size_out = tuple((n + 2 * p - r - 1) // stride + 1 for n, p, r in zip(size, pads, reach, strict=True))
     return _Form(tuple(size), size_out, taps, pads, stride, dilation)
@@ -157,8 +163,8 @@ def _form(size, kernel, stride, padding, dilation) -> _Form:
 def _adjoint_form(size_out, kernel, stride, padding, dilation, size) -> _Form:
     if size is None:
         if stride != 1:
-            raise ValueError(f"`stride` (={stride}) above 1 needs `size`, the height and width of conv's input")
-        reach = [dilation * (k - 1) for k in kernel.shape[:2]]
+            raise ValueError(f"`stride` (={stride}) above 1 needs `size`, height and width of the adjoint's result")
+        reach = _reach(kernel.shape[:2], dilation)
         size = [m + r - 2 * (r // 2 if padding is None else padding) for m, r in zip(size_out, reach, strict=True)]
     form = _form(size, kernel, stride, padding, dilation)
     if form.size_out != tuple(size_out):
@@ -167,26 +173,20 @@ def _adjoint_form(size_out, kernel, stride, padding, dilation, size) -> _Form:
 
 
 def _trilinear(conv, adjoint, kernel_gradient):
-    """Ties three maps (form, a, b) -> c of one trilinear form together: each is the derivative of the other two."""
+    """Ties three maps (form, a, b) -> c of one trilinear form together: each is the derivative of the others."""
     # jit: called eagerly, each compiles once per form and shape rather than operation by operation.
     conv, adjoint, kernel_gradient = (
         jax.custom_vjp(jax.jit(f, static_argnums=0, inline=True), nondiff_argnums=(0,))
         for f in (conv, adjoint, kernel_gradient)
     )
 
-    def linear(f, gradient_a, gradient_b):
-        def forward(form, a, b):
-            return f(form, a, b), (a, b)
+    def bilinear(f, gradients):
+        f.defvjp(lambda form, a, b: (f(form, a, b), (a, b)), lambda form, ab, c: gradients(form, *ab, c))
 
-        def backward(form, residuals, c):
-            return gradient_a(form, *residuals, c), gradient_b(form, *residuals, c)
-
-        f.defvjp(forward, backward)
-
-    linear(conv, lambda form, x, k, y: adjoint(form, y, k), lambda form, x, k, y: kernel_gradient(form, x, y))
-    linear(adjoint, lambda form, y, k, x: conv(form, x, k), lambda form, y, k, x: kernel_gradient(form, x, y))
-    linear(kernel_gradient, lambda form, x, y, k: adjoint(form, y, k), lambda form, x, y, k: conv(form, x, k))
-    return conv, adjoint, kernel_gradient
+    bilinear(conv, lambda form, x, k, y: (adjoint(form, y, k), kernel_gradient(form, x, y)))
+    bilinear(adjoint, lambda form, y, k, x: (conv(form, x, k), kernel_gradient(form, x, y)))
+    bilinear(kernel_gradient, lambda form, x, y, k: (adjoint(form, y, k), conv(form, x, k)))
+    return conv, adjoint
 
 
 def _full_conv(form, x, kernel):
@@ -199,37 +199,35 @@ def _full_adjoint(form, y, kernel):
 
 
 def _full_kernel_gradient(form, x, y):
-    return lax.platform_dependent(
-        x, y, cpu=partial(_kernel_gradient_by_dots, form), default=partial(_kernel_gradient_by_conv, form)
-    )
+    by_dots, by_conv = partial(_kernel_gradient_by_dots, form), partial(_kernel_gradient_by_conv, form)
+    return lax.platform_dependent(x, y, cpu=by_dots, default=by_conv)
 
 
 def _correlate(x, kernel, padding, *, stride=1, spread=1, dilation=1):
-    """The compiler's convolution; on CPUs, where its product is too narrow, several output pixels at a time."""
-    taps, c_in, c_out = kernel.shape[1], *kernel.shape[2:]
+    """The compiler's convolution; on CPUs several output pixels at a time where its product would be narrow."""
+    taps, c_in, c_out = kernel.shape[1:]
     width = x.shape[2] + sum(padding[1]) - taps + 1
-    pixels = next(q for q in (4, 2, 1) if q * c_out <= 32 and width % q == 0) if c_out < 32 else 1
+    pixels = next((q for q in (4, 2) if q * c_out <= 32 and width % q == 0), 1)
 
-    def plain(x, kernel, step=1):
+    def plain(x, kernel, pixels=1):
         y = lax.conv_general_dilated(
             x,
             kernel,
-            window_strides=(stride, step * stride),
+            window_strides=(stride, pixels * stride),
             padding=padding,
             lhs_dilation=(spread, spread),
             rhs_dilation=(dilation, dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=_wide(x),
         )
         return y.astype(x.dtype)
 
     def several_pixels(x, kernel):
-        """Neighbours along W share one patch: the kernel shifted to each of them stands beside itself."""
-        missing = -c_in % 4  # the compiler reads patches by vectors of 4 channels, others one by one
+        """Neighbours along W share a patch: the kernel, shifted to each of them, stands beside itself."""
+        missing = -c_in % 4  # patches of 4, 8, ... channels are gathered by vectors, others one by one
         x = jnp.pad(x, [(0, 0)] * 3 + [(0, missing)])
-        kernel = jnp.pad(kernel, [(0, 0)] * 2 + [(0, missing), (0, 0)])
-        shifted = [jnp.pad(kernel, [(0, 0), (i, pixels - 1 - i), (0, 0), (0, 0)]) for i in range(pixels)]
-        y = plain(x, jnp.concatenate(shifted, axis=-1), step=pixels)
+        shifted = [jnp.pad(kernel, [(0, 0), (i, pixels - 1 - i), (0, missing), (0, 0)]) for i in range(pixels)]
+        y = plain(x, jnp.concatenate(shifted, axis=-1), pixels)
         return y.reshape(*y.shape[:2], width, c_out)
 
     if pixels == 1 or taps == 1 or (stride, spread, dilation) != (1, 1, 1):
@@ -246,74 +244,104 @@ def _kernel_gradient_by_conv(form, x, y):
         padding=form.conv_padding,
         rhs_dilation=(form.stride,) * 2,
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=_wide(x),
     )
     return kernel.astype(x.dtype)
 
 
 def _kernel_gradient_by_dots(form, x, y):
-    """One matrix product over the pixels of a few images at a time, as many as stay in cache.
+    """Matrix products over the pixels of a few images at a time.
 
-    The taps stand side by side as columns, so that the product is wide enough for the core: at stride 1 those along H
-    in x and those along W in y (6 copies for 9 taps), else all in x, which meets few of its pixels per tap.
+    The taps stand side by side as columns, so that the products are wide: at stride 1 the taps along H in x and
+    those along W in y, 6 copies for 9 taps; else all in x, of which each tap then meets only a part.
     """
-    kh, kw = form.taps
-    c_in, c_out = x.shape[-1], y.shape[-1]
-    columns = (kh * c_in + kw * c_out) if form.stride == 1 else (kh * kw * c_in + c_out)
-    pixels = max(512, 200_000 // columns)
-    images = max(1, pixels // (form.size_out[0] * form.size_out[1]))
-    images = next(i for i in range(min(images, len(x)), 0, -1) if len(x) % i == 0)
+    (kh, kw), c_in, c_out = form.taps, x.shape[-1], y.shape[-1]
+    split = form.stride == 1
+    columns_x, columns_y = (kh * c_in, kw * c_out) if split else (kh * kw * c_in, c_out)
 
     def product(x, y):
-        if form.stride == 1:
-            x = jnp.concatenate(list(_windows(_pad(x, form.conv_padding[0], (0, 0)), (kh, 1), (form.size_out[0], form.size[1]), 1, form.dilation)), axis=-1)
-            y = jnp.concatenate(list(_windows(_pad(y, (0, 0), form.adjoint_padding[1]), (1, kw), (form.size_out[0], form.size[1]), 1, form.dilation))[::-1], axis=-1)
+        if split:
+            rows, size = form.conv_padding[0], (form.size_out[0], form.size[1])
+            x = _windows(_pad(x, [rows, (0, 0)]), (kh, 1), size, dilation=form.dilation)
+            y = _windows(_pad(y, [(0, 0), form.adjoint_padding[1]]), (1, kw), size, dilation=form.dilation)[::-1]
         else:
-            x = jnp.concatenate(list(_shifts(form, x)), axis=-1)
-        return lax.dot_general(
-            x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+            x, y = _shifts(form, x), [y]
+        x, y = (jnp.concatenate(a, axis=-1).reshape(-1, c) for a, c in ((x, columns_x), (y, columns_y)))
+        return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=_wide(x))
 
-    blocks = [a.reshape(-1, images, *a.shape[1:]) for a in (x, y)]
-    start = jnp.zeros((kh * c_in * (1 if form.stride == 1 else kw), kw * c_out if form.stride == 1 else c_out))
-    total = lax.scan(lambda total, block: (total + product(*block), None), start, blocks)[0]
-    split = total.reshape(kh, -1, c_in, kw if form.stride == 1 else 1, c_out)
-    return split.swapaxes(2, 3).reshape(kh, kw, c_in, c_out).astype(x.dtype)
+    total = _sum_over_blocks(product, x, y, pixels=max(512, 200_000 // (columns_x + columns_y)))
+    by_tap = total.reshape(kh, -1, c_in, columns_y // c_out, c_out).swapaxes(2, 3)
+    return by_tap.reshape(kh, kw, c_in, c_out).astype(x.dtype)
 
 
-def _pad(x, high_low_h, high_low_w, interior=0):
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (*high_low_h, interior), (*high_low_w, interior), (0, 0, 0)])
+def _sum_over_blocks(f, x, y, *, pixels):
+    """Sum of f over blocks of images with about so many output pixels, few enough to stay in the core's cache."""
+    images = max(1, pixels // (y.shape[1] * y.shape[2]))
+    images = next((i for i in range(min(images, len(x)), 0, -1) if len(x) % i == 0), 1)
+    blocks = [a.reshape(len(x) // images, images, *a.shape[1:]) for a in (x, y)]
+    start = jnp.zeros_like(jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks)))
+    return lax.scan(lambda total, block: (total + f(*block), None), start, blocks)[0]
+
+
+def _depthwise_conv(form, x, kernel):
+    return _sum_of_products(_shifts(form, x), kernel)
+
+
+def _depthwise_transpose(form, y, kernel):
+    y = _pad(y, form.adjoint_padding, between=form.stride - 1)
+    return _sum_of_products(_windows(y, form.taps, form.size, dilation=form.dilation)[::-1], kernel)
+
+
+def _sum_of_products(images, kernel):
+    wide = _wide(kernel)
+    weights = kernel.astype(wide).reshape(-1, 1, 1, 1, kernel.shape[-1])
+    return sum(x.astype(wide) * k for x, k in zip(images, weights, strict=True)).astype(kernel.dtype)
+
+
+def _depthwise_kernel_gradient(form, x, y):
+    c, wide = x.shape[-1], _wide(x)
+
+    def products(x, y):
+        return [s.astype(wide) * y.astype(wide) for s in _shifts(form, x)]
+
+    def by_sums(x, y):
+        return jnp.stack([jnp.sum(p, axis=(0, 1, 2)) for p in products(x, y)])
+
+    def by_dots(x, y):
+        # A product with ones is the one sum over pixels that the compiler does at the speed of the cache.
+        ones = jnp.ones((1, y.size // c), wide)
+        return jnp.concatenate([ones @ p.reshape(-1, c) for p in products(x, y)])
+
+    def by_blocks(x, y):
+        return _sum_over_blocks(by_dots, x, y, pixels=400_000 // c)
+
+    kernel = lax.platform_dependent(x, y, cpu=by_blocks, default=by_sums)
+    return kernel.reshape(*form.taps, 1, c).astype(x.dtype)
 
 
 def _shifts(form, x):
     """The pixels of x that each tap of the kernel meets, tap by tap."""
-    return _windows(_pad(x, *form.conv_padding), form.taps, form.size_out, form.stride, form.dilation)
+    return _windows(_pad(x, form.conv_padding), form.taps, form.size_out, form.stride, form.dilation)
 
 
-def _windows(x, taps, size, stride, dilation):
-    n, _, _, c = x.shape
-    for a in range(taps[0]):
-        for b in range(taps[1]):
-            i, j = a * dilation, b * dilation
-            end = (n, i + stride * (size[0] - 1) + 1, j + stride * (size[1] - 1) + 1, c)
-            yield lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1))
+def _windows(x, taps, size, stride=1, dilation=1):
+    """For each tap the pixels of x it meets, `size` of them, when the first tap starts in the corner."""
+    windows = []
+    for i, j in np.ndindex(*taps):
+        start = (dilation * i, dilation * j)
+        stop = [s + stride * (m - 1) + 1 for s, m in zip(start, size, strict=True)]
+        windows.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[3]), (1, stride, stride, 1)))
+    return windows
 
 
-def _depthwise_conv(form, x, kernel):
-    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
-    return sum(s * w for s, w in zip(_shifts(form, x), weights, strict=True))
+def _pad(x, padding, between=0):
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, between) for p in padding), (0, 0, 0)])
 
 
-def _depthwise_transpose(form, y, kernel):
-    y = _pad(y, *form.adjoint_padding, form.stride - 1)
-    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])[::-1]
-    return sum(s * w for s, w in zip(_windows(y, form.taps, form.size, 1, form.dilation), weights, strict=True))
+def _wide(x):
+    """The dtype of sums: float32 at least."""
+    return x.dtype if x.dtype.itemsize > 4 else jnp.float32
 
 
-def _depthwise_kernel_gradient(form, x, y):
-    taps = [jnp.sum(s * y, axis=(0, 1, 2), dtype=jnp.float32) for s in _shifts(form, x)]
-    return jnp.stack(taps).reshape(*form.taps, 1, x.shape[-1]).astype(x.dtype)
-
-
-_conv, _conv_adjoint, _ = _trilinear(_full_conv, _full_adjoint, _full_kernel_gradient)
-_depthwise, _depthwise_adjoint, _ = _trilinear(_depthwise_conv, _depthwise_transpose, _depthwise_kernel_gradient)
+_conv, _conv_adjoint = _trilinear(_full_conv, _full_adjoint, _full_kernel_gradient)
+_depthwise, _depthwise_adjoint = _trilinear(_depthwise_conv, _depthwise_transpose, _depthwise_kernel_gradient)

@@ -63,11 +63,11 @@ def any_case(draw):
 def operands(case, kind, seed=0, dtype=jnp.float32, channels=(3, 5)):
     """x, kernel and a y in the range of the convolution."""
     c_in, c_out = channels if kind == "full" else (channels[1], channels[1])
-    keys = jax.random.split(jax.random.key(seed), 3)
-    x = jax.random.normal(keys[0], (2, *case.size, c_in), dtype)
-    kernel = jax.random.normal(keys[1], (*case.taps, c_in if kind == "full" else 1, c_out), dtype)
-    shape = jax.eval_shape(partial(reference, case), x, kernel).shape
-    return x, kernel, jax.random.normal(keys[2], shape, dtype)
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, *case.size, c_in), np.float32)
+    kernel = rng.standard_normal((*case.taps, c_in if kind == "full" else 1, c_out), np.float32)
+    y = rng.standard_normal(jax.eval_shape(partial(reference, case), x, kernel).shape, np.float32)
+    return tuple(jnp.asarray(a, dtype) for a in (x, kernel, y))
 
 
 def reference(case, x, kernel):
@@ -98,12 +98,12 @@ def close(actual, desired, *, of=None):
 
 def test_conv_is_the_textbook_sum():
     case = Case(size=(6, 5), stride=2, padding=1, dilation=2)
-    x, kernel, y = (np.asarray(a) for a in operands(case, "full"))
+    x, kernel, y = operands(case, "full")
     padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    expected = np.zeros_like(y)
+    expected = np.zeros(y.shape, np.float32)
     for i, j in np.ndindex(y.shape[1:3]):
         for a, b in np.ndindex(case.taps):
-            expected[:, i, j] += padded[:, 2 * i + 2 * a, 2 * j + 2 * b] @ kernel[a, b]
+            expected[:, i, j] += padded[:, 2 * i + 2 * a, 2 * j + 2 * b] @ np.asarray(kernel[a, b])
     close(conv(x, kernel, **case.options), expected)
 
 
@@ -136,13 +136,14 @@ def test_values_and_gradients_equal_the_compilers(case, kind):
 @given(case=any_case(), seed=st.integers(0, 1000), scale=st.sampled_from([1e-6, 1.0, 1e6]))
 def test_adjoint_moves_across_the_inner_product(kind, case, seed, scale):
     x, kernel, y = operands(case, kind, seed)
-    x = x * scale
+    x = x * np.float32(scale)
     forward, adjoint = pair(case, kind)
     left = forward(x, kernel)
     right = adjoint(y, kernel)
     assert left.shape == y.shape
     assert right.shape == x.shape
-    close(jnp.vdot(left, y), jnp.vdot(x, right), of=jnp.linalg.norm(left) * jnp.linalg.norm(y) + scale)
+    left, right, x, y = (np.asarray(a, np.float64) for a in (left, right, x, y))
+    close(np.vdot(left, y), np.vdot(x, right), of=np.linalg.norm(left) * np.linalg.norm(y))
 
 
 @kinds
@@ -218,9 +219,8 @@ def test_gradients_inside_scan_equal_unrolled(kind):
             x = step(x, kernel)
         return jnp.vdot(x, y)
 
-    for actual, desired in zip(
-        jax.jit(jax.grad(scanned, (0, 1)))(x, kernels), jax.jit(jax.grad(unrolled, (0, 1)))(x, kernels), strict=True
-    ):
+    ours, theirs = (jax.jit(jax.grad(f, (0, 1)))(x, kernels) for f in (scanned, unrolled))
+    for actual, desired in zip(ours, theirs, strict=True):
         close(actual, desired)
 
 
@@ -244,13 +244,12 @@ def test_bfloat16_stays_bfloat16_and_sums_in_float32(kind):
 def test_kernel_gradient_is_chosen_by_platform_when_lowered():
     x, kernel, y = operands(Case(), "full", channels=(16, 16))
     gradient = jax.jit(lambda x, y: jax.vjp(lambda k: conv(x, k), kernel)[1](y)[0])
-    traced = gradient.trace(x, y)
-    cpu, cuda = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
+    cpu, cuda = (gradient.trace(x, y).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
     assert "stablehlo.convolution" not in cpu
     assert "stablehlo.dot_general" in cpu
     assert "stablehlo.convolution" in cuda
     assert "stablehlo.dot_general" not in cuda
-    assert "stablehlo.case" not in cpu + cuda
+    assert "conditional" not in gradient.lower(x, y).compile().as_text()  # the choice costs nothing at run time
 
 
 @cases
@@ -260,6 +259,20 @@ def test_both_platforms_kernel_gradients_are_equal(case):
     rules = (operators._kernel_gradient_by_dots, operators._kernel_gradient_by_conv)
     by_dots, by_conv = (jax.jit(partial(rule, form))(x, y) for rule in rules)
     close(by_dots, by_conv)
+
+
+@kinds
+def test_an_empty_batch_has_zero_kernel_gradient(kind):
+    x, kernel, y = operands(Case(), kind)
+    gradient = jax.vjp(lambda k: pair(Case(), kind)[0](x[:0], k), kernel)[1](y[:0])[0]
+    close(gradient, jnp.zeros_like(kernel))
+
+
+def test_blocks_of_images_sum_to_the_whole_batch():
+    x = jax.random.normal(jax.random.key(0), (12, 32, 32, 16))  # 12 images in 6 blocks
+    kernel, y = jnp.zeros((3, 3, 16, 16)), x[:, ::-1]
+    ours, theirs = (jax.vjp(partial(f, x), kernel)[1](y)[0] for f in (conv, partial(reference, Case())))
+    close(ours, theirs)
 
 
 IMAGE, KERNEL = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
@@ -274,7 +287,7 @@ IMAGE, KERNEL = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
         (lambda: depthwise(IMAGE, KERNEL, padding=-1), r"`padding` \(=-1\)"),
         (lambda: conv(IMAGE, KERNEL, padding=0, dilation=2), r"spans \(5, 5\) pixels"),
         (lambda: conv_adjoint(IMAGE, KERNEL, stride=2), r"`stride` \(=2\) above 1 needs `size`"),
-        (lambda: depthwise_adjoint(IMAGE, KERNEL, stride=2, size=(9, 8)), r"`size` \(=\(9, 8\)\) is mapped to \(5, 4\)"),
+        (lambda: depthwise_adjoint(IMAGE, KERNEL, stride=2, size=(9, 8)), r"`size` \(=\(9, 8\)\) .* \(5, 4\)"),
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(call, message):
