@@ -1,8 +1,7 @@
 """python -m train run configs/cifar10_resnet20.py --data-dir FOLDER
 
-Symmetric and plain resnet20 with 4-bit weights and activations on CIFAR-10, and the symmetric one whose shortcut is
-not rounded. `--recipe fast` (the default) takes 6 epochs in one cycle, `--recipe published` the 200 epochs of the
-paper.
+Symmetric and plain resnet20 with 4-bit weights and activations on CIFAR-10. `--recipe fast` (the default) takes
+6 epochs in one cycle, `--recipe published` the 200 epochs of the paper.
 """
 
 from dataclasses import replace
@@ -11,11 +10,7 @@ from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
 
 published = Experiment(
     name="cifar10_resnet20_published",
-    variants=(
-        Variant("symmetric", {"symmetric": True}),
-        Variant("plain", {"symmetric": False}),
-        Variant("precise", {"symmetric": True, "residual": "precise"}),
-    ),
+    variants=(Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
     data=Data("cifar10", crop_padding=4, flip=True),
     model=Model("resnet20", weight_bits=4, act_bits=4),
     optimizer=Optimizer(learning_rate=0.1, schedule="cosine", momentum=0.9, weight_decay=1e-4),

@@ -10,7 +10,11 @@ from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
 recipes = {
     "fast": Experiment(
         name="digits",
-        variants=(Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
+        variants=(
+            Variant("symmetric", {"symmetric": True}),
+            Variant("plain", {"symmetric": False}),
+            Variant("non-expansive", {"symmetric": True, "norm": "spectral", "residual": "precise"}),
+        ),
         data=Data("digits", size=16, crop_padding=1, flip=False),
         model=Model("resnet20", weight_bits=4, act_bits=4),
         optimizer=Optimizer(

@@ -64,11 +64,11 @@ def stack_batches(split: Split, batch_size: int) -> Split:
 
 
 def normalized_batches(
-    images: Images, split: Split, *, batch_size: int, limit: int | None = None
+    images: Images, split: Split, *, batch_size: int
 ) -> Iterator[tuple[Float[Array, "n h w c"], Int[Array, " n"]]]:
-    """(network input, labels) of a split in order: all, the last batch smaller, or the first `limit` full ones."""
+    """(network input, labels) of a split in order, the last batch smaller."""
     normalize = jax.jit(images.normalize)
-    count = len(split.labels) if limit is None else min(limit, len(split.labels) // batch_size) * batch_size
+    count = len(split.labels)
     for start in range(0, count, batch_size):
         part = slice(start, min(start + batch_size, count))
         yield normalize(split.images[part]), jnp.asarray(split.labels[part], jnp.int32)

@@ -29,7 +29,7 @@ from train.step import make_epoch_step, make_evaluate, make_train_step
 _RANDOM = "rbg"
 """XLA's own generator: with JAX's default one, compiling the initialisation of resnet20 takes four times as long."""
 
-_STATISTICS_BATCHES = 16
+_STATISTICS_BATCHES = 32
 """Training batches over which batch statistics are estimated again at the end."""
 
 
@@ -157,8 +157,15 @@ class Training:
         return make_evaluate(self.model, self.images.normalize)
 
     def _training_batches(self, *, limit: int):
-        size = self.experiment.batch_size
-        return normalized_batches(self.images, self.images.train, batch_size=size, limit=limit)
+        """The first training batches, varied as in training: statistics of images without the variation are of another
+        distribution than the network learned on, which cost resnet20 on CIFAR-10 four points of accuracy.
+        """
+        size, train = self.experiment.batch_size, self.images.train
+        prepare = jax.jit(make_prepare(self.experiment.data, self.images))
+        for i in range(min(limit, len(train.labels) // size)):
+            part = slice(i * size, (i + 1) * size)
+            key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=_RANDOM), i)
+            yield prepare(key, jnp.asarray(train.images[part])), jnp.asarray(train.labels[part], jnp.int32)
 
 
 def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qpde.bits import Bits
 from qpde.models.blocks import DEPTHWISE_BITS, Block, is_depthwise
@@ -101,7 +102,7 @@ def summary(model: Network, image_shape: tuple[int, int, int], *, bits: Bits | N
 
 def _block(name: str, block: Block, parameters: int, size: tuple[int, int], bits: Bits, index: int) -> Row:
     weights, activations = (
-        32 if v is None else int(v if jnp.ndim(v) == 0 else v[index]) for v in (bits.weights, bits.activations)
+        32 if v is None else int(v if np.ndim(v) == 0 else v[index]) for v in (bits.weights, bits.activations)
     )
     macs = block.macs(*size)
     shapes = block.kernel_shapes()
