@@ -15,6 +15,7 @@ test: lint
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
 
 # One question per file; each prints ratios measured side by side in one process.
 bench: $(VENV)/.bench

@@ -47,9 +47,7 @@ def numpy_step(x, gamma2):
 def candidates(x):
     """name -> (call without arguments, steps or iterations in it)."""
     kinds = ("isotropic", "anisotropic", "huber", "linear", "perona_malik_1")
-    steps = {
-        kind: partial(tv_step, gamma2=max_stable_step(eps=EPS, kind=kind), eps=EPS, kind=kind) for kind in kinds
-    }
+    steps = {kind: partial(tv_step, gamma2=max_stable_step(eps=EPS, kind=kind), eps=EPS, kind=kind) for kind in kinds}
     tight = {"gamma2": max_stable_step(eps=EPS), "eps": EPS}
     steps |= {
         "isotropic, periodic": partial(tv_step, boundary="periodic", **tight),

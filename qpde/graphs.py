@@ -232,9 +232,7 @@ def tv_step(
         gamma2 = jnp.clip(gamma2, 0.0, bound)
     scale = normalize(graph) if scale is None else scale
     g = gradient(graph, x, kind=kind, scale=scale)
-    return x + gamma2 * divergence(
-        graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale
-    )
+    return x + gamma2 * divergence(graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale)
 
 
 def largest_eigenvalue_bound(

@@ -129,9 +129,7 @@ def rk4(f: Field, state: State, params: Params, step_size: StepSize) -> State:
     return _descend(state, step_size, slope)
 
 
-def leapfrog(
-    f: Field, state: tuple[State, State], params: Params, step_size: StepSize
-) -> tuple[State, State]:
+def leapfrog(f: Field, state: tuple[State, State], params: Params, step_size: StepSize) -> tuple[State, State]:
     """Leap-frog (Störmer-Verlet) for the wave equation x'' = -f(x), order 2.
 
     x_{j+1} = 2 x_j - x_{j-1} - h^2 f(x_j).
@@ -155,9 +153,7 @@ def leapfrog(
     return after, x
 
 
-def hamiltonian(
-    f: Field, g: Field, state: tuple[State, Any], params: Params, step_size: StepSize
-) -> tuple[State, Any]:
+def hamiltonian(f: Field, g: Field, state: tuple[State, Any], params: Params, step_size: StepSize) -> tuple[State, Any]:
     """Symplectic Euler for the pair y' = -f(z), z' = -g(y), order 1 (Hairer, Lubich and Wanner, 2006, VI.3).
 
     y_{j+1} = y_j - h f(z_j),   z_{j+1} = z_j - h g(y_{j+1}).

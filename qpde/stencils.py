@@ -49,9 +49,7 @@ Image: TypeAlias = Float[Array | np.ndarray, "*batch height width channels"]
 VectorField: TypeAlias = Float[Array | np.ndarray, "*batch height width channels 2"]
 
 
-def gradient(
-    x: Image, *, boundary: str = "neumann"
-) -> Float[Array, "*batch height width channels 2"]:
+def gradient(x: Image, *, boundary: str = "neumann") -> Float[Array, "*batch height width channels 2"]:
     """Forward differences, (D x)_H = x[i+1, j] - x[i, j] and (D x)_W = x[i, j+1] - x[i, j].
 
     Behind the last row and column lies the same value again ("neumann", the difference is 0), the first one
@@ -72,9 +70,7 @@ def gradient(
     return jnp.stack([along_h[..., 1:, 1:, :], along_w[..., 1:, 1:, :]], axis=-1)
 
 
-def divergence(
-    p: VectorField, *, boundary: str = "neumann"
-) -> Float[Array, "*batch height width channels"]:
+def divergence(p: VectorField, *, boundary: str = "neumann") -> Float[Array, "*batch height width channels"]:
     """Minus the exact adjoint of `gradient`: <D x, p> = <x, -div p> for all x and p.
 
     div p = p_H[i, j] - p_H[i-1, j] + p_W[i, j] - p_W[i, j-1], where nothing flows in before the first row and column

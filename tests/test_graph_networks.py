@@ -291,9 +291,7 @@ def test_sparse_features_give_what_dense_ones_give():
     dense = graph._replace(nodes=sparse.nodes.todense())
     close(jax.jit(model.apply)(variables, sparse), model.apply(variables, dense))
     # Dropout of a sparse matrix: entries that are there are kept or scaled, and none is added.
-    first, second = (
-        model.apply(variables, sparse, train=True, rngs={"dropout": jax.random.key(i)}) for i in range(2)
-    )
+    first, second = (model.apply(variables, sparse, train=True, rngs={"dropout": jax.random.key(i)}) for i in range(2))
     assert bool(jnp.isfinite(first).all())
     assert float(jnp.abs(first - second).max()) > 0
 

@@ -151,6 +151,7 @@ def test_bits_of_the_call_override_those_of_the_model():
 
 def test_one_value_per_block_equals_the_same_scalar_and_sets_single_blocks():
     model, variables = make(weight_bits=4, act_bits=4)
+
     def run(bits):
         return apply(model, variables, images(), bits=bits, return_states=True)[1]
 

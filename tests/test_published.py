@@ -52,8 +52,12 @@ def test_no_more_than_one_code_in_a_hundred_flips(net):
         assert model.act_bits is None
         return
     _, states = jax.jit(lambda v, x: model.apply(v, x, return_states=True))(variables, x)
-    clips = [c for s in range(3) for g in sorted(variables["params"][f"stage{s}"])
-             for c in variables["params"][f"stage{s}"][g]["act_clips"][:, 0]]
+    clips = [
+        c
+        for s in range(3)
+        for g in sorted(variables["params"][f"stage{s}"])
+        for c in variables["params"][f"stage{s}"][g]["act_clips"][:, 0]
+    ]
     flipped = total = 0
     for i, state in enumerate(states[:-1]):
         clip = float(clips[i + 1])

@@ -68,9 +68,7 @@ def compiled_step(kind, boundary):
 
 @cache
 def compiled_implicit_step(kind, boundary):
-    return jax.jit(
-        lambda x, gamma2, eps: implicit_step(x, gamma2=gamma2, eps=eps, kind=kind, boundary=boundary)
-    )
+    return jax.jit(lambda x, gamma2, eps: implicit_step(x, gamma2=gamma2, eps=eps, kind=kind, boundary=boundary))
 
 
 def random_image(seed, shape, scale=1.0):
@@ -79,8 +77,6 @@ def random_image(seed, shape, scale=1.0):
     checkerboard = np.indices(shape[-3:-1]).sum(axis=0)[..., None] % 2 * 2 - 1
     background = [0, checkerboard, rng.integers(-2, 3, shape)][seed % 3]
     return scale * (background + 10.0 ** rng.uniform(-3, 0) * rng.standard_normal(shape))
-
-
 
 
 def cases(check):

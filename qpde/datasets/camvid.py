@@ -55,9 +55,7 @@ def _read_split(folder: Path) -> Split:
     if not images:
         raise FileNotFoundError(f"{folder} has no images (.jpg or .png)")
     if unpaired := sorted(images.keys() ^ maps.keys()):
-        raise FileNotFoundError(
-            f"{len(unpaired)} files have no partner in {folder} or {labelled}, first {unpaired[0]}"
-        )
+        raise FileNotFoundError(f"{len(unpaired)} files have no partner in {folder} or {labelled}, first {unpaired[0]}")
     names = sorted(images)
     pixels = _stack([images[name] for name in names], mode="RGB")
     labels = _stack([maps[name] for name in names], mode="L")
@@ -86,7 +84,5 @@ def _stack(paths: list[Path], *, mode: str) -> np.ndarray:
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} cannot be decoded: {error}") from error
         if arrays[-1].shape != arrays[0].shape:
-            raise ValueError(
-                f"{path} has size {arrays[-1].shape[:2]}, others in its folder {arrays[0].shape[:2]}"
-            )
+            raise ValueError(f"{path} has size {arrays[-1].shape[:2]}, others in its folder {arrays[0].shape[:2]}")
     return np.stack(arrays)

@@ -112,9 +112,7 @@ def random_split(
     rank = _rank_in_class(graph.labels[order])
     counts = np.bincount(graph.labels[order], minlength=graph.num_classes)
     if counts.min() < labels_per_class:
-        raise ValueError(
-            f"class {counts.argmin()} has {counts.min()} labelled nodes, fewer than {labels_per_class=}"
-        )
+        raise ValueError(f"class {counts.argmin()} has {counts.min()} labelled nodes, fewer than {labels_per_class=}")
     train, rest = order[rank < labels_per_class], order[rank >= labels_per_class]
     if len(rest) < validation + test:
         raise ValueError(

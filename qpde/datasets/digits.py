@@ -34,9 +34,7 @@ def load_digits(*, size: int = 16, seed: int = 0) -> Images:
         raise ValueError(f"`size` (={size}) must be 8, 16 or 32")
     pixels, labels = _read_digits()
     images = np.round(_enlarge(pixels, size) * (255 / 16)).astype(np.uint8)[..., None]
-    train, validation, test = (
-        Split(images[part], labels[part]) for part in stratified_parts(labels, SIZES, seed=seed)
-    )
+    train, validation, test = (Split(images[part], labels[part]) for part in stratified_parts(labels, SIZES, seed=seed))
     mean, std = channel_statistics(train.images)
     classes = tuple(str(digit) for digit in range(10))
     return Images(train=train, validation=validation, test=test, classes=classes, mean=mean, std=std)

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from qpde import operators, quantizers, stability, stencils
 from qpde.bits import Bits
@@ -102,7 +103,7 @@ class Block:
         """(H', W') that the block makes of (H, W)."""
         return -(-height // self.stride), -(-width // self.stride)
 
-    def init(self, key: jax.Array) -> tuple[dict, dict]:
+    def init(self, key: PRNGKeyArray) -> tuple[dict, dict]:
         """Parameters (He normal kernels, unit norms, the published clips) and batch statistics of one block."""
         shapes = self.kernel_shapes()
         params: dict[str, Any] = dict(zip(shapes, he_normals(key, list(shapes.values())), strict=True))
@@ -116,7 +117,7 @@ class Block:
         params["act_clips"] = jnp.full(self.act_count, quantizers.ACTIVATION_CLIP)
         return params, stats
 
-    def initial_spectral(self, key: jax.Array, params: dict, height: int, width: int) -> jax.Array:
+    def initial_spectral(self, key: PRNGKeyArray, params: dict, height: int, width: int) -> Float[Array, "1 h w c"]:
         """Start (1, H, W, C) of the power iteration that is carried from step to step."""
         linear, adjoint = self.linear_pair(params)
         v = jax.random.normal(key, (1, height, width, self.width_in))
@@ -126,9 +127,7 @@ class Block:
         """The symmetric step's K and K^T, from its kernels."""
         raise NotImplementedError  # abstract
 
-    def symmetric_branch(
-        self, xq: jax.Array, kernels: dict, variables: dict, step_size: Any, call: _Call
-    ) -> jax.Array:
+    def symmetric_branch(self, xq: jax.Array, kernels: dict, variables: dict, step_size: Any, call: _Call) -> jax.Array:
         """h K^T(z) with the chosen norm: what the symmetric step subtracts."""
         linear, adjoint = self.linear_pair(kernels)
         params = variables["params"]
@@ -156,12 +155,12 @@ class Block:
     def __call__(
         self,
         variables: dict,
-        x: jax.Array,
+        x: Float[Array, "n h w c"],
         step_size: Any,
         bits: Bits,
         mode: Mode,
         gamma2: Any = None,
-    ) -> tuple[jax.Array, dict]:
+    ) -> tuple[Float[Array, "n h_out w_out c_out"], dict]:
         """One step.
 
         Args:
@@ -255,8 +254,10 @@ class StableBlock(BasicBlock):
         return {"norm1": self.width_in} | ({"norm2": self.width_in} if two else {})
 
     def macs(self, height, width):
-        return {name: height * width * math.prod(shape) * (2 if self.symmetric else 1)
-                for name, shape in self.kernel_shapes().items()}
+        return {
+            name: height * width * math.prod(shape) * (2 if self.symmetric else 1)
+            for name, shape in self.kernel_shapes().items()
+        }
 
     def residual_branch(self, xq, kernels, variables, step_size, call):
         # The stride lies in the pooling, so the convolutions run at full size.
@@ -300,8 +301,10 @@ class InvertedBlock(Block):
         shapes = self.kernel_shapes()
         if self.symmetric:  # the depthwise convolution has no padding: (H-2)(W-2) outputs, and as many inputs back
             inner = (height - 2) * (width - 2)
-            return {"kernel1": 2 * height * width * math.prod(shapes["kernel1"]),
-                    "kernel2": 2 * inner * math.prod(shapes["kernel2"])}
+            return {
+                "kernel1": 2 * height * width * math.prod(shapes["kernel1"]),
+                "kernel2": 2 * inner * math.prod(shapes["kernel2"]),
+            }
         after = math.prod(self.output_size(height, width))
         pixels = {"kernel1": height * width, "kernel2": after, "kernel3": after}
         return {name: pixels[name] * math.prod(shape) for name, shape in shapes.items()}
@@ -322,9 +325,7 @@ class InvertedBlock(Block):
         xq = call.activation(x, 0, signed=self.signed_inputs)
         shortcut = call.shortcut(x, xq, signed=self.signed_inputs)
         if self.symmetric:
-            return call.smooth_output(
-                shortcut - self.symmetric_branch(xq, kernels, variables, step_size, call)
-            )
+            return call.smooth_output(shortcut - self.symmetric_branch(xq, kernels, variables, step_size, call))
         z = call.batch_norm("norm1", operators.conv(xq, kernels["kernel1"]))
         z = call.activation(call.smooth(jax.nn.relu(z)), 1)
         z = call.batch_norm("norm2", operators.depthwise(z, kernels["kernel2"], stride=self.stride))
@@ -343,9 +344,7 @@ class _Call:
         self.singular_vector = variables.get("spectral")
         self.updates: dict[str, Any] = {"batch_stats": {}}
         if mode.calibrate is not None:
-            self.updates["clips"] = {
-                name: list(self.params[name]) for name in ("weight_clips", "act_clips")
-            }
+            self.updates["clips"] = {name: list(self.params[name]) for name in ("weight_clips", "act_clips")}
 
     def kernels(self) -> dict[str, jax.Array]:
         """Q_w of every kernel; a depthwise kernel keeps 8 bits whatever the others have."""
@@ -360,9 +359,7 @@ class _Call:
                     quantizers.standardize_weight(kernel), bits, method=self.mode.calibrate, signed=True
                 )
                 self.updates["clips"]["weight_clips"][i] = clip
-            quantized[name] = quantizers.quantize_weight(
-                kernel, clip, bits, levels=self.block.levels, standardize=True
-            )
+            quantized[name] = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels, standardize=True)
         return quantized
 
     def _act_clip(self, x, index, signed):
@@ -375,9 +372,7 @@ class _Call:
     def activation(self, x: jax.Array, index: int, *, signed: bool = False) -> jax.Array:
         """Q_a with the clip of that index."""
         clip = self._act_clip(x, index, signed)
-        return quantizers.quantize_activation(
-            x, clip, self.bits.activations, levels=self.block.levels, signed=signed
-        )
+        return quantizers.quantize_activation(x, clip, self.bits.activations, levels=self.block.levels, signed=signed)
 
     def shortcut(self, x: jax.Array, xq: jax.Array, *, signed: bool = False) -> jax.Array:
         """Input of the shortcut: xq (rounded), or x clipped alone (precise), so rounding enters by the branch only."""

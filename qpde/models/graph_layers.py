@@ -108,10 +108,14 @@ class GraphLayer:
         keys = jax.random.split(key, len(self.kernel_names))
         params = {name: self.initial_kernel(k) for name, k in zip(self.kernel_names, keys, strict=True)}
         clips = [quantizers.initial_clip(k, None, signed=True, method="absmax") for k in params.values()]
-        return params | self.more_params(key) | {
-            "weight_clips": jnp.stack(clips),
-            "act_clips": jnp.full(self.act_count, quantizers.ACTIVATION_CLIP),
-        }
+        return (
+            params
+            | self.more_params(key)
+            | {
+                "weight_clips": jnp.stack(clips),
+                "act_clips": jnp.full(self.act_count, quantizers.ACTIVATION_CLIP),
+            }
+        )
 
     def initial_kernel(self, key: jax.Array) -> jax.Array:
         """(width, width), Glorot's uniform start."""
@@ -339,14 +343,10 @@ class _Quantized:
         """The clip of that index, read off x when the call calibrates."""
         return self._clip("act_clips", index, x, self.bits.activations, signed=signed)
 
-    def activation(
-        self, x: jax.Array, index: int, *, signed: bool = False, clip: jax.Array | None = None
-    ) -> jax.Array:
+    def activation(self, x: jax.Array, index: int, *, signed: bool = False, clip: jax.Array | None = None) -> jax.Array:
         """Q_a of that index."""
         clip = self.act_clip(x, index, signed=signed) if clip is None else clip
-        return quantizers.quantize_activation(
-            x, clip, self.bits.activations, levels=self.layer.levels, signed=signed
-        )
+        return quantizers.quantize_activation(x, clip, self.bits.activations, levels=self.layer.levels, signed=signed)
 
     def _clip(self, name, index, x, bits, *, signed):
         if self.calibrate is None or bits is None:

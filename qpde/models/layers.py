@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 __all__ = [
     "NORM_EPSILON",
@@ -41,12 +42,12 @@ class Mode:
     power_iterations: int = 1
 
 
-def he_normal(key: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+def he_normal(key: PRNGKeyArray, shape: tuple[int, int, int, int]) -> Float[Array, "kh kw c_in c_out"]:
     """Kernel (kh, kw, I, O) from N(0, 2 / (kh kw O)), fan-out; a depthwise kernel (I = 1) feeds one channel each."""
     return he_normals(key, [shape])[0]
 
 
-def he_normals(key: jax.Array, shapes: list[tuple[int, int, int, int]]) -> list[jax.Array]:
+def he_normals(key: PRNGKeyArray, shapes: list[tuple[int, int, int, int]]) -> list[Array]:
     """`he_normal` kernels of several shapes from one draw: each draw costs compile time."""
     sizes = [math.prod(shape) for shape in shapes]
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
@@ -57,14 +58,16 @@ def he_normals(key: jax.Array, shapes: list[tuple[int, int, int, int]]) -> list[
     return kernels
 
 
-def batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def batch_moments(x: Float[Array, "*pixels c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and biased variance of x (..., C) per channel."""
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return mean, jnp.maximum((x * x).mean(axes) - mean * mean, 0)
 
 
-def moments(x: jax.Array, running: dict, mode: Mode) -> tuple[jax.Array, jax.Array | None, dict]:
+def moments(
+    x: Float[Array, "*pixels c"], running: dict, mode: Mode
+) -> tuple[Float[Array, " c"], Float[Array, " c"] | None, dict]:
     """What a norm of x (..., C) normalises by, and the running statistics after it.
 
     In training these are the batch's moments, and the running ones move towards them by 1 - momentum; the running
@@ -85,18 +88,20 @@ def moments(x: jax.Array, running: dict, mode: Mode) -> tuple[jax.Array, jax.Arr
     return mean, var, updated
 
 
-def normalize(x: jax.Array, params: dict, mean: jax.Array, var: jax.Array) -> jax.Array:
+def normalize(
+    x: Float[Array, "n h w c"], params: dict, mean: Float[Array, " c"], var: Float[Array, " c"]
+) -> Float[Array, "n h w c"]:
     """(x - mean) / sqrt(var + 1e-5) * scale + bias per channel, with params {"scale": (C,), "bias": (C,)}."""
     scale = params["scale"] * jax.lax.rsqrt(var + NORM_EPSILON)
     return x * row(scale) + row(params["bias"] - mean * scale)
 
 
-def row(v: jax.Array) -> jax.Array:
+def row(v: Float[Array, " c"]) -> Float[Array, "1 1 1 c"]:
     """A per-channel vector (C,) as (1, 1, 1, C)."""
     return v[None, None, None, :]
 
 
-def average_pool(x: jax.Array) -> jax.Array:
+def average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h_half w_half c"]:
     """2x2 means of x (N, H, W, C) at stride 2; an odd last row or column is left out."""
     n, h, w, c = x.shape
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))

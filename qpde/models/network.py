@@ -13,6 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from qpde import operators
 from qpde.bits import Bits
@@ -67,9 +69,7 @@ class Stage(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, bits: Bits, mode: Mode, return_states: bool
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: jax.Array, bits: Bits, mode: Mode, return_states: bool) -> tuple[jax.Array, list[jax.Array]]:
         """The last block's output, and all of them in order when asked for (else none)."""
         states = []
         for name, block, start, count in groups(self.blocks):
@@ -156,7 +156,7 @@ class Network(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Array | np.ndarray,
         *,
         train: bool = False,
         bits: Bits | None = None,
@@ -245,4 +245,3 @@ def _smoothing_strength(smoothing: Smoothing | None, first: int, count: int) -> 
     if not any(chosen):
         return None, None
     return jnp.asarray(chosen, jnp.float32) * smoothing.gamma2, None
-

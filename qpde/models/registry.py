@@ -37,9 +37,7 @@ def _cifar(block: type[Block], blocks: int) -> Architecture:
 
 def _imagenet(block: type[Block], blocks: tuple[int, int, int, int]) -> Architecture:
     widths = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
-    return Architecture(
-        block, tuple((a, b, n, stride, 1) for (a, b, stride), n in zip(widths, blocks, strict=True))
-    )
+    return Architecture(block, tuple((a, b, n, stride, 1) for (a, b, stride), n in zip(widths, blocks, strict=True)))
 
 
 ARCHITECTURES = {

@@ -87,9 +87,7 @@ def summary(model: Network, image_shape: tuple[int, int, int], *, bits: Bits | N
         for group, block, start, count in groups(blocks):
             parameters = _size({k: v for k, v in params[f"stage{s}"][group].items() if "clips" not in k}) // count
             for b in range(start, start + count):
-                rows.append(
-                    _block(f"stage{s}.block{b}", block, parameters, (height, width), bits, index=len(rows) - 1)
-                )
+                rows.append(_block(f"stage{s}.block{b}", block, parameters, (height, width), bits, index=len(rows) - 1))
                 height, width = block.output_size(height, width)
     features = model.stages[-1][-1].width_out
     if model.closing_width is not None:
