@@ -3,7 +3,7 @@
 Symmetric and plain resnet56 with 4-bit weights and activations on CIFAR-10. `--recipe fast` (the default) takes
 10 epochs in one cycle, `--recipe published` the 200 epochs of the paper (train/recipes.py).
 
-Not run to its end yet: no result is claimed.
+Neither recipe has been run to its end yet, so no result is stated.
 """
 
 from train.recipes import cifar10

@@ -1,8 +1,11 @@
 """python -m train run configs/digits.py
 
 Symmetric and plain resnet20 with 4-bit weights and activations on scikit-learn's handwritten digits, 1280 images of
-16x16 to train on. No download. Expect 99% of the 320 test images right for both networks, each agreeing with its
-high-precision twin on at least 99% of them; most of the time goes into compiling.
+16x16 to train on, and "non-expansive": the symmetric net whose steps cannot amplify an error, whatever is learned, and
+whose shortcut is not rounded. No download.
+
+A minute and a half on two CPU cores, seed 0: test accuracy 99.06%, 99.69% and 99.38%, relative layer-wise error 0.123,
+0.088 and 0.082. The table is in README.md.
 """
 
 from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
