@@ -17,6 +17,7 @@ Blocks know nothing of Flax; `qpde.models.network` owns their variables and chai
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Smoothing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(abc.ABC):
     """What all blocks share: their description, their quantizers and the symmetric branch.
 
     Attributes:
@@ -87,17 +88,17 @@ class Block:
         """Whether the step's size follows from a spectral norm, whose singular vector is carried along."""
         return self.symmetric and (self.norm == "spectral" or self.step_size == "auto")
 
+    @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, int, int, int]]:
         """HWIO shape of every kernel by name, in the order of `weight_clips`."""
-        raise NotImplementedError  # abstract
 
+    @abc.abstractmethod
     def norm_widths(self) -> dict[str, int]:
         """Channels of every batch norm by name."""
-        raise NotImplementedError  # abstract
 
+    @abc.abstractmethod
     def macs(self, height: int, width: int) -> dict[str, int]:
         """Multiply-accumulates of one image by kernel name, both uses of a symmetric kernel counted."""
-        raise NotImplementedError  # abstract
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H', W') that the block makes of (H, W)."""
@@ -123,9 +124,9 @@ class Block:
         v = jax.random.normal(key, (1, height, width, self.width_in))
         return _iterate(linear, adjoint, v / jnp.linalg.norm(v), 20)[1]
 
+    @abc.abstractmethod
     def linear_pair(self, kernels: dict) -> tuple[Callable, Callable]:
         """The symmetric step's K and K^T, from its kernels."""
-        raise NotImplementedError  # abstract
 
     def symmetric_branch(self, xq: jax.Array, kernels: dict, variables: dict, step_size: Any, call: _Call) -> jax.Array:
         """h K^T(z) with the chosen norm: what the symmetric step subtracts."""
@@ -174,9 +175,9 @@ class Block:
         out = self.step(x, variables, step_size, call)
         return out, call.updates
 
+    @abc.abstractmethod
     def step(self, x: jax.Array, variables: dict, step_size: Any, call: _Call) -> jax.Array:
         """The step's formula."""
-        raise NotImplementedError  # abstract
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ edges. Weights are rounded as they are: standardising K, which starts at the ide
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -88,7 +89,7 @@ class Call(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GraphLayer:
+class GraphLayer(abc.ABC):
     """What all layers share: their quantizers and the form of their parameters.
 
     Attributes:
@@ -140,9 +141,9 @@ class GraphLayer:
         """The node field of a state."""
         return state
 
+    @abc.abstractmethod
     def step(self, state: Any, step_size: Any, q: _Quantized, call: Call) -> Any:
         """The layer's formula."""
-        raise NotImplementedError  # abstract
 
     def __call__(
         self, state: Any, params: dict, step_size: Any, bits: Bits, dropout: Callable | None, call: Call
