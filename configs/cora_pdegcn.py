@@ -40,7 +40,8 @@ cora = GraphExperiment(
     data=GraphData("cora"),
     model=GraphModel("pde_gcn", width=64, dropout=0.7),
     optimizer=adam(0.07, kernels=1e-3),
-    epochs=150,
+    epochs=100,
+    tune_epochs=10,
 )
 citeseer = replace(cora, name="citeseer_pdegcn", data=GraphData("citeseer"), optimizer=adam(0.04, kernels=1e-4))
 pubmed = replace(
@@ -82,6 +83,5 @@ recipes = {
         ),
         bits=(),
         seeds=3,
-        epochs=100,
     ),
 }
