@@ -100,7 +100,7 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
         mine = [line for line in lines if line["variant"] == name]
         best = max(mine, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
         with Checkpoints(run / "checkpoints" / name) as checkpoints:
-            assert (checkpoints.last_epoch, checkpoints.best_epoch) == (3, best["epoch"])
+            assert (checkpoints.last_step, checkpoints.best_step) == (15, best["step"])
         assert result["best_epoch"] == best["epoch"]
 
     # The same run, cut off in the second epoch of each variant: five steps an epoch, so at the steps 8 and 16.
@@ -122,7 +122,7 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
         file.write(json.dumps(lines[1]) + '\n{"variant": "symmet')  # logged, never saved; and a line cut short
     statuses = [main(["run", config, "--name", "cut"]) for _ in range(2)]
     assert sorted(statuses) == [0, 130]
-    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert "going on after step 5 of 15" in capsys.readouterr().out
     assert _summary(tmp_path, "cut") == whole
     again = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
     without_time = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731

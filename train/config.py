@@ -156,6 +156,9 @@ class Experiment:
     """Images a step. The images left over at the end of an epoch are dropped."""
     clip_start: str = "rms"
     """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
+    checkpoint_every: int = 0
+    """Steps between saves. The end of each epoch is saved anyway, and so is the step that SIGTERM or Ctrl-C ends; only
+    what a harder end would cost depends on this."""
     seed: int = 0
     """Initial weights, order and variation of the images follow from it."""
 
@@ -164,6 +167,7 @@ class Experiment:
         check_variants(self.variants, self.only, Model)
         check_at_least("epochs", self.epochs, 1)
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
         check_at_least("seed", self.seed, 0)
 
     @property

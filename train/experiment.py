@@ -18,13 +18,13 @@ from qpde.diagnostics import compare, reestimate_statistics
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Variant
 from train.data import load_images, make_prepare, normalized_batches, stack_batches
-from train.loop import fit
+from train.loop import Plan, fit
 from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import write_report
 from train.rundir import RunDirectory, open_run
 from train.state import TrainState, create_state
-from train.step import make_epoch_step, make_evaluate, make_train_step
+from train.step import empty_totals, epoch_order, make_epoch_step, make_evaluate, make_train_step
 
 _RANDOM = "rbg"
 """XLA's own generator: it compiles faster than JAX's default one."""
@@ -33,7 +33,14 @@ _STATISTICS_BATCHES = 32
 """Training batches over which batch statistics are estimated again at the end."""
 
 
-def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path, overwrite: bool = False) -> "Job":
+def prepare_job(
+    experiment: Experiment,
+    *,
+    data_dir: Path | None,
+    runs_dir: Path,
+    overwrite: bool = False,
+    resume_changed: bool = False,
+) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
     Args:
@@ -41,6 +48,7 @@ def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path
       data_dir: root of the data, for data sets in files; None takes the environment's.
       runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
       overwrite: delete what the run's folder holds.
+      resume_changed: take it up though the experiment differs.
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
     """
@@ -49,7 +57,8 @@ def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path
     if count < experiment.batch_size:
         raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
     trainings = [Training.create(experiment, variant, images) for variant in experiment.chosen]
-    return Job(experiment, trainings, open_run(runs_dir, experiment, overwrite=overwrite))
+    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
+    return Job(experiment, trainings, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +74,17 @@ class Job:
 
         Raises:
           FloatingPointError: training broke down.
+          Interrupted: by SIGTERM or SIGINT, after the state was saved.
+          CheckpointError: the saved state is of another network.
         """
         with self.run as run:
+            for change in run.changes:
+                console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
             results = {}
             for training in self.trainings:
                 name = training.variant.name
                 state = training.fit(run, console)
-                results[name] = training.evaluate(state) | _history(run.lines(name))
+                results[name] = training.evaluate(state) | _history(run.lines(name), int(state.step))
             stages = [len(blocks) for blocks in self.trainings[0].model.stages]
             write_report(run, self.experiment, results, console, stages=stages)
 
@@ -110,27 +123,29 @@ class Training:
         train_step = make_train_step(self.model, self.optimizer, make_prepare(experiment.data, images))
         epoch_step = make_epoch_step(train_step, steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
         validation = stack_batches(images.validation, experiment.batch_size)
+        train_images, labels = jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)
+
+        def batches(state):
+            order = epoch_order(state, count=len(labels), steps_per_epoch=steps_per_epoch)
+            return [(train_images, labels, order)] * (steps_per_epoch - int(state.step) % steps_per_epoch)
+
+        plan = Plan(
+            variant=self.variant.name,
+            epochs=experiment.epochs,
+            steps_per_epoch=steps_per_epoch,
+            checkpoint_every=experiment.checkpoint_every,
+            step=epoch_step,
+            totals=empty_totals(),
+            batches=batches,
+            evaluate=lambda variables: self._scores(variables, *validation),
+        )
         with (
             Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,
             Display(
-                console,
-                self.variant.name,
-                steps=experiment.epochs * steps_per_epoch,
-                done=checkpoints.last_epoch * steps_per_epoch,
+                console, self.variant.name, steps=experiment.epochs * steps_per_epoch, done=checkpoints.last_step
             ) as display,
         ):
-            return fit(
-                self._first_state(),
-                epoch_step,
-                lambda variables: self._scores(variables, *validation),
-                (jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)),
-                variant=self.variant.name,
-                epochs=experiment.epochs,
-                steps_per_epoch=steps_per_epoch,
-                run=run,
-                checkpoints=checkpoints,
-                display=display,
-            )
+            return fit(self._first_state(), plan, run=run, checkpoints=checkpoints, display=display)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
@@ -175,8 +190,8 @@ def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]
     return qpde.models.calibrate_clips(model, variables, x, method=method, train=True)
 
 
-def _history(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    best = max(lines, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
+def _history(lines: list[dict[str, Any]], best_step: int) -> dict[str, Any]:
+    (best,) = [line for line in lines if line["step"] == best_step]
     return {
         "best_epoch": best["epoch"],
         "validation_accuracy": best["validation_accuracy"],
