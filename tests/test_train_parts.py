@@ -22,12 +22,21 @@ from train.augment import random_crop, random_flip
 from train.checkpoints import CheckpointError, Checkpoints
 from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
 from train.data import stack_batches
+from train.guards import SMALLEST_CLIP, clips_of, hold_clips, make_explain
 from train.losses import IGNORED, classification_sums
 from train.memory import keep_freed_memory
 from train.optimizer import create_optimizer, rule_of_each
 from train.schedules import SCHEDULES, cosine, one_cycle
 from train.state import create_state
-from train.step import empty_totals, epoch_order, make_epoch_step, make_evaluate, make_train_step
+from train.step import (
+    empty_totals,
+    epoch_order,
+    make_epoch_step,
+    make_evaluate,
+    make_loss,
+    make_select,
+    make_train_step,
+)
 from train.stored import from_json, to_json
 
 ROOT = Path(__file__).parents[1]
@@ -252,9 +261,9 @@ def _problem(batch_size=8, count=32, learning_rate=0.1):
 
     def train_step(*arguments):
         traced.append(1)
-        return make_train_step(model, optimizer, prepare)(*arguments)
+        return make_train_step(make_loss(model), optimizer, prepare)(*arguments)
 
-    step = make_epoch_step(train_step, steps_per_epoch=count // batch_size, batch_size=batch_size)
+    step = make_epoch_step(train_step, make_select(steps_per_epoch=count // batch_size, batch_size=batch_size))
     return model, state, step, (jnp.asarray(images), jnp.asarray(labels)), traced
 
 
@@ -274,7 +283,8 @@ def test_training_lowers_the_loss_and_compiles_once():
     assert losses[-1] < 0.2 * losses[0]
     assert int(state.step) == 40
     assert float(totals["count"]) == 32
-    assert int(totals["broken_step"]) == -1
+    assert not totals["broken"]
+    assert float(totals["collapsed_clips"]) == 0
     assert len(traced) == 1
     scores = make_evaluate(model, _normalize)(state.variables, data[0][None], data[1][None])
     assert scores["accuracy"] > 0.9
@@ -304,9 +314,10 @@ def test_the_steps_of_an_epoch_take_its_batches_one_after_the_other_with_differe
 
     def note(state, batch, key):
         sums = {"loss": jnp.sum(batch[1] ** 2).astype(jnp.float32), "correct": jax.random.uniform(key)}
-        return state.replace(step=state.step + 1), sums | {"count": jnp.sum(batch[0]).astype(jnp.float32)}
+        sums |= {"count": jnp.sum(batch[0]).astype(jnp.float32), "collapsed_clips": jnp.float32(0)}
+        return state.replace(step=state.step + 1), sums
 
-    step = make_epoch_step(note, steps_per_epoch=4, batch_size=8)
+    step = make_epoch_step(note, make_select(steps_per_epoch=4, batch_size=8))
     labels = np.arange(32)
     expected, drawn = np.asarray(order).reshape(4, 8), []
     totals = empty_totals()
@@ -319,21 +330,95 @@ def test_the_steps_of_an_epoch_take_its_batches_one_after_the_other_with_differe
     assert len(set(drawn)) == 4
 
 
-def test_the_step_that_broke_the_loss_is_known_at_the_end_of_the_epoch():
-    _, state, step, data, _ = _problem()
-    order, totals = epoch_order(state, count=32, steps_per_epoch=4), empty_totals()
-    for i in range(4):
-        if i == 2:
-            state = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
-        state, totals = step(state, totals, *data, order)
-    assert int(totals["broken_step"]) == 2
-
-
 def test_batch_statistics_are_carried_by_the_state():
     _, state, step, data, _ = _problem()
     before = np.asarray(state.model_state["batch_stats"]["BatchNorm_0"]["mean"])
     after, *_ = step(state, empty_totals(), *data, epoch_order(state, count=32, steps_per_epoch=4))
     assert np.any(before != np.asarray(after.model_state["batch_stats"]["BatchNorm_0"]["mean"]))
+
+
+# Guards
+
+
+class Fragile(nn.Module):
+    """Two blocks and a head, each of which can be made to break down by its parameter."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False, return_states=False):
+        x = x.reshape(x.shape[0], -1)
+        states = []
+        for name in ("stage0", "stage1"):
+            gain = self.param(name, lambda _: {"gain": jnp.ones(()), "act_clips": jnp.full(2, 3.0)})
+            # A root at zero: finite itself, infinite slope.
+            x = x * gain["gain"] + jnp.sqrt(jnp.maximum(gain["act_clips"][0] - 3.0, 0.0))
+            states.append(x)
+        logits = nn.Dense(3, name="head")(x)
+        return (logits, tuple(states)) if return_states else logits
+
+
+def _fragile(harm):
+    """The jitted step of `Fragile`, a state after harm(params), and what explains its breakdown."""
+    model, optimizer = Fragile(), optax.sgd(0.1)
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 4, 4, 1)))
+    loss, select = make_loss(model), make_select(steps_per_epoch=4, batch_size=8)
+    prepare = lambda key, x: _normalize(x)  # noqa: E731
+    step = make_epoch_step(make_train_step(loss, optimizer, prepare), select)
+    explain = make_explain(model, loss, prepare)
+    state = create_state({"params": harm(variables["params"])}, optimizer, jax.random.key(1))
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1)), jnp.uint8)
+    data = (images, jnp.zeros(32, jnp.int32), epoch_order(state, count=32, steps_per_epoch=4))
+    return state, step, data, lambda state: explain(state, *select(state, *data))
+
+
+def _with(params, stage, **values):
+    return params | {stage: params[stage] | {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}}
+
+
+@pytest.mark.parametrize(
+    ("harm", "explanation"),
+    [
+        (lambda p: _with(p, "stage1", gain=np.inf), "the output of block 1 (first"),
+        (lambda p: p | {"head": p["head"] | {"bias": jnp.full(3, jnp.nan)}}, "the logits (first"),
+        (lambda p: p, "the gradient of stage1/act_clips not finite, as 2 in all"),
+    ],
+)
+def test_a_step_that_breaks_down_changes_nothing_and_names_the_place_and_the_clips(harm, explanation):
+    state, step, data, explain = _fragile(harm)
+    before, totals = jax.tree.map(np.array, (state.step, state.params, state.opt_state)), empty_totals()
+    for _ in range(2):
+        state, totals = step(state, totals, *data)
+    assert totals["broken"]
+    assert float(totals["count"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, before, (state.step, state.params, state.opt_state))
+    message = explain(state)
+    assert explanation in message
+    assert "stage0/act_clips [3. 3.]; stage1/act_clips [3. 3.]" in message
+
+
+def test_after_a_broken_step_a_good_one_changes_nothing_either():
+    state, step, data, _ = _fragile(
+        lambda p: _with(_with(p, "stage0", act_clips=[4.0, 3.0]), "stage1", act_clips=[4, 3])
+    )
+    params = jax.tree.map(np.array, state.params)
+    state, totals = step(state, empty_totals() | {"broken": jnp.bool_(True)}, *data)
+    assert totals["broken"]
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    state, totals = step(state, empty_totals(), *data)
+    assert not totals["broken"]
+    assert int(state.step) == 1
+
+
+def test_a_clip_that_collapses_is_raised_and_counted_and_no_other_parameter_is():
+    params = {
+        "stage0": {"act_clips": jnp.array([[1.0, -0.5], [0.0, 2.0]]), "kernel": jnp.array([-1.0])},
+        "weight_clips": jnp.array([SMALLEST_CLIP]),
+    }
+    held, count = jax.jit(hold_clips)(params)
+    np.testing.assert_array_equal(held["stage0"]["act_clips"], np.float32([[1.0, SMALLEST_CLIP], [SMALLEST_CLIP, 2.0]]))
+    assert float(held["stage0"]["kernel"][0]) == -1.0
+    assert float(count) == 2
+    assert set(clips_of(params)) == {"stage0/act_clips", "weight_clips"}
+    assert float(hold_clips({"kernel": jnp.zeros(3)})[1]) == 0
 
 
 # Evaluation

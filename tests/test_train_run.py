@@ -148,11 +148,12 @@ def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(
     assert not (tmp_path / "runs" / "exact" / "layer_error.png").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(config, tmp_path, capsys):
+def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_clips(config, tmp_path, capsys):
     assert main(["run", config, "--only", "plain", "--optimizer.learning-rate", "1e30"]) == 1
     error = capsys.readouterr().err
-    assert "plain: the loss of step" in error
-    assert "(epoch 1) is not finite" in error
+    assert "plain: step" in error
+    assert "(epoch 1) broke down: the output of block" in error
+    assert "clips before it: stage0/block" in error
     assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
 
 

@@ -25,7 +25,7 @@ _DAMAGED = ".damaged"
 class Checkpoints:
     """States by the number of steps done.  Use it in a `with` statement, whose end waits for the last save.
 
-    The best state has the highest validation accuracy and, among equals, the lowest validation loss.
+    The best state has the highest validation accuracy; of equals the lowest validation loss; of equals it is the last.
 
     Attributes:
       damaged: folders that were found damaged when this one was opened, as they are named now.

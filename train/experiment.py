@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -18,13 +19,22 @@ from qpde.diagnostics import compare, reestimate_statistics
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Variant
 from train.data import load_images, make_prepare, normalized_batches, stack_batches
+from train.guards import make_explain
 from train.loop import Plan, fit
 from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import write_report
 from train.rundir import RunDirectory, open_run
 from train.state import TrainState, create_state
-from train.step import empty_totals, epoch_order, make_epoch_step, make_evaluate, make_train_step
+from train.step import (
+    empty_totals,
+    epoch_order,
+    make_epoch_step,
+    make_evaluate,
+    make_loss,
+    make_select,
+    make_train_step,
+)
 
 _RANDOM = "rbg"
 """XLA's own generator: it compiles faster than JAX's default one."""
@@ -120,8 +130,9 @@ class Training:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
         experiment, images = self.experiment, self.images
         steps_per_epoch = len(images.train.labels) // experiment.batch_size
-        train_step = make_train_step(self.model, self.optimizer, make_prepare(experiment.data, images))
-        epoch_step = make_epoch_step(train_step, steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
+        loss, prepare = make_loss(self.model), make_prepare(experiment.data, images)
+        select = make_select(steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
+        explain = make_explain(self.model, loss, prepare)
         validation = stack_batches(images.validation, experiment.batch_size)
         train_images, labels = jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)
 
@@ -134,10 +145,12 @@ class Training:
             epochs=experiment.epochs,
             steps_per_epoch=steps_per_epoch,
             checkpoint_every=experiment.checkpoint_every,
-            step=epoch_step,
+            step=make_epoch_step(make_train_step(loss, self.optimizer, prepare), select),
             totals=empty_totals(),
             batches=batches,
             evaluate=lambda variables: self._scores(variables, *validation),
+            explain=lambda state, *data: explain(state, *select(state, *data)),
+            chance=float(np.bincount(images.validation.labels).max() / len(images.validation.labels)),
         )
         with (
             Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,

@@ -7,6 +7,7 @@ bit on the same machine.  A checkpoint therefore holds the state and the sums of
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,10 +15,18 @@ from typing import Any
 import jax
 
 from train.checkpoints import Checkpoints
+from train.guards import SMALLEST_CLIP
 from train.interrupt import Interrupted, StopRequest
 from train.progress import Display
 from train.rundir import RunDirectory
 from train.state import TrainState
+
+_NEAR_CHANCE = 1.1
+"""Up to this multiple of the accuracy of guessing, a network has learned nothing."""
+
+_STATISTICS_SETTLE = 100
+"""Steps after which running batch statistics, which keep 0.9 of themselves a step, have forgotten their start and the
+first large steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Plan:
       batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
         end of its epoch.
       evaluate: variables -> {"accuracy", "loss"} on the validation images.
+      explain: (state, *batch) -> what breaks down in the step from that state.
+      chance: validation accuracy of guessing.
     """
 
     variant: str
@@ -43,6 +54,8 @@ class Plan:
     totals: Any
     batches: Callable[[TrainState], Iterable[tuple]]
     evaluate: Callable[[dict[str, Any]], dict[str, float]]
+    explain: Callable[..., str]
+    chance: float
 
 
 def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display) -> TrainState:
@@ -54,7 +67,7 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
       state: the first state; if the run has saved ones, only its shapes are used.
     Raises:
       Interrupted: by one of these signals; the state is saved.
-      FloatingPointError: a loss was not finite; names the step.  The states saved so far stay.
+      FloatingPointError: a step broke down; names it, the layer and the clips.  The states saved so far stay.
     """
     name, last = plan.variant, plan.epochs * plan.steps_per_epoch
     for folder in checkpoints.damaged:
@@ -78,7 +91,7 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                 display.step()
                 due = plan.checkpoint_every and step % plan.checkpoint_every == 0
                 if step % plan.steps_per_epoch and (due or stop.signal_number):
-                    _check_finite(name, totals, epoch)
+                    _check_finite(state, totals, plan)
                     checkpoints.save(step, (state, totals))
                 if stop.signal_number:
                     break
@@ -92,6 +105,8 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                     f"{name}: epoch {epoch} of {plan.epochs}, loss {line['train_loss']:.4f}, "
                     f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
                 )
+                for warning in _warnings(line, plan):
+                    display.line(f"{name}: warning: {warning}")
             if stop.signal_number:
                 raise Interrupted(
                     f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
@@ -102,8 +117,13 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
 
 def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:
     """The epoch's line of metrics."""
-    _check_finite(plan.variant, totals, epoch)
+    _check_finite(state, totals, plan)
     validation = plan.evaluate(state.variables)
+    if not math.isfinite(validation["loss"]):
+        raise FloatingPointError(
+            f"{plan.variant}: the validation loss after epoch {epoch} is not finite though the training loss is: the "
+            "batch statistics are far from the batches'; try a smaller --optimizer.learning-rate"
+        )
     sums = jax.device_get(totals)
     return {
         "variant": plan.variant,
@@ -111,16 +131,42 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "step": epoch * plan.steps_per_epoch,
         "train_loss": float(sums["loss"] / sums["count"]),
         "train_accuracy": float(sums["correct"] / sums["count"]),
+        "collapsed_clips": int(sums["collapsed_clips"]),
         "validation_loss": validation["loss"],
         "validation_accuracy": validation["accuracy"],
         "seconds": round(seconds(), 3),
     }
 
 
-def _check_finite(variant: str, totals, epoch: int) -> None:
-    broken = int(totals["broken_step"])
-    if broken >= 0:
+def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:
+    """What is suspicious about an epoch, though training can go on."""
+    warnings = []
+    if line["collapsed_clips"]:
+        warnings.append(
+            f"{line['collapsed_clips']} times a clip fell to 0 and was raised to {SMALLEST_CLIP}: try a smaller "
+            "learning rate for clips (a rule of the optimizer)"
+        )
+    first_tenth = max(1, math.ceil(plan.epochs / 10))
+    guess = _NEAR_CHANCE * plan.chance
+    if line["epoch"] == first_tenth and line["validation_accuracy"] <= guess:
+        found = (
+            f"a validation accuracy of {line['validation_accuracy']:.1%} after a tenth of the run is that of guessing"
+        )
+        if line["train_accuracy"] <= guess:
+            warnings.append(f"{found}: try a smaller --optimizer.learning-rate, more bits or another --clip-start")
+        elif line["step"] >= _STATISTICS_SETTLE:
+            warnings.append(
+                f"{found}, though that on the training images is {line['train_accuracy']:.1%}: the running batch "
+                "statistics do not follow; try a smaller --optimizer.learning-rate or a larger --batch-size"
+            )
+    return warnings
+
+
+def _check_finite(state, totals, plan: Plan) -> None:
+    if totals["broken"]:
+        step = int(state.step)
+        why = plan.explain(state, *next(iter(plan.batches(state))))
         raise FloatingPointError(
-            f"{variant}: the loss of step {broken} (epoch {epoch}) is not finite; "
-            "try a smaller --optimizer.learning-rate"
+            f"{plan.variant}: step {step} (epoch {step // plan.steps_per_epoch + 1}) broke down: {why}. Try a smaller "
+            "--optimizer.learning-rate; what was saved before stays"
         )

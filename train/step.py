@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from train.guards import all_finite, choose, hold_clips
 from train.losses import classification_sums
 from train.state import TrainState
 
@@ -17,64 +18,86 @@ Batch = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
 Metrics = dict[str, Float[Array, ""]]
 
 
-def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    prepare: Callable[[Key[Array, ""], UInt8[Array, "n h w c"]], Float[Array, "n h w c"]],
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch, key) -> (state, metrics)`: one step down the mean cross entropy's gradient.
+def make_loss(model: nn.Module) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, dict[str, Any]]]]:
+    """`loss(params, model_state, x, labels) -> (value, (sums, model_state))`: mean cross entropy in training mode.
 
     Args:
       model: called as `model.apply(variables, x, train=True, mutable=...)`.
+    Returns:
+      A function of the network's input x; its sums are those of `classification_sums`.
+    """
+
+    def loss(params, model_state, x, labels):
+        logits, updated = model.apply({"params": params, **model_state}, x, train=True, mutable=list(model_state))
+        sums = classification_sums(logits, labels)
+        return sums["loss"] / sums["count"], (sums, {**model_state, **updated})
+
+    return loss
+
+
+def make_train_step(
+    loss: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    prepare: Callable[[Key[Array, ""], UInt8[Array, "n h w c"]], Float[Array, "n h w c"]],
+) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch, key) -> (state, sums)`: one step down the loss.
+
+    Args:
+      loss: of `make_loss`.
       optimizer: its state is `state.opt_state`.
       prepare: (key, images) -> the model's input: variation and normalisation.
     Returns:
-      A pure function.  Its batch is (images, labels), its metrics are those of `classification_sums`.
+      A pure function.  Its batch is (images, labels); its sums are the loss's and "collapsed_clips", the clips that
+      had to be held up (`train.guards.hold_clips`).
     """
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         images, labels = batch
         x = prepare(key, images)
-
-        def mean_loss(params):
-            logits, model_state = model.apply(
-                {"params": params, **state.model_state}, x, train=True, mutable=list(state.model_state)
-            )
-            sums = classification_sums(logits, labels)
-            return sums["loss"] / sums["count"], (sums, model_state)
-
-        grads, (sums, model_state) = jax.grad(mean_loss, has_aux=True)(state.params)
+        grads, (sums, model_state) = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            model_state={**state.model_state, **model_state},
-            opt_state=opt_state,
-        )
-        return state, sums
+        params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
+        state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+        return state, sums | {"collapsed_clips": collapsed}
 
     return train_step
 
 
-def make_epoch_step(train_step, *, steps_per_epoch: int, batch_size: int):
-    """`epoch_step(state, totals, images, labels, order) -> (state, totals)`: the epoch's next batch, jitted.
-
-    `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
-    Python; a scan over ten steps of resnet20 took the same time, within noise.
+def make_select(*, steps_per_epoch: int, batch_size: int):
+    """`select(state, images, labels, order) -> (batch, key)`: of the step that the state stands at.
 
     Args:
-      train_step: of `make_train_step`.
       steps_per_epoch: at most (number of images) // batch_size.
       batch_size: images a step.
     """
 
-    def epoch_step(state: TrainState, totals: Metrics, images, labels, order) -> tuple[TrainState, Metrics]:
-        step = state.step
-        start = step % steps_per_epoch * batch_size
+    def select(state: TrainState, images, labels, order):
+        start = state.step % steps_per_epoch * batch_size
         chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-        key = jax.random.fold_in(_keys(state)[1], step)
-        state, sums = train_step(state, (images[chosen], labels[chosen]), key)
-        return state, _add(totals, sums, step)
+        return (images[chosen], labels[chosen]), jax.random.fold_in(_keys(state)[1], state.step)
+
+    return select
+
+
+def make_epoch_step(train_step, select):
+    """`epoch_step(state, totals, *data) -> (state, totals)`: the next step of an epoch, its sums added, jitted.
+
+    `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
+    Python; a scan over ten steps of resnet20 took the same time, within noise.
+
+    A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.guards`).
+
+    Args:
+      train_step: of `make_train_step`.
+      select: (state, *data) -> (batch, key), as `make_select` makes it.
+    """
+
+    def epoch_step(state: TrainState, totals: Metrics, *data) -> tuple[TrainState, Metrics]:
+        after, sums = train_step(state, *select(state, *data))
+        good = all_finite((after, sums)) & ~totals["broken"]
+        added = {name: totals[name] + value for name, value in sums.items()}
+        state, kept = choose(good, (after, added), (state, {name: totals[name] for name in sums}))
+        return state, kept | {"broken": ~good}
 
     return jax.jit(epoch_step, donate_argnums=0)
 
@@ -90,20 +113,14 @@ def epoch_order(state: TrainState, *, count: int, steps_per_epoch: int) -> Int[A
 
 
 def empty_totals() -> Metrics:
-    """Sums before the first batch; "broken_step" is the first step whose loss was not finite, -1 for none."""
-    zero = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
-    return zero | {"broken_step": jnp.int32(-1)}
+    """Sums before the first batch; "broken" says whether a step broke down."""
+    zero = {name: jnp.float32(0) for name in ("loss", "correct", "count", "collapsed_clips")}
+    return zero | {"broken": jnp.bool_(False)}
 
 
 def _keys(state: TrainState) -> Key[Array, "2"]:
     """Keys of the orders and of the steps: two streams, so that no epoch shares its key with a step."""
     return jax.random.split(state.key)
-
-
-def _add(totals: Metrics, sums: Metrics, step) -> Metrics:
-    broken = (totals["broken_step"] < 0) & ~jnp.isfinite(sums["loss"])
-    added = {name: totals[name] + sums[name] for name in sums}
-    return added | {"broken_step": jnp.where(broken, step, totals["broken_step"])}
 
 
 def make_evaluate(model: nn.Module, normalize) -> Callable[[dict[str, Any], Any, Any], dict[str, float]]:
