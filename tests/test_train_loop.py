@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from qpde.bits import Bits
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Variant
 from train.guards import SMALLEST_CLIP
@@ -28,7 +29,7 @@ def _state(step=0):
 def _plan(**changes):
     """Ten epochs of three steps; half of ten images are right in each."""
 
-    def step(state, totals):
+    def step(state, totals, bits):
         sums = {"loss": jnp.float32(20), "correct": jnp.float32(5), "count": jnp.float32(10)}
         totals = totals | {name: totals[name] + value for name, value in sums.items()}
         return _state(int(state.step) + 1), totals
@@ -38,11 +39,13 @@ def _plan(**changes):
         epochs=10,
         steps_per_epoch=3,
         checkpoint_every=0,
+        bits=lambda epoch: Bits(4, 4),
+        enter=lambda state, bits: pytest.fail("the widths never change"),
         step=step,
         totals=empty_totals(),
         batches=lambda state: [()] * (3 - int(state.step) % 3),
-        evaluate=lambda variables: {"accuracy": 0.5, "loss": 1.0},
-        explain=lambda state: f"the step from {int(state.step)}",
+        evaluate=lambda variables, bits: {"accuracy": 0.5, "loss": 1.0},
+        explain=lambda state, bits: f"the step from {int(state.step)}",
         chance=0.1,
     )
     return dataclasses.replace(plan, **changes)
@@ -65,7 +68,7 @@ def _fit(tmp_path, plan):
 
 def test_the_best_state_is_returned_and_a_finished_training_is_not_repeated(tmp_path):
     plan = _plan(
-        evaluate=lambda variables: {"accuracy": 0.7 if float(variables["params"]["w"]) == 12 else 0.5, "loss": 1}
+        evaluate=lambda variables, bits: {"accuracy": 0.7 if float(variables["params"]["w"]) == 12 else 0.5, "loss": 1}
     )
     for _ in range(2):
         state, said, last, lines = _fit(tmp_path, plan)
@@ -80,10 +83,10 @@ def test_the_best_state_is_returned_and_a_finished_training_is_not_repeated(tmp_
 def test_a_broken_step_is_explained_and_its_state_never_saved(tmp_path):
     plan = _plan(checkpoint_every=2)
 
-    def step(state, totals):
+    def step(state, totals, bits):
         if int(state.step) == 4:
             return state, totals | {"broken": jnp.bool_(True)}
-        return plan.step(state, totals)
+        return plan.step(state, totals, bits)
 
     error, _, last, lines = _fit(tmp_path, dataclasses.replace(plan, step=step))
     assert isinstance(error, FloatingPointError)
@@ -93,7 +96,7 @@ def test_a_broken_step_is_explained_and_its_state_never_saved(tmp_path):
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path):
-    error, _, last, _ = _fit(tmp_path, _plan(evaluate=lambda variables: {"accuracy": 0.1, "loss": float("nan")}))
+    error, _, last, _ = _fit(tmp_path, _plan(evaluate=lambda variables, bits: {"accuracy": 0.1, "loss": float("nan")}))
     assert isinstance(error, FloatingPointError)
     assert "the validation loss after epoch 1 is not finite" in str(error)
     assert last == 0
@@ -103,10 +106,10 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path):
 def test_a_signal_ends_the_step_in_hand_and_its_state_is_saved(tmp_path, number, status):
     plan = _plan()
 
-    def step(state, totals):
+    def step(state, totals, bits):
         if int(state.step) == 4:
             os.kill(os.getpid(), number)
-        return plan.step(state, totals)
+        return plan.step(state, totals, bits)
 
     error, _, last, _ = _fit(tmp_path, dataclasses.replace(plan, step=step))
     assert isinstance(error, Interrupted)
@@ -129,7 +132,7 @@ def test_a_signal_ends_the_step_in_hand_and_its_state_is_saved(tmp_path, number,
     ],
 )
 def test_accuracy_at_chance_after_a_tenth_of_the_run_is_a_warning(tmp_path, accuracy, right, steps_per_epoch, warning):
-    def step(state, totals):
+    def step(state, totals, bits):
         return _state(int(state.step) + 1), totals | {"correct": jnp.float32(right), "count": jnp.float32(10)}
 
     plan = _plan(
@@ -137,7 +140,7 @@ def test_accuracy_at_chance_after_a_tenth_of_the_run_is_a_warning(tmp_path, accu
         steps_per_epoch=steps_per_epoch,
         batches=lambda state: [()] * steps_per_epoch,
         step=step,
-        evaluate=lambda variables: {"accuracy": accuracy, "loss": 1.0},
+        evaluate=lambda variables, bits: {"accuracy": accuracy, "loss": 1.0},
     )
     _, said, *_ = _fit(tmp_path, plan)
     assert said.count("warning") == (warning is not None)
@@ -149,10 +152,42 @@ def test_accuracy_at_chance_after_a_tenth_of_the_run_is_a_warning(tmp_path, accu
 def test_collapsed_clips_are_logged_and_a_warning(tmp_path):
     plan = _plan(epochs=1)
 
-    def step(state, totals):
-        state, totals = plan.step(state, totals)
+    def step(state, totals, bits):
+        state, totals = plan.step(state, totals, bits)
         return state, totals | {"collapsed_clips": totals["collapsed_clips"] + 2}
 
     _, said, _, (line,) = _fit(tmp_path, dataclasses.replace(plan, step=step))
     assert line["collapsed_clips"] == 6
     assert f"6 times a clip fell to 0 and was raised to {SMALLEST_CLIP}" in said
+
+
+def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered_once(tmp_path):
+    entered, seen = [], []
+    count = _plan().step
+
+    def enter(state, bits):
+        entered.append((int(state.step), bits))
+        return state
+
+    def step(state, totals, bits):
+        seen.append(bits.weights)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count(state, totals, bits)
+
+    # The wider the better, so that a choice among all epochs would take the first.
+    plan = _plan(
+        bits=lambda epoch: Bits(max(4, 7 - epoch), 4),
+        enter=enter,
+        step=step,
+        evaluate=lambda variables, bits: {"accuracy": bits.weights / 10, "loss": 1.0},
+    )
+    _fit(tmp_path, plan)
+    assert entered == [(3, Bits(5, 4))]
+    state, said, _, lines = _fit(tmp_path, plan)
+    assert entered == [(3, Bits(5, 4)), (6, Bits(4, 4))]  # not again in the middle of the second epoch
+    assert seen == [6] * 3 + [5] * 3 + [4] * 24
+    assert int(state.step) == 30
+    assert [line["weight_bits"] for line in lines] == [6, 5] + [4] * 8
+    assert {line["act_bits"] for line in lines} == {4}
+    assert "epoch 2 of 10 at 5 and 4 bits" in said

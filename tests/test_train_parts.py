@@ -16,11 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qpde.bits import Bits
 from qpde.datasets import Split
 from qpde.models import Smoothing
+from train.annealing import widths_of
 from train.augment import random_crop, random_flip
 from train.checkpoints import CheckpointError, Checkpoints
-from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
+from train.config import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
 from train.data import stack_batches
 from train.guards import SMALLEST_CLIP, clips_of, hold_clips, make_explain
 from train.losses import IGNORED, classification_sums
@@ -46,6 +48,7 @@ EXPERIMENT = Experiment(
     variants=(Variant("symmetric"), Variant("plain", {"symmetric": False})),
     model=Model(smoothing=Smoothing(blocks=(1, 2))),
     optimizer=Optimizer(rules=(Rule("clip", learning_rate=10.0, weight_decay=0.0),)),
+    annealing=Annealing(activations=BitSchedule("listed", widths=(8, 6))),
 )
 
 
@@ -77,6 +80,8 @@ def test_an_experiment_survives_json():
         (lambda: dataclasses.replace(EXPERIMENT, variants=()), "at least one"),
         (lambda: dataclasses.replace(EXPERIMENT, variants=(Variant("a"), Variant("a"))), "different names"),
         (lambda: dataclasses.replace(EXPERIMENT, only=("b",)), "choose from"),
+        (lambda: BitSchedule(every=0), r"every \(=0\)"),
+        (lambda: BitSchedule(widths=(8, 40)), "holds 40: widths are 2 to 32"),
         (lambda: from_json("{}"), "not an experiment of this version"),
         (lambda: from_json("{"), "property name"),
     ],
@@ -230,6 +235,37 @@ def test_augmentation_is_determined_by_its_key():
         assert np.any(np.asarray(once) != np.asarray(vary(jax.random.key(4), images)))
 
 
+# Widths over the epochs
+
+
+def test_each_schedule_is_its_formula_weights_and_activations_apart():
+    annealing = Annealing(BitSchedule("staircase", start=6, every=2), BitSchedule("listed", every=3, widths=(16, 8)))
+    widths = widths_of(annealing, Bits(4, 3), 10)
+    assert [widths(epoch).weights for epoch in range(1, 11)] == [6, 6, 5, 5, 4, 4, 4, 4, 4, 4]
+    assert [widths(epoch).activations for epoch in range(1, 11)] == [16, 16, 16, 8, 8, 8, 3, 3, 3, 3]
+    assert widths_of(Annealing(), Bits(None, 4), 1)(1) == Bits(None, 4)
+
+
+@pytest.mark.parametrize(
+    ("annealing", "target", "message"),
+    [
+        (
+            Annealing(weights=BitSchedule("staircase")),
+            Bits(4, 4),
+            "weights ends at 16 bits after 10 epochs, not at the",
+        ),
+        (Annealing(activations=BitSchedule("staircase", every=1)), Bits(4, None), "activations has no target"),
+        (Annealing(weights=BitSchedule("staircase", start=3)), Bits(4, 4), None),
+    ],
+)
+def test_a_schedule_must_reach_the_models_width(annealing, target, message):
+    if message is None:  # it starts below the target and so is there at once
+        assert widths_of(annealing, target, 10)(1).weights == 4
+    else:
+        with pytest.raises(ValueError, match=message):
+            widths_of(annealing, target, 10)
+
+
 # The step
 
 
@@ -237,7 +273,7 @@ class Tiny(nn.Module):
     """A stand-in with batch statistics; its dense layer can be made to break down."""
 
     @nn.compact
-    def __call__(self, x, *, train=False):
+    def __call__(self, x, *, train=False, bits=None):
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x.reshape(x.shape[0], -1))
         return nn.Dense(3)(x)
 
@@ -272,7 +308,7 @@ def _train(state, step, data, epochs):
     for _ in range(epochs):
         order, totals = epoch_order(state, count=32, steps_per_epoch=4), empty_totals()
         for _ in range(4):
-            state, totals = step(state, totals, *data, order)
+            state, totals = step(state, totals, None, *data, order)
         losses.append(float(totals["loss"] / totals["count"]))
     return state, losses, totals
 
@@ -293,7 +329,7 @@ def test_training_lowers_the_loss_and_compiles_once():
 def test_the_step_gives_its_old_state_back_to_the_device():
     _, state, step, data, _ = _problem()
     kernel, totals = state.params["Dense_0"]["kernel"], empty_totals()
-    step(state, totals, *data, epoch_order(state, count=32, steps_per_epoch=4))
+    step(state, totals, None, *data, epoch_order(state, count=32, steps_per_epoch=4))
     assert kernel.is_deleted()
     assert not data[0].is_deleted()
 
@@ -312,7 +348,7 @@ def test_the_steps_of_an_epoch_take_its_batches_one_after_the_other_with_differe
     _, state, *_ = _problem()
     order = epoch_order(state, count=32, steps_per_epoch=4)
 
-    def note(state, batch, key):
+    def note(state, batch, key, bits):
         sums = {"loss": jnp.sum(batch[1] ** 2).astype(jnp.float32), "correct": jax.random.uniform(key)}
         sums |= {"count": jnp.sum(batch[0]).astype(jnp.float32), "collapsed_clips": jnp.float32(0)}
         return state.replace(step=state.step + 1), sums
@@ -323,7 +359,7 @@ def test_the_steps_of_an_epoch_take_its_batches_one_after_the_other_with_differe
     totals = empty_totals()
     for batch in expected:
         before = jax.device_get(totals)
-        state, totals = step(state, totals, jnp.ones((32, 1, 1, 1), jnp.uint8), jnp.asarray(labels), order)
+        state, totals = step(state, totals, None, jnp.ones((32, 1, 1, 1), jnp.uint8), jnp.asarray(labels), order)
         assert float(totals["loss"]) - before["loss"] == np.sum(labels[batch] ** 2)  # small integers: exact
         drawn.append(float(totals["correct"]) - before["correct"])
     assert float(totals["count"]) == 32
@@ -333,7 +369,7 @@ def test_the_steps_of_an_epoch_take_its_batches_one_after_the_other_with_differe
 def test_batch_statistics_are_carried_by_the_state():
     _, state, step, data, _ = _problem()
     before = np.asarray(state.model_state["batch_stats"]["BatchNorm_0"]["mean"])
-    after, *_ = step(state, empty_totals(), *data, epoch_order(state, count=32, steps_per_epoch=4))
+    after, *_ = step(state, empty_totals(), None, *data, epoch_order(state, count=32, steps_per_epoch=4))
     assert np.any(before != np.asarray(after.model_state["batch_stats"]["BatchNorm_0"]["mean"]))
 
 
@@ -344,7 +380,7 @@ class Fragile(nn.Module):
     """Two blocks and a head, each of which can be made to break down by its parameter."""
 
     @nn.compact
-    def __call__(self, x, *, train=False, return_states=False):
+    def __call__(self, x, *, train=False, bits=None, return_states=False):
         x = x.reshape(x.shape[0], -1)
         states = []
         for name in ("stage0", "stage1"):
@@ -367,7 +403,7 @@ def _fragile(harm):
     state = create_state({"params": harm(variables["params"])}, optimizer, jax.random.key(1))
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1)), jnp.uint8)
     data = (images, jnp.zeros(32, jnp.int32), epoch_order(state, count=32, steps_per_epoch=4))
-    return state, step, data, lambda state: explain(state, *select(state, *data))
+    return state, step, data, lambda state: explain(state, *select(state, *data), None)
 
 
 def _with(params, stage, **values):
@@ -386,7 +422,7 @@ def test_a_step_that_breaks_down_changes_nothing_and_names_the_place_and_the_cli
     state, step, data, explain = _fragile(harm)
     before, totals = jax.tree.map(np.array, (state.step, state.params, state.opt_state)), empty_totals()
     for _ in range(2):
-        state, totals = step(state, totals, *data)
+        state, totals = step(state, totals, None, *data)
     assert totals["broken"]
     assert float(totals["count"]) == 0
     jax.tree.map(np.testing.assert_array_equal, before, (state.step, state.params, state.opt_state))
@@ -400,10 +436,10 @@ def test_after_a_broken_step_a_good_one_changes_nothing_either():
         lambda p: _with(_with(p, "stage0", act_clips=[4.0, 3.0]), "stage1", act_clips=[4, 3])
     )
     params = jax.tree.map(np.array, state.params)
-    state, totals = step(state, empty_totals() | {"broken": jnp.bool_(True)}, *data)
+    state, totals = step(state, empty_totals() | {"broken": jnp.bool_(True)}, None, *data)
     assert totals["broken"]
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
-    state, totals = step(state, empty_totals(), *data)
+    state, totals = step(state, empty_totals(), None, *data)
     assert not totals["broken"]
     assert int(state.step) == 1
 

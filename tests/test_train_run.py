@@ -6,6 +6,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from qpde.bits import Bits
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
 from train.checkpoints import Checkpoints
@@ -146,6 +147,38 @@ def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(
     assert "agreement" not in result
     assert 0 <= result["accuracy"] <= 1
     assert not (tmp_path / "runs" / "exact" / "layer_error.png").exists()
+
+
+def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_last_ones(
+    config, tmp_path, monkeypatch, capsys
+):
+    import train.experiment as application
+
+    traced, reestimated = [], []
+    make_train_step, reestimate = application.make_train_step, application.reestimate_statistics
+
+    def counted(*arguments):
+        step = make_train_step(*arguments)
+        return lambda *inner: traced.append(1) or step(*inner)
+
+    def noted(model, variables, batches, bits):
+        reestimated.append(bits)
+        return reestimate(model, variables, batches, bits)
+
+    monkeypatch.setattr(application, "make_train_step", counted)
+    monkeypatch.setattr(application, "reestimate_statistics", noted)
+    annealing = "--annealing.weights.schedule staircase --annealing.weights.start 5 --annealing.weights.every 1"
+    annealing += " --annealing.activations.schedule listed --annealing.activations.widths 8 6"
+    annealing += " --annealing.activations.every 1 --annealing.reestimate"
+    command = ["run", config, "--only", "symmetric", *annealing.split()]
+    assert main(command) == 0
+    assert len(traced) == 1
+    assert reestimated == [Bits(4, 6), Bits(4, 4), Bits(4, 4)]  # the last one before the test images
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["weight_bits"], line["act_bits"]) for line in lines] == [(5, 8), (4, 6), (4, 4)]
+    assert _summary(tmp_path)["symmetric"]["best_epoch"] == 3
+    assert main([*command, "--name", "short", "--epochs", "2"]) == 2
+    assert "annealing.activations ends at 6 bits after 2 epochs" in capsys.readouterr().err
 
 
 def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_clips(config, tmp_path, capsys):

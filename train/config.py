@@ -139,6 +139,36 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class BitSchedule:
+    """Widths of weights or of activations over the epochs; they end at the model's."""
+
+    schedule: Literal["constant", "staircase", "listed"] = "constant"
+    """The model's width throughout; a bit less after every so many epochs; or the widths of a list."""
+    start: int = 16
+    """First width of the staircase."""
+    every: int = 10
+    """Epochs at each width."""
+    widths: tuple[int, ...] = ()
+    """The list, from the first width on, without the model's."""
+
+    def __post_init__(self):
+        check_at_least("every", self.every, 1)
+        outside = [width for width in (self.start, *self.widths) if not 2 <= width <= 32]
+        if outside:
+            raise ValueError(f"a bit schedule holds {outside[0]}: widths are 2 to 32")
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How widths change over a run. Only epochs at the model's own widths can be the best."""
+
+    weights: BitSchedule = field(default_factory=BitSchedule)
+    activations: BitSchedule = field(default_factory=BitSchedule)
+    reestimate: bool = False
+    """Estimate batch statistics again after each change, from training images at the new widths."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One or several variants of a network, trained alike and compared."""
 
@@ -150,6 +180,7 @@ class Experiment:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    annealing: Annealing = field(default_factory=Annealing)
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128

@@ -16,6 +16,7 @@ import qpde.models
 from qpde.bits import Bits
 from qpde.datasets import Images
 from qpde.diagnostics import compare, reestimate_statistics
+from train.annealing import is_annealed, widths_of
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Variant
 from train.data import load_images, make_prepare, normalized_batches, stack_batches
@@ -122,6 +123,7 @@ class Training:
         sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.train.images.shape[1:]), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=_RANDOM), sample)
+        widths_of(experiment.annealing, model.bits, experiment.epochs)
         steps = experiment.epochs * (len(images.train.labels) // experiment.batch_size)
         optimizer = create_optimizer(experiment.optimizer, shapes["params"], steps=steps)
         return cls(experiment, variant, images, model, optimizer)
@@ -134,6 +136,10 @@ class Training:
         select = make_select(steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
         explain = make_explain(self.model, loss, prepare)
         validation = stack_batches(images.validation, experiment.batch_size)
+        epoch_step = make_epoch_step(make_train_step(loss, self.optimizer, prepare), select)
+        annealing = experiment.annealing
+        # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
+        traced = (lambda bits: bits) if is_annealed(annealing) else (lambda bits: None)
         train_images, labels = jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)
 
         def batches(state):
@@ -145,11 +151,13 @@ class Training:
             epochs=experiment.epochs,
             steps_per_epoch=steps_per_epoch,
             checkpoint_every=experiment.checkpoint_every,
-            step=make_epoch_step(make_train_step(loss, self.optimizer, prepare), select),
+            bits=widths_of(annealing, self.model.bits, experiment.epochs),
+            enter=self._reestimated if annealing.reestimate else lambda state, bits: state,
+            step=lambda state, totals, bits, *data: epoch_step(state, totals, traced(bits), *data),
             totals=empty_totals(),
             batches=batches,
-            evaluate=lambda variables: self._scores(variables, *validation),
-            explain=lambda state, *data: explain(state, *select(state, *data)),
+            evaluate=lambda variables, bits: self._scores(variables, *validation, traced(bits)),
+            explain=lambda state, bits, *data: explain(state, *select(state, *data), traced(bits)),
             chance=float(np.bincount(images.validation.labels).max() / len(images.validation.labels)),
         )
         with (
@@ -172,6 +180,12 @@ class Training:
         test = normalized_batches(self.images, self.images.test, batch_size=size)
         faithfulness = compare(model, variables, test, model.bits, statistics_batches=statistics)
         return results | faithfulness.as_dict()
+
+    def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
+        """The state with the batch statistics of these widths."""
+        statistics = self._training_batches(limit=_STATISTICS_BATCHES)
+        variables = reestimate_statistics(self.model, state.variables, statistics, bits)
+        return state.replace(model_state={name: variables[name] for name in state.model_state})
 
     def _first_state(self) -> TrainState:
         """Random weights, and clips that fit them and the first training images."""

@@ -55,24 +55,24 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 def make_explain(
     model: nn.Module, loss: Callable[..., tuple[Array, Any]], prepare: Callable[..., Array]
 ) -> Callable[..., str]:
-    """`explain(state, batch, key) -> str`: where the step from that state breaks down, and the clips there.
+    """`explain(state, batch, key, bits) -> str`: where the step from that state breaks down, and the clips there.
 
     Args:
       model, prepare: as for `train.step.make_train_step`.   loss: of `train.step.make_loss`.
     """
 
     @jax.jit
-    def probe(state, batch, key):
+    def probe(state, batch, key, bits):
         images, labels = batch
         x = prepare(key, images)
         (logits, states), _ = model.apply(
-            state.variables, x, train=True, return_states=True, mutable=list(state.model_state)
+            state.variables, x, train=True, bits=bits, return_states=True, mutable=list(state.model_state)
         )
-        grads, _ = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels)
+        grads, _ = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels, bits)
         return [all_finite(value) for value in (x, *states, logits)], jax.tree.map(all_finite, grads)
 
-    def explain(state, batch, key):
-        forward, grads = jax.device_get(probe(state, batch, key))
+    def explain(state, batch, key, bits):
+        forward, grads = jax.device_get(probe(state, batch, key, bits))
         clips = "; ".join(
             f"{name} {np.array2string(np.asarray(leaf), precision=3)}" for name, leaf in clips_of(state.params).items()
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from qpde.bits import Bits
 from train.checkpoints import Checkpoints
 from train.guards import SMALLEST_CLIP
 from train.interrupt import Interrupted, StopRequest
@@ -37,12 +38,14 @@ class Plan:
       variant: its name.
       epochs, steps_per_epoch: its length.
       checkpoint_every: steps between saves; 0 saves at the end of epochs only.
-      step: (state, totals, *batch) -> (state, totals), as `make_epoch_step` makes it; donates the state.
+      bits: epoch, from 1 on -> its `Bits`, of Python integers or None.
+      enter: (state, bits) -> state, called before an epoch whose widths are not those of the epoch before.
+      step: (state, totals, bits, *batch) -> (state, totals), as `make_epoch_step` makes it; donates the state.
       totals: sums before the first batch of an epoch.
       batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
         end of its epoch.
-      evaluate: variables -> {"accuracy", "loss"} on the validation images.
-      explain: (state, *batch) -> what breaks down in the step from that state.
+      evaluate: (variables, bits) -> {"accuracy", "loss"} on the validation images.
+      explain: (state, bits, *batch) -> what breaks down in the step from that state.
       chance: validation accuracy of guessing.
     """
 
@@ -50,16 +53,18 @@ class Plan:
     epochs: int
     steps_per_epoch: int
     checkpoint_every: int
+    bits: Callable[[int], Bits]
+    enter: Callable[[TrainState, Bits], TrainState]
     step: Callable[..., tuple[TrainState, Any]]
     totals: Any
     batches: Callable[[TrainState], Iterable[tuple]]
-    evaluate: Callable[[dict[str, Any]], dict[str, float]]
+    evaluate: Callable[[dict[str, Any], Bits], dict[str, float]]
     explain: Callable[..., str]
     chance: float
 
 
 def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display) -> TrainState:
-    """Trains to the end of the last epoch and returns the state of the best one.
+    """Trains to the end of the last epoch and returns the state of the best one among those at the last one's widths.
 
     Each epoch ends with a line in metrics.jsonl, then a save.  SIGTERM and SIGINT end the current step and save.
 
@@ -82,9 +87,12 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
     with StopRequest() as stop:
         while step < last:
             epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
+            bits = plan.bits(epoch)
+            if step % plan.steps_per_epoch == 0 and epoch > 1 and bits != plan.bits(epoch - 1):
+                state = plan.enter(state, bits)
             for batch in plan.batches(state):
                 before = totals
-                state, totals = plan.step(state, totals, *batch)
+                state, totals = plan.step(state, totals, bits, *batch)
                 # One step is prepared while one runs: further ahead, stopping would wait for all that is queued.
                 jax.block_until_ready(before)
                 step += 1
@@ -100,9 +108,11 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                 run.log(**line)
                 validation = {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
                 totals = plan.totals
-                checkpoints.save(step, (state, totals), validation)
+                final = bits == plan.bits(plan.epochs)
+                checkpoints.save(step, (state, totals), validation if final else None)
                 display.line(
-                    f"{name}: epoch {epoch} of {plan.epochs}, loss {line['train_loss']:.4f}, "
+                    f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits)}, "
+                    f"loss {line['train_loss']:.4f}, "
                     f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
                 )
                 for warning in _warnings(line, plan):
@@ -118,7 +128,8 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
 def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:
     """The epoch's line of metrics."""
     _check_finite(state, totals, plan)
-    validation = plan.evaluate(state.variables)
+    bits = plan.bits(epoch)
+    validation = plan.evaluate(state.variables, bits)
     if not math.isfinite(validation["loss"]):
         raise FloatingPointError(
             f"{plan.variant}: the validation loss after epoch {epoch} is not finite though the training loss is: the "
@@ -129,6 +140,8 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "variant": plan.variant,
         "epoch": epoch,
         "step": epoch * plan.steps_per_epoch,
+        "weight_bits": bits.weights,
+        "act_bits": bits.activations,
         "train_loss": float(sums["loss"] / sums["count"]),
         "train_accuracy": float(sums["correct"] / sums["count"]),
         "collapsed_clips": int(sums["collapsed_clips"]),
@@ -136,6 +149,11 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "validation_accuracy": validation["accuracy"],
         "seconds": round(seconds(), 3),
     }
+
+
+def _at(bits: Bits) -> str:
+    weights, activations = ("32" if width is None else str(width) for width in bits)
+    return f" at {weights} and {activations} bits"
 
 
 def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:
@@ -165,8 +183,9 @@ def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:
 def _check_finite(state, totals, plan: Plan) -> None:
     if totals["broken"]:
         step = int(state.step)
-        why = plan.explain(state, *next(iter(plan.batches(state))))
+        epoch = step // plan.steps_per_epoch + 1
+        why = plan.explain(state, plan.bits(epoch), *next(iter(plan.batches(state))))
         raise FloatingPointError(
-            f"{plan.variant}: step {step} (epoch {step // plan.steps_per_epoch + 1}) broke down: {why}. Try a smaller "
+            f"{plan.variant}: step {step} (epoch {epoch}) broke down: {why}. Try a smaller "
             "--optimizer.learning-rate; what was saved before stays"
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from qpde.bits import Bits
 from train.guards import all_finite, choose, hold_clips
 from train.losses import classification_sums
 from train.state import TrainState
@@ -19,16 +20,19 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(model: nn.Module) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, dict[str, Any]]]]:
-    """`loss(params, model_state, x, labels) -> (value, (sums, model_state))`: mean cross entropy in training mode.
+    """`loss(params, model_state, x, labels, bits) -> (value, (sums, model_state))`: mean cross entropy, training mode.
 
     Args:
-      model: called as `model.apply(variables, x, train=True, mutable=...)`.
+      model: called as `model.apply(variables, x, train=True, bits=bits, mutable=...)`.
     Returns:
-      A function of the network's input x; its sums are those of `classification_sums`.
+      A function of the network's input x and its widths, traced, or None for its own; its sums are those of
+      `classification_sums`.
     """
 
-    def loss(params, model_state, x, labels):
-        logits, updated = model.apply({"params": params, **model_state}, x, train=True, mutable=list(model_state))
+    def loss(params, model_state, x, labels, bits):
+        logits, updated = model.apply(
+            {"params": params, **model_state}, x, train=True, bits=bits, mutable=list(model_state)
+        )
         sums = classification_sums(logits, labels)
         return sums["loss"] / sums["count"], (sums, {**model_state, **updated})
 
@@ -39,8 +43,8 @@ def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     prepare: Callable[[Key[Array, ""], UInt8[Array, "n h w c"]], Float[Array, "n h w c"]],
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch, key) -> (state, sums)`: one step down the loss.
+) -> Callable[[TrainState, Batch, Key[Array, ""], Bits | None], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
 
     Args:
       loss: of `make_loss`.
@@ -51,10 +55,10 @@ def make_train_step(
       had to be held up (`train.guards.hold_clips`).
     """
 
-    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
         x = prepare(key, images)
-        grads, (sums, model_state) = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels)
+        grads, (sums, model_state) = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels, bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
@@ -80,7 +84,7 @@ def make_select(*, steps_per_epoch: int, batch_size: int):
 
 
 def make_epoch_step(train_step, select):
-    """`epoch_step(state, totals, *data) -> (state, totals)`: the next step of an epoch, its sums added, jitted.
+    """`epoch_step(state, totals, bits, *data) -> (state, totals)`: the next step of an epoch, its sums added, jitted.
 
     `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
     Python; a scan over ten steps of resnet20 took the same time, within noise.
@@ -92,8 +96,8 @@ def make_epoch_step(train_step, select):
       select: (state, *data) -> (batch, key), as `make_select` makes it.
     """
 
-    def epoch_step(state: TrainState, totals: Metrics, *data) -> tuple[TrainState, Metrics]:
-        after, sums = train_step(state, *select(state, *data))
+    def epoch_step(state: TrainState, totals: Metrics, bits: Bits | None, *data) -> tuple[TrainState, Metrics]:
+        after, sums = train_step(state, *select(state, *data), bits)
         good = all_finite((after, sums)) & ~totals["broken"]
         added = {name: totals[name] + value for name, value in sums.items()}
         state, kept = choose(good, (after, added), (state, {name: totals[name] for name in sums}))
@@ -123,20 +127,23 @@ def _keys(state: TrainState) -> Key[Array, "2"]:
     return jax.random.split(state.key)
 
 
-def make_evaluate(model: nn.Module, normalize) -> Callable[[dict[str, Any], Any, Any], dict[str, float]]:
-    """`evaluate(variables, images, labels) -> {"loss", "accuracy"}` over the batches of `stack_batches`."""
+def make_evaluate(model: nn.Module, normalize) -> Callable[..., dict[str, float]]:
+    """`evaluate(variables, images, labels, bits=None) -> {"loss", "accuracy"}` over the batches of `stack_batches`.
+
+    The widths are traced; None takes the model's own.
+    """
 
     @jax.jit
-    def sums_of(variables, images, labels):
+    def sums_of(variables, images, labels, bits):
         def add(totals, batch):
-            logits = model.apply(variables, normalize(batch[0]), train=False)
+            logits = model.apply(variables, normalize(batch[0]), train=False, bits=bits)
             return jax.tree.map(jnp.add, totals, classification_sums(logits, batch[1])), None
 
         zero = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
         return jax.lax.scan(add, zero, (images, labels))[0]
 
-    def evaluate(variables, images, labels):
-        sums = jax.device_get(sums_of(variables, images, labels))
+    def evaluate(variables, images, labels, bits=None):
+        sums = jax.device_get(sums_of(variables, images, labels, bits))
         return {
             "loss": float(sums["loss"] / sums["count"]),
             "accuracy": float(sums["correct"] / sums["count"]),
