@@ -23,7 +23,7 @@ from train.step import empty_totals
 
 
 def _state(step=0):
-    return TrainState(jnp.int32(step), {"w": jnp.float32(step)}, {}, {}, jax.random.key(0))
+    return TrainState(jnp.int32(step), {"w": jnp.float32(step)}, {}, {}, None, jax.random.key(0))
 
 
 def _plan(**changes):
@@ -45,6 +45,8 @@ def _plan(**changes):
         totals=empty_totals(),
         batches=lambda state: [()] * (3 - int(state.step) % 3),
         evaluate=lambda variables, bits: {"accuracy": 0.5, "loss": 1.0},
+        score=lambda line: {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]},
+        reached=lambda line: False,
         explain=lambda state, bits: f"the step from {int(state.step)}",
         chance=0.1,
     )
@@ -158,7 +160,7 @@ def test_collapsed_clips_are_logged_and_a_warning(tmp_path):
 
     _, said, _, (line,) = _fit(tmp_path, dataclasses.replace(plan, step=step))
     assert line["collapsed_clips"] == 6
-    assert f"6 times a clip fell to 0 and was raised to {SMALLEST_CLIP}" in said
+    assert f"clips that fell below {SMALLEST_CLIP} and were raised to it: 6" in said
 
 
 def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered_once(tmp_path):
@@ -191,3 +193,16 @@ def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered
     assert [line["weight_bits"] for line in lines] == [6, 5] + [4] * 8
     assert {line["act_bits"] for line in lines} == {4}
     assert "epoch 2 of 10 at 5 and 4 bits" in said
+
+
+def test_training_ends_early_where_its_target_is_reached_at_the_final_widths_and_a_resumed_one_knows(tmp_path):
+    plan = _plan(
+        bits=lambda epoch: Bits(4, 8 if epoch < 3 else 4),
+        enter=lambda state, bits: state,
+        reached=lambda line: line["epoch"] != 3,  # already in the first epoch, at other widths
+        score=lambda line: {"accuracy": 0.0, "loss": line["epoch"]},
+    )
+    for _ in range(2):
+        state, _, last, lines = _fit(tmp_path, plan)
+        assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+        assert (int(state.step), last) == (9, 12)  # the lower score of the two epochs at the final widths

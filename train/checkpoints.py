@@ -97,6 +97,25 @@ class Checkpoints:
             seal(folder)
 
 
+def read_best(directory: Path):
+    """The best state of another run, as plain dictionaries and arrays.
+
+    Raises:
+      FileNotFoundError: there is none, or none that was validated.   ValueError: a checkpoint there is damaged.
+    """
+    steps = [path for path in directory.glob("*") if path.name.isdigit()]
+    for path in steps:
+        if harm := damage(path):
+            raise ValueError(f"{path} is damaged ({harm}): train that run again")
+    options = ocp.CheckpointManagerOptions(best_fn=_quality, create=False)
+    if steps:
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+            best = manager.best_step()
+            if manager.metrics(best)["validated"]:
+                return manager.restore(best, args=ocp.args.StandardRestore())
+    raise FileNotFoundError(f"{directory} holds no state at the end of an epoch: run that experiment first")
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that is intact and not the one that is needed."""
 

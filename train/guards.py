@@ -63,12 +63,11 @@ def make_explain(
 
     @jax.jit
     def probe(state, batch, key, bits):
-        images, labels = batch
-        x = prepare(key, images)
+        x, targets = prepare(key, *batch)
         (logits, states), _ = model.apply(
             state.variables, x, train=True, bits=bits, return_states=True, mutable=list(state.model_state)
         )
-        grads, _ = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels, bits)
+        grads, _ = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, targets, bits)
         return [all_finite(value) for value in (x, *states, logits)], jax.tree.map(all_finite, grads)
 
     def explain(state, batch, key, bits):

@@ -29,6 +29,8 @@ _STATISTICS_SETTLE = 100
 """Steps after which running batch statistics, which keep 0.9 of themselves a step, have forgotten their start and the
 first large steps."""
 
+_KNOWN_SUMS = ("loss", "correct", "count", "collapsed_clips", "broken")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -45,6 +47,8 @@ class Plan:
       batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
         end of its epoch.
       evaluate: (variables, bits) -> {"accuracy", "loss"} on the validation images.
+      score: line of metrics -> {"accuracy", "loss"} by which the best epoch is chosen.
+      reached: line of metrics -> whether training is to end with that epoch.
       explain: (state, bits, *batch) -> what breaks down in the step from that state.
       chance: validation accuracy of guessing.
     """
@@ -59,6 +63,8 @@ class Plan:
     totals: Any
     batches: Callable[[TrainState], Iterable[tuple]]
     evaluate: Callable[[dict[str, Any], Bits], dict[str, float]]
+    score: Callable[[dict[str, Any]], dict[str, float]]
+    reached: Callable[[dict[str, Any]], bool]
     explain: Callable[..., str]
     chance: float
 
@@ -85,7 +91,8 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
         display.line(f"{name}: going on after step {step} of {last}")
 
     with StopRequest() as stop:
-        while step < last:
+        ended = any(_ended(line, plan) for line in run.lines(name)[-1:])
+        while step < last and not ended:
             epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
             bits = plan.bits(epoch)
             if step % plan.steps_per_epoch == 0 and epoch > 1 and bits != plan.bits(epoch - 1):
@@ -106,15 +113,15 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
             if step % plan.steps_per_epoch == 0:
                 line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
                 run.log(**line)
-                validation = {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
                 totals = plan.totals
                 final = bits == plan.bits(plan.epochs)
-                checkpoints.save(step, (state, totals), validation if final else None)
+                checkpoints.save(step, (state, totals), plan.score(line) if final else None)
                 display.line(
                     f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits)}, "
-                    f"loss {line['train_loss']:.4f}, "
+                    f"loss {line['train_loss']:.4g}, "
                     f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
                 )
+                ended = _ended(line, plan)
                 for warning in _warnings(line, plan):
                     display.line(f"{name}: warning: {warning}")
             if stop.signal_number:
@@ -129,7 +136,7 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
     """The epoch's line of metrics."""
     _check_finite(state, totals, plan)
     bits = plan.bits(epoch)
-    validation = plan.evaluate(state.variables, bits)
+    validation = plan.evaluate(state.averaged.variables, bits)
     if not math.isfinite(validation["loss"]):
         raise FloatingPointError(
             f"{plan.variant}: the validation loss after epoch {epoch} is not finite though the training loss is: the "
@@ -144,11 +151,17 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "act_bits": bits.activations,
         "train_loss": float(sums["loss"] / sums["count"]),
         "train_accuracy": float(sums["correct"] / sums["count"]),
+        **{f"train_{name}": float(value / sums["count"]) for name, value in sums.items() if name not in _KNOWN_SUMS},
         "collapsed_clips": int(sums["collapsed_clips"]),
         "validation_loss": validation["loss"],
         "validation_accuracy": validation["accuracy"],
         "seconds": round(seconds(), 3),
     }
+
+
+def _ended(line: dict[str, Any], plan: Plan) -> bool:
+    """Whether training ends with the line's epoch before its time; the line says so to a resumed run, too."""
+    return Bits(line["weight_bits"], line["act_bits"]) == plan.bits(plan.epochs) and plan.reached(line)
 
 
 def _at(bits: Bits) -> str:
@@ -161,7 +174,7 @@ def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:
     warnings = []
     if line["collapsed_clips"]:
         warnings.append(
-            f"{line['collapsed_clips']} times a clip fell to 0 and was raised to {SMALLEST_CLIP}: try a smaller "
+            f"clips that fell below {SMALLEST_CLIP} and were raised to it: {line['collapsed_clips']}; try a smaller "
             "learning rate for clips (a rule of the optimizer)"
         )
     first_tenth = max(1, math.ceil(plan.epochs / 10))

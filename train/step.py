@@ -11,30 +11,52 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from qpde.bits import Bits
+from train import twin
+from train.config import Loss
 from train.guards import all_finite, choose, hold_clips
-from train.losses import classification_sums
-from train.state import TrainState
+from train.losses import LOSSES, Outputs, classification_sums
+from train.state import TrainState, update_averages
 
 Batch = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
 Metrics = dict[str, Float[Array, ""]]
 
+_EXACT_BITS = 32  # of the twin: activations are clipped and not rounded
 
-def make_loss(model: nn.Module) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, dict[str, Any]]]]:
-    """`loss(params, model_state, x, labels, bits) -> (value, (sums, model_state))`: mean cross entropy, training mode.
+
+def make_loss(
+    model: nn.Module, config: Loss
+) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
+    """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
     Args:
-      model: called as `model.apply(variables, x, train=True, bits=bits, mutable=...)`.
+      model: called as `model.apply(variables, x, train=True, bits=bits, return_states=..., mutable=...)`.
+      config: names the row of `train.losses.LOSSES`.
     Returns:
-      A function of the network's input x and its widths, traced, or None for its own; its sums are those of
-      `classification_sums`.
+      A function of the network's input x, the targets (N, classes) and the widths, traced, or None for the network's
+      own.  Logits and batch statistics are those of the quantized network, not of its twin.
     """
+    row = LOSSES[config.name]
 
-    def loss(params, model_state, x, labels, bits):
-        logits, updated = model.apply(
-            {"params": params, **model_state}, x, train=True, bits=bits, mutable=list(model_state)
+    def forward(params, model_state, x, bits):
+        outputs, updated = model.apply(
+            {"params": params, **model_state},
+            x,
+            train=True,
+            bits=bits,
+            return_states=row.twin,
+            mutable=list(model_state),
         )
-        sums = classification_sums(logits, labels)
-        return sums["loss"] / sums["count"], (sums, {**model_state, **updated})
+        return Outputs(*outputs) if row.twin else Outputs(outputs, ()), {**model_state, **updated}
+
+    def loss(params, model_state, x, targets, bits):
+        low, updated = forward(twin.low(params), model_state, x, bits)
+        high, act_bits = None, None
+        if row.twin:
+            widths = model.bits if bits is None else bits
+            high, _ = forward(twin.high(params), model_state, x, widths._replace(activations=_EXACT_BITS))
+            act_bits = widths.activations
+        terms = row.formula(low, high, targets, act_bits, config)
+        return terms["loss"], (terms, low.logits, updated)
 
     return loss
 
@@ -42,26 +64,35 @@ def make_loss(model: nn.Module) -> Callable[..., tuple[Float[Array, ""], tuple[M
 def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    prepare: Callable[[Key[Array, ""], UInt8[Array, "n h w c"]], Float[Array, "n h w c"]],
+    prepare: Callable[..., tuple[Array, Array]],
+    *,
+    averaging: float = 0.0,
 ) -> Callable[[TrainState, Batch, Key[Array, ""], Bits | None], tuple[TrainState, Metrics]]:
     """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
 
     Args:
       loss: of `make_loss`.
       optimizer: its state is `state.opt_state`.
-      prepare: (key, images) -> the model's input: variation and normalisation.
+      prepare: (key, images, labels) -> the model's input and the targets, as `train.data.make_prepare` makes it.
+      averaging: share that moving averages keep; 0 for a state without them.
     Returns:
-      A pure function.  Its batch is (images, labels); its sums are the loss's and "collapsed_clips", the clips that
-      had to be held up (`train.guards.hold_clips`).
+      A pure function.  Its batch is (images, labels); its sums over the images are the loss's terms, "correct", "count"
+      and "collapsed_clips", the clips that had to be held up (`train.guards.hold_clips`).
     """
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
-        x = prepare(key, images)
-        grads, (sums, model_state) = jax.grad(loss, has_aux=True)(state.params, state.model_state, x, labels, bits)
+        x, targets = prepare(key, images, labels)
+        grads, (terms, logits, model_state) = jax.grad(loss, has_aux=True)(
+            state.params, state.model_state, x, targets, bits
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+        if averaging:
+            state = update_averages(state, averaging)
+        counts = classification_sums(logits, labels)
+        sums = counts | {name: value * counts["count"] for name, value in terms.items()}
         return state, sums | {"collapsed_clips": collapsed}
 
     return train_step
@@ -116,9 +147,9 @@ def epoch_order(state: TrainState, *, count: int, steps_per_epoch: int) -> Int[A
     return jax.random.permutation(epoch_key, count)
 
 
-def empty_totals() -> Metrics:
-    """Sums before the first batch; "broken" says whether a step broke down."""
-    zero = {name: jnp.float32(0) for name in ("loss", "correct", "count", "collapsed_clips")}
+def empty_totals(*more: str) -> Metrics:
+    """Sums before the first batch, with those of these names too; "broken" says whether a step broke down."""
+    zero = {name: jnp.float32(0) for name in ("loss", "correct", "count", "collapsed_clips", *more)}
     return zero | {"broken": jnp.bool_(False)}
 
 
