@@ -206,23 +206,31 @@ class Training:
         """Random weights or those of another run, and clips that fit them and the first training images."""
         experiment = self.experiment
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=_RANDOM))
-        ((x, _),) = self._training_batches(limit=1)
         if self.start is None:
+            ((x, _),) = self._training_batches(limit=1)
             variables = jax.jit(partial(_first_variables, self.model, method=experiment.clip_start))(init_key, x)
         else:
-            variables = self.start.variables
-            untrained = Bits(
-                *(own if was is None else None for own, was in zip(self.model.bits, self.start.bits, strict=True))
-            )
-            if untrained != Bits(None, None):
-                variables = qpde.models.calibrate_clips(
-                    self.model, variables, x, method=experiment.clip_start, bits=untrained
-                )
-                statistics = self._training_batches(limit=_STATISTICS_BATCHES)
-                variables = reestimate_statistics(self.model, variables, statistics, self.model.bits)
-        if LOSSES[experiment.loss.name].twin and not twin.has_twin(variables["params"]):
-            variables = {**variables, "params": twin.add_twin(variables["params"])}
-        return create_state(variables, self.optimizer, key, averaging=experiment.optimizer.averaging > 0)
+            variables = self._started(self.start)
+        params = variables["params"]
+        if not LOSSES[experiment.loss.name].twin:
+            params = twin.low(params)
+        elif not twin.has_twin(params):
+            params = twin.add_twin(params)
+        averaging = experiment.optimizer.averaging > 0
+        return create_state({**variables, "params": params}, self.optimizer, key, averaging=averaging)
+
+    def _started(self, start: Start) -> dict[str, Any]:
+        """The start's variables; where it was not quantized, with clips and statistics for the widths of the model."""
+        untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, start.bits, strict=True)))
+        if untrained == Bits(None, None):
+            return start.variables
+        ((x, _),) = self._training_batches(limit=1)
+        variables = {**start.variables, "params": twin.low(start.variables["params"])}
+        variables = qpde.models.calibrate_clips(
+            self.model, variables, x, method=self.experiment.clip_start, bits=untrained
+        )
+        statistics = self._training_batches(limit=_STATISTICS_BATCHES)
+        return reestimate_statistics(self.model, variables, statistics, self.model.bits)
 
     @cached_property
     def _scores(self):
