@@ -20,7 +20,7 @@ from qpde.datasets import Split
 from qpde.models import Smoothing
 from train.augment import random_crop, random_flip
 from train.checkpoints import Checkpoints
-from train.config import Data, Experiment, Model, Optimizer, Rule, Variant, from_json, to_json
+from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
 from train.data import stack_batches
 from train.losses import IGNORED, classification_sums
 from train.memory import keep_freed_memory
@@ -28,6 +28,7 @@ from train.optimizer import create_optimizer, rule_of_each
 from train.schedules import SCHEDULES, cosine, one_cycle
 from train.state import create_state
 from train.step import empty_totals, epoch_order, make_epoch_step, make_evaluate, make_train_step
+from train.stored import from_json, to_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +60,7 @@ def test_an_experiment_survives_json():
         (lambda: Rule("clip", learning_rate=math.nan), r"rule 'clip' \(=nan\)"),
         (lambda: Data(size=0), r"data.size \(=0\) must be at least 1"),
         (lambda: Data(crop_padding=-1), r"crop_padding \(=-1\)"),
-        (lambda: Variant("a", {"colour": 1}), "colour"),
+        (lambda: dataclasses.replace(EXPERIMENT, variants=(Variant("a", {"colour": 1}),)), "colour"),
         (lambda: Variant("../a"), "names a folder"),
         (lambda: dataclasses.replace(EXPERIMENT, name=""), "names a folder"),
         (lambda: dataclasses.replace(EXPERIMENT, epochs=0), r"epochs \(=0\) must be at least 1"),

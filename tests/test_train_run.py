@@ -197,8 +197,8 @@ def test_bad_input_is_refused_with_its_reason_and_nothing_written(
 
 
 def test_two_processes_cannot_work_in_one_run(config, tmp_path, capsys):
-    from train.config import from_json  # the recipe as another process would hold it
     from train.rundir import open_run
+    from train.stored import from_json  # the recipe as another process would hold it
 
     experiment = load_recipes(tmp_path / "tiny.py")["fast"]
     with open_run(tmp_path / "runs", experiment) as held:

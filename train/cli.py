@@ -5,26 +5,37 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import tyro
 from rich.console import Console
 
+import train.experiment
+import train.nodes.experiment
 from train.config import Experiment
-from train.experiment import Job, prepare_job
+from train.nodes.config import GraphExperiment
 
 _PROGRAM = "python -m train"
 
+PREPARE_JOB = {
+    Experiment: train.experiment.prepare_job,
+    GraphExperiment: train.nodes.experiment.prepare_job,
+}
+"""How a job is made of each kind of experiment."""
+
+
+E = TypeVar("E", Experiment, GraphExperiment)
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[E]):
     """Train the variants of an experiment and compare each with its high-precision twin.
 
     Writes RUNS_DIR/NAME: config.json, metrics.jsonl, checkpoints, summary.json and pictures. The same command
     takes up an interrupted run; a finished one is never overwritten silently.
     """
 
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    experiment: Annotated[E, tyro.conf.arg(name="")]
     recipe: str
     """Which of the file's recipes."""
     data_dir: Path | None = None
@@ -35,7 +46,7 @@ class Run:
     """Delete what the run's folder holds and start anew."""
 
 
-def parse_run(arguments: Sequence[str]) -> Run:
+def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment]:
     """The options of `run`; the defaults are those of the file and recipe that the arguments name.
 
     Raises:
@@ -49,15 +60,17 @@ def parse_run(arguments: Sequence[str]) -> Run:
     recipe = _value_of("--recipe", arguments) or next(iter(recipes))
     if recipe not in recipes:
         raise ValueError(f"{paths[0]} has no recipe {recipe!r}: choose from {list(recipes)}")
-    default = Run(experiment=recipes[recipe], recipe=recipe)
+    kind, default = type(recipes[recipe]), Run(experiment=recipes[recipe], recipe=recipe)
     program = f"{_PROGRAM} run {paths[0]}"
-    return tyro.cli(Run, default=default, args=list(arguments[1:]), prog=program, config=(tyro.conf.SuppressFixed,))
+    return tyro.cli(
+        Run[kind], default=default, args=list(arguments[1:]), prog=program, config=(tyro.conf.SuppressFixed,)
+    )
 
 
-def prepare_run(arguments: Sequence[str]) -> Job:
+def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     """The job that the arguments of `run` describe, everything about it checked."""
     options = parse_run(arguments)
-    return prepare_job(
+    return PREPARE_JOB[type(options.experiment)](
         options.experiment,
         data_dir=options.data_dir,
         runs_dir=options.runs_dir,
@@ -106,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_recipes(path: Path) -> dict[str, Experiment]:
+def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperiment]:
     """The recipes that a file of configs/ defines, the default first.
 
     Raises:
@@ -115,8 +128,9 @@ def load_recipes(path: Path) -> dict[str, Experiment]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no experiment file {path}: see configs/")
     recipes = runpy.run_path(str(path)).get("recipes")
-    if not (isinstance(recipes, dict) and recipes and all(isinstance(r, Experiment) for r in recipes.values())):
-        raise ValueError(f"{path} must define `recipes`, a dictionary from names to train.config.Experiment")
+    if not (isinstance(recipes, dict) and recipes and all(type(r) in PREPARE_JOB for r in recipes.values())):
+        kinds = " or ".join(kind.__name__ for kind in PREPARE_JOB)
+        raise ValueError(f"{path} must define `recipes`, a dictionary from names to {kinds}")
     return recipes
 
 

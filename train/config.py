@@ -1,11 +1,10 @@
-"""What an experiment is: frozen values, checked when they are built, written to and read from JSON.
+"""What an experiment is: frozen values, checked when they are built.
 
 A file in configs/ defines `recipes: dict[str, Experiment]`; its first entry is the default.  Every field here
 is also an option of `python -m train run`, spelled as in `--optimizer.learning-rate 0.05`.
 """
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -30,8 +29,8 @@ class Data:
     """Mirror half of the training images. Off for digits, whose mirror images are other signs."""
 
     def __post_init__(self):
-        _check_at_least("data.size", self.size, 1)
-        _check_at_least("data.crop_padding", self.crop_padding, 0)
+        check_at_least("data.size", self.size, 1)
+        check_at_least("data.crop_padding", self.crop_padding, 0)
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,7 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_folder_name("variant", self.name)
-        known = [option.name for option in dataclasses.fields(Model)]
-        unknown = sorted(set(self.changes) - set(known))
-        if unknown:
-            raise ValueError(f"variant {self.name!r} changes {unknown}, no fields of the model: choose from {known}")
+        check_folder_name("variant", self.name)
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,23 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma and Ba, 2015) with a constant learning rate; decay is part of the gradient, as in PyTorch."""
+
+    learning_rate: float = 0.01
+    """Of all parameters that no rule names."""
+    weight_decay: float = 0.0
+    """Added to the gradient, times the parameter."""
+    rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
+    """Exceptions by parameter path; the first match counts."""
+
+    def __post_init__(self):
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"optimizer.learning_rate (={self.learning_rate}) must be positive and finite")
+        _check_not_negative("optimizer.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One or several variants of a network, trained alike and compared."""
 
@@ -148,16 +160,11 @@ class Experiment:
     """Initial weights, order and variation of the images follow from it."""
 
     def __post_init__(self):
-        _check_folder_name("name", self.name)
-        names = [variant.name for variant in self.variants]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"variants (={names}) must be at least one, with different names")
-        unknown = sorted(set(self.only) - set(names))
-        if unknown:
-            raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
-        _check_at_least("epochs", self.epochs, 1)
-        _check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
-        _check_at_least("seed", self.seed, 0)
+        check_folder_name("name", self.name)
+        check_variants(self.variants, self.only, Model)
+        check_at_least("epochs", self.epochs, 1)
+        check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        check_at_least("seed", self.seed, 0)
 
     @property
     def chosen(self) -> tuple[Variant, ...]:
@@ -169,39 +176,23 @@ class Experiment:
         return dataclasses.replace(self.model, **variant.changes)
 
 
-def to_json(experiment: Experiment) -> str:
-    """The experiment as JSON text; `from_json` reads it back to an equal value."""
-    return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
+def check_variants(variants: tuple[Variant, ...], only: tuple[str, ...], model: type) -> None:
+    """Different names, changes of fields that the dataclass `model` has, and `only` among the names."""
+    names = [variant.name for variant in variants]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"variants (={names}) must be at least one, with different names")
+    known = [option.name for option in dataclasses.fields(model)]
+    for variant in variants:
+        unknown = sorted(set(variant.changes) - set(known))
+        if unknown:
+            raise ValueError(f"variant {variant.name!r} changes {unknown}, no fields of the model: choose from {known}")
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
 
 
-def from_json(text: str) -> Experiment:
-    """Reads what `to_json` wrote.
-
-    Raises:
-      ValueError: not JSON, an unknown or missing field, or a value that is out of its range.
-    """
-    try:
-        values = json.loads(text)
-        model, optimizer = values["model"], values["optimizer"]
-        optimizer["rules"] = tuple(Rule(**rule) for rule in optimizer["rules"])
-        if model["smoothing"] is not None:
-            blocks = model["smoothing"].pop("blocks")
-            model["smoothing"] = Smoothing(**model["smoothing"], blocks=None if blocks is None else tuple(blocks))
-        return Experiment(
-            **values
-            | {
-                "variants": tuple(Variant(**variant) for variant in values["variants"]),
-                "only": tuple(values["only"]),
-                "data": Data(**values["data"]),
-                "model": Model(**model),
-                "optimizer": Optimizer(**optimizer),
-            }
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not an experiment of this version: {error}") from error
-
-
-def _check_at_least(name: str, value: int, limit: int) -> None:
+def check_at_least(name: str, value: int, limit: int) -> None:
+    """ValueError for a value below its limit."""
     if value < limit:
         raise ValueError(f"{name} (={value}) must be at least {limit}")
 
@@ -211,6 +202,7 @@ def _check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} (={value}) must be finite and not negative")
 
 
-def _check_folder_name(name: str, value: str) -> None:
+def check_folder_name(name: str, value: str) -> None:
+    """ValueError for what is no plain name of a folder."""
     if not re.fullmatch(r"\w[\w.-]*", value):
         raise ValueError(f"{name} (={value!r}) names a folder: use letters, digits, '_', '-' and '.' only")

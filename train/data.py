@@ -30,10 +30,15 @@ def load_images(config: Data, data_dir: Path | None) -> Images:
     """
     if config.name == "digits":
         return qpde.datasets.load_digits(size=config.size)
+    return qpde.datasets.load_cifar10(data_root(config.name, data_dir))
+
+
+def data_root(name: str, data_dir: Path | None) -> Path:
+    """`data_dir`, or the environment's; ValueError where the data set of that name has neither."""
     root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not root:
-        raise ValueError(f"{config.name} is read from files: give --data-dir or set {DATA_DIR_VARIABLE}")
-    return qpde.datasets.load_cifar10(Path(root))
+        raise ValueError(f"{name} is read from files: give --data-dir or set {DATA_DIR_VARIABLE}")
+    return Path(root)
 
 
 def make_prepare(config: Data, images: Images):

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent whose learning rate and weight decay depend on the parameter's path."""
+"""Gradient descent whose learning rate and weight decay depend on the parameter's path."""
 
 import re
 from collections.abc import Sequence
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import jax
 import optax
 
-from train.config import Optimizer, Rule
+from train.config import Adam, Optimizer, Rule
 from train.schedules import SCHEDULES
 
 
-def create_optimizer(config: Optimizer, params, *, steps: int) -> optax.GradientTransformation:
-    """SGD with momentum, in the order of PyTorch, which the published recipes assume:
+def create_optimizer(config: Optimizer | Adam, params, *, steps: int) -> optax.GradientTransformation:
+    """Gradient descent in the order of PyTorch, which the published recipes assume:
 
-        g <- g + decay w,    m <- momentum m + g,    w <- w - rate(t) factor m
+        g <- g + decay w,    d <- direction(g),    w <- w - rate(t) factor d
 
-    with g + momentum m for the last m if it is Nesterov's.  decay and factor are `config`'s and 1, or those
-    of the first rule whose pattern is found in the parameter's path.
+    decay and factor are `config`'s and 1, or those of the first rule whose pattern is found in the parameter's path.
+    The direction of `Optimizer` is m <- momentum m + g, or g + momentum m for the last m if it is Nesterov's; that
+    of `Adam`, whose rate is constant, is Kingma and Ba's.
 
     Args:
       config: the settings.
@@ -28,11 +29,16 @@ def create_optimizer(config: Optimizer, params, *, steps: int) -> optax.Gradient
     chosen = rule_of_each(config.rules, params)
     decays = jax.tree.map(lambda rule: config.weight_decay if rule.weight_decay is None else rule.weight_decay, chosen)
     factors = jax.tree.map(lambda rule: rule.learning_rate, chosen)
+    if isinstance(config, Adam):
+        direction, rate = optax.scale_by_adam(), config.learning_rate
+    else:
+        direction = optax.trace(decay=config.momentum, nesterov=config.nesterov)
+        rate = SCHEDULES[config.schedule](config.learning_rate, steps)
     return optax.chain(
         optax.stateless(lambda grads, params: jax.tree.map(lambda g, w, d: g + d * w, grads, params, decays)),
-        optax.trace(decay=config.momentum, nesterov=config.nesterov),
+        direction,
         optax.stateless(lambda steps, _: jax.tree.map(lambda m, factor: factor * m, steps, factors)),
-        optax.scale_by_learning_rate(SCHEDULES[config.schedule](config.learning_rate, steps)),
+        optax.scale_by_learning_rate(rate),
     )
 
 

@@ -13,7 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any, Self
 
-from train.config import Experiment, from_json, to_json
+from train.config import Experiment
+from train.nodes.config import GraphExperiment
+from train.stored import from_json, to_json
 
 
 class RunDirectory:
@@ -52,7 +54,7 @@ class RunDirectory:
         _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def open_run(runs_dir: Path, experiment: Experiment, *, overwrite: bool = False) -> RunDirectory:
+def open_run(runs_dir: Path, experiment: Experiment | GraphExperiment, *, overwrite: bool = False) -> RunDirectory:
     """Creates the run's folder, or takes up an interrupted run of the same experiment.
 
     Raises:
@@ -98,7 +100,7 @@ def _lock(path: Path):
     return file
 
 
-def _difference(path: Path, experiment: Experiment) -> str:
+def _difference(path: Path, experiment: Experiment | GraphExperiment) -> str:
     """The first field in which the experiment stored at `path` differs from `experiment`, "" if none."""
     try:
         stored = _flat(json.loads(to_json(from_json(path.read_text()))))

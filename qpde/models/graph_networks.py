@@ -108,16 +108,17 @@ class GraphNetwork(nn.Module):
         params = self.param("layers", lambda key: jax.vmap(layer.init)(jax.random.split(key, depth)))
         shared = {name: self.param(name, nn.initializers.zeros, ()) for name in layer.shared_params}
         call = Call(graph, graphs.normalize(graph), graph.nodes, calibrate, shared)
-        keys = None
+        keys = impl = None
         if train and self.dropout and layer.drops_inputs:
-            keys = jax.random.key_data(jax.random.split(self.make_rng("dropout"), depth))
+            keys = jax.random.split(self.make_rng("dropout"), depth)
+            keys, impl = jax.random.key_data(keys), jax.random.key_impl(keys)
         # Widths given per layer travel with the stacked parameters; common ones stay outside the loop.
         own_bits = Bits(*(None if v is None or jnp.ndim(v) == 0 else v for v in bits))
 
         def step(state, stacked, step_size):
             params, own, key = stacked
             widths = Bits(*(common if v is None else v for v, common in zip(own, bits, strict=True)))
-            drop = None if key is None else partial(_dropout, jax.random.wrap_key_data(key), self.dropout)
+            drop = None if key is None else partial(_dropout, jax.random.wrap_key_data(key, impl=impl), self.dropout)
             state, clips = layer(state, params, step_size, widths, drop, call)
             return state, (clips, layer.output(state) if return_states else None)
 
