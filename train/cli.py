@@ -12,7 +12,9 @@ from rich.console import Console
 
 import train.experiment
 import train.nodes.experiment
+from train.checkpoints import CheckpointError
 from train.config import Experiment
+from train.interrupt import Interrupted
 from train.nodes.config import GraphExperiment
 
 _PROGRAM = "python -m train"
@@ -44,6 +46,9 @@ class Run(Generic[E]):
     """Where the run's folder goes."""
     overwrite: bool = False
     """Delete what the run's folder holds and start anew."""
+    resume_changed: bool = False
+    """Go on with an unfinished run though some options differ from those it was started with. They are listed, and
+    recorded in config_history.jsonl."""
 
 
 def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment]:
@@ -75,6 +80,7 @@ def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
         data_dir=options.data_dir,
         runs_dir=options.runs_dir,
         overwrite=options.overwrite,
+        resume_changed=options.resume_changed,
     )
 
 
@@ -98,7 +104,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status is 0 done, 1 training broke down, 2 bad input or 130 interrupted."""
+    """Runs one command.
+
+    Returns:
+      The exit status: 0 done, 1 training broke down, 2 bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -112,10 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     try:
         work(Console())
-    except FloatingPointError as error:
+    except (FloatingPointError, CheckpointError) as error:
         return _fail(str(error), status=1)
+    except Interrupted as interrupted:
+        return _fail(str(interrupted), status=interrupted.exit_status)
     except KeyboardInterrupt:
-        return _fail("interrupted: the same command goes on after the last saved epoch", status=130)
+        return _fail("interrupted: the same command goes on after the last saved step", status=130)
     return 0
 
 

@@ -17,8 +17,8 @@ import qpde.models
 from qpde.bits import Bits
 from qpde.diagnostics import compare
 from train.checkpoints import Checkpoints
-from train.config import Variant
-from train.nodes.config import GraphExperiment
+from train.interrupt import Interrupted, StopRequest
+from train.nodes.config import GraphExperiment, GraphVariant
 from train.nodes.data import load_graph, make_task
 from train.nodes.report import FULL, name_of, write_report
 from train.nodes.step import (
@@ -40,7 +40,12 @@ _RANDOM = "rbg"
 
 
 def prepare_job(
-    experiment: GraphExperiment, *, data_dir: Path | None, runs_dir: Path, overwrite: bool = False
+    experiment: GraphExperiment,
+    *,
+    data_dir: Path | None,
+    runs_dir: Path,
+    overwrite: bool = False,
+    resume_changed: bool = False,
 ) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
@@ -51,7 +56,8 @@ def prepare_job(
     trainings = [
         Training.create(experiment, variant, task, num_classes=graph.num_classes) for variant in experiment.chosen
     ]
-    return Job(experiment, trainings, open_run(runs_dir, experiment, overwrite=overwrite))
+    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
+    return Job(experiment, trainings, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +73,12 @@ class Job:
 
         Raises:
           FloatingPointError: training broke down.
+          Interrupted: by SIGTERM or SIGINT, after the state was saved.
+          CheckpointError: the saved state is of another network.
         """
         with self.run as run:
+            for change in run.changes:
+                console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
             results = {training.variant.name: training(run, console) for training in self.trainings}
             write_report(run, self.experiment, results, console)
 
@@ -78,14 +88,14 @@ class Training:
     """A variant with its graph, network and optimizers: checked, nothing computed yet."""
 
     experiment: GraphExperiment
-    variant: Variant
+    variant: GraphVariant
     task: Task
     model: nn.Module
     optimizer: optax.GradientTransformation
     tuner: optax.GradientTransformation
 
     @classmethod
-    def create(cls, experiment: GraphExperiment, variant: Variant, task: Task, *, num_classes: int) -> "Training":
+    def create(cls, experiment: GraphExperiment, variant: GraphVariant, task: Task, *, num_classes: int) -> "Training":
         """Builds the variant and traces it, so that unusable options are found.
 
         Raises:
@@ -97,11 +107,9 @@ class Training:
         known = inspect.signature(builder).parameters
         model = builder(num_classes=num_classes, **{k: v for k, v in options.items() if k in known})
         shapes = jax.eval_shape(model.init, jax.random.key(0, impl=_RANDOM), task.graph)["params"]
-        optimizer = create_optimizer(experiment.optimizer, shapes, steps=experiment.epochs)
-        slower = experiment.optimizer.learning_rate * experiment.tune_learning_rate
-        tuner = create_optimizer(
-            dataclasses.replace(experiment.optimizer, learning_rate=slower), shapes, steps=experiment.epochs
-        )
+        adam = experiment.optimizer_of(variant)
+        slower = dataclasses.replace(adam, learning_rate=adam.learning_rate * experiment.tune_learning_rate)
+        optimizer, tuner = (create_optimizer(config, shapes, steps=experiment.epochs) for config in (adam, slower))
         return cls(experiment, variant, task, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
@@ -144,9 +152,12 @@ class Training:
         state = start_seeds(self.model, optimizer, params, keys, self.task, bits, at_once=self.at_once)
         with (
             Checkpoints(run.checkpoints(name)) as checkpoints,
-            Display(console, name, steps=epochs, done=checkpoints.last_epoch) as display,
+            Display(console, name, steps=epochs, done=checkpoints.last_step) as display,
+            StopRequest() as stop,
         ):
-            done = checkpoints.last_epoch
+            for folder in checkpoints.damaged:
+                display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
+            done = checkpoints.last_step
             run.forget_after(name, done)
             if done:
                 state = checkpoints.load(done, state)
@@ -170,6 +181,12 @@ class Training:
                 loss = float(np.mean(history["validation_loss"][:, -1]))
                 checkpoints.save(done, state, {"accuracy": float(best.mean()), "loss": loss})
                 display.step(length)
+                if stop.signal_number:
+                    raise Interrupted(
+                        f"interrupted: {name} is saved after epoch {done} of {epochs}; the same command goes on from "
+                        "there",
+                        stop.signal_number,
+                    )
             best = jax.device_get(state.best_accuracy).mean()
             display.line(f"{name}: {epochs} epochs of {experiment.seeds} seeds, best validation accuracy {best:.1%}")
         return state
