@@ -3,13 +3,13 @@
 PDE-GCN on the graph of scikit-learn's digits, each joined with its eight nearest neighbours, 20 labels a class.
 """
 
-from train.config import Adam, Rule, Variant
-from train.nodes.config import GraphData, GraphExperiment, GraphModel
+from train.config import Adam, Rule
+from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
 
 recipes = {
     "fast": GraphExperiment(
         name="digits_graph",
-        variants=(Variant("symmetric"), Variant("plain", {"symmetric": False})),
+        variants=(GraphVariant("symmetric"), GraphVariant("plain", {"symmetric": False})),
         data=GraphData("digits"),
         model=GraphModel("pde_gcn", layers=8, width=32),
         optimizer=Adam(

@@ -17,10 +17,10 @@ from qpde.bits import Bits
 from qpde.datasets import NodeGraph, SparseRows
 from train.checkpoints import Checkpoints
 from train.cli import load_recipes, main
-from train.config import Adam, Rule, Variant
+from train.config import Adam, Rule
 from train.losses import classification_sums
 from train.nodes import step as steps
-from train.nodes.config import GraphData, GraphExperiment, GraphModel
+from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
 from train.nodes.data import make_task
 from train.optimizer import create_optimizer
 from train.stored import from_json, to_json
@@ -28,7 +28,7 @@ from train.stored import from_json, to_json
 EXACT = Bits(None, None)
 EXPERIMENT = GraphExperiment(
     "tiny",
-    variants=(Variant("symmetric-2"), Variant("gcn", {"name": "gcn"})),
+    variants=(GraphVariant("symmetric-2"), GraphVariant("gcn", {"name": "gcn"})),
     model=GraphModel(layers=2, width=8, dropout=0.2),
     optimizer=Adam(0.05, rules=(Rule("layers", learning_rate=0.1), Rule("", weight_decay=1e-3))),
     bits=((8, 8), (3, 3)),
@@ -174,7 +174,7 @@ def test_experiments_survive_json():
         ({"bits": ((4, 1),)}, "bits holds 1"),
         ({"tune_learning_rate": 0.0}, r"tune_learning_rate \(=0.0\)"),
         ({"epochs": 0}, r"epochs \(=0\)"),
-        ({"variants": (Variant("a", {"colour": 1}),)}, "colour"),
+        ({"variants": (GraphVariant("a", {"colour": 1}),)}, "colour"),
     ],
 )
 def test_an_experiment_out_of_range_is_refused(changes, message):

@@ -17,9 +17,8 @@ import qpde.models
 from qpde.bits import Bits
 from qpde.diagnostics import compare
 from train.checkpoints import Checkpoints
-from train.config import Variant
 from train.interrupt import Interrupted, StopRequest
-from train.nodes.config import GraphExperiment
+from train.nodes.config import GraphExperiment, GraphVariant
 from train.nodes.data import load_graph, make_task
 from train.nodes.report import FULL, name_of, write_report
 from train.nodes.step import (
@@ -89,14 +88,14 @@ class Training:
     """A variant with its graph, network and optimizers: checked, nothing computed yet."""
 
     experiment: GraphExperiment
-    variant: Variant
+    variant: GraphVariant
     task: Task
     model: nn.Module
     optimizer: optax.GradientTransformation
     tuner: optax.GradientTransformation
 
     @classmethod
-    def create(cls, experiment: GraphExperiment, variant: Variant, task: Task, *, num_classes: int) -> "Training":
+    def create(cls, experiment: GraphExperiment, variant: GraphVariant, task: Task, *, num_classes: int) -> "Training":
         """Builds the variant and traces it, so that unusable options are found.
 
         Raises:
@@ -108,11 +107,9 @@ class Training:
         known = inspect.signature(builder).parameters
         model = builder(num_classes=num_classes, **{k: v for k, v in options.items() if k in known})
         shapes = jax.eval_shape(model.init, jax.random.key(0, impl=_RANDOM), task.graph)["params"]
-        optimizer = create_optimizer(experiment.optimizer, shapes, steps=experiment.epochs)
-        slower = experiment.optimizer.learning_rate * experiment.tune_learning_rate
-        tuner = create_optimizer(
-            dataclasses.replace(experiment.optimizer, learning_rate=slower), shapes, steps=experiment.epochs
-        )
+        adam = experiment.optimizer_of(variant)
+        slower = dataclasses.replace(adam, learning_rate=adam.learning_rate * experiment.tune_learning_rate)
+        optimizer, tuner = (create_optimizer(config, shapes, steps=experiment.epochs) for config in (adam, slower))
         return cls(experiment, variant, task, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
