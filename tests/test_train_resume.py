@@ -68,12 +68,15 @@ def _run(folder, name, disturb="", *options):
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_LOG_COMPILES": "1",
     }
     if disturb:
         environment["DISTURB"] = disturb
     command = [sys.executable, "-m", "train", "run", "tiny.py", "--name", name, *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert printed.count("Compiling jit(epoch_step)") == 1, "the step of a resumed run is another program"
+    return done.returncode, printed
 
 
 def _states(folder, name):
