@@ -161,13 +161,8 @@ class Graph:
             )
             self._adjoint = object.__new__(Sparse)
             self._adjoint.matrix, self._adjoint.transpose = self._gradient.transpose, self._gradient.matrix
-            ends, every = self.adjacency.numpy(), np.arange(nodes)
-            self._laplacian = Sparse(
-                np.concatenate([ends[0], every]),
-                np.concatenate([ends[1], every]),
-                np.concatenate([-self.weights.numpy(), np.ones(nodes, np.float32)]),
-                (nodes, nodes),
-            )
+            to, source = self.adjacency.numpy()
+            self._laplacian = Sparse(to, source, (to == source) - self.weights.numpy(), (nodes, nodes))
 
     def gradient(self, x: Tensor) -> Tensor:
         """x_i / sqrt(d_i) - x_j / sqrt(d_j) on the edges."""

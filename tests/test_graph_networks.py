@@ -169,6 +169,33 @@ def test_an_attention_layer_is_that_of_gat():
     close(states[1], np.where(out > 0, out, np.expm1(out)), 3e-5)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_nodes_without_edges_learn_from_themselves_alone(name):
+    """Isolated nodes beside others, and a graph without any edge."""
+    model, variables = make(name, layers=1)
+    graph = graphs.from_edges([0, 1], [1, 2], num_nodes=5, nodes=random_graph().nodes[:5])
+    alone = graphs.from_edges([], [], num_nodes=5, nodes=graph.nodes)
+
+    @jax.jit
+    def logits_and_gradient(graph):
+        gradient = jax.grad(lambda v: jnp.sum(jnp.square(model.apply(v, graph, bits=qpde.Bits(4, 4)))))(variables)
+        return model.apply(variables, graph), gradient
+
+    (some, first), (none, second) = logits_and_gradient(graph), logits_and_gradient(alone)
+    close(some[3:], none[3:])
+    assert float(jnp.abs(some[:3] - none[:3]).max()) > 1e-3
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((first, second)))
+
+
+def test_nan_in_a_node_reaches_as_many_neighbours_as_there_are_layers():
+    model, variables = make(nonlinearity="tanh", layers=2)
+    features = jnp.asarray(random_graph().nodes[:6])
+    path = graphs.from_edges(np.arange(5), np.arange(1, 6), num_nodes=6, nodes=features)
+    broken = path._replace(nodes=features.at[0].set(jnp.nan))
+    logits = jax.jit(model.apply, static_argnames="bits")(variables, broken, bits=qpde.Bits(4, 4))
+    assert np.isnan(logits).any(axis=1).tolist() == [True, True, True, False, False, False]
+
+
 @functools.cache
 def hidden_layers(**options):
     """The hidden layers alone: the opening is the identity, its ReLU harmless for positive features."""
