@@ -56,6 +56,14 @@ if place == "save":
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A background job of a shell ignores SIGINT, and its children with it: the tests are not to depend on that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("resume")
