@@ -159,8 +159,8 @@ def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_las
     traced, reestimated = [], []
     make_train_step, reestimate = application.make_train_step, application.reestimate_statistics
 
-    def counted(*arguments):
-        step = make_train_step(*arguments)
+    def counted(*arguments, **options):
+        step = make_train_step(*arguments, **options)
         return lambda *inner: traced.append(1) or step(*inner)
 
     def noted(model, variables, batches, bits):
