@@ -1,6 +1,9 @@
 """python -m train run configs/cora_pdegcn.py --data-dir FOLDER
 
 PDE-GCN on citation graphs with the published split, ten seeds, in full precision and quantized from it.
+
+Cora, 32 symmetric layers: 83.9% in full precision, 83.5% with 4-bit weights and activations, agreement 96.7%.
+The tables are in docs/results.md.
 """
 
 from dataclasses import replace
@@ -39,17 +42,25 @@ cora = GraphExperiment(
     ),
     data=GraphData("cora"),
     model=GraphModel("pde_gcn", width=64, dropout=0.7),
-    optimizer=adam(0.07, kernels=1e-3),
+    optimizer=adam(0.03, kernels=2e-4),
+    epochs=150,
+)
+citeseer = replace(
+    cora,
+    name="citeseer_pdegcn",
+    data=GraphData("citeseer"),
+    optimizer=adam(0.04, kernels=1e-4),
     epochs=100,
     tune_epochs=10,
 )
-citeseer = replace(cora, name="citeseer_pdegcn", data=GraphData("citeseer"), optimizer=adam(0.04, kernels=1e-4))
 pubmed = replace(
     cora,
     name="pubmed_pdegcn",
     data=GraphData("pubmed"),
     model=replace(cora.model, dropout=0.5),
     optimizer=adam(0.01, kernels=1e-4),
+    epochs=100,
+    tune_epochs=10,
 )
 _baselines = tuple(
     GraphVariant(name, {"name": name, "layers": 2, "dropout": dropout}, optimizer=BASELINE)
@@ -69,6 +80,19 @@ recipes = {
     "cora_baselines": replace(cora, name="cora_baselines", variants=_baselines),
     "citeseer_baselines": replace(citeseer, name="citeseer_baselines", variants=_baselines),
     "pubmed_baselines": replace(pubmed, name="pubmed_baselines", variants=_baselines),
+    "cora_large_kernels": replace(
+        cora,
+        name="cora_large_kernels",
+        variants=tuple(
+            GraphVariant(f"{form}-{layers}", {"symmetric": form == "symmetric", "layers": layers, "step_size": h})
+            for layers, h in ((8, 0.7), (32, 0.7))
+            for form in ("symmetric", "plain")
+        ),
+        model=replace(cora.model, rounding="state"),
+        optimizer=adam(0.03, kernels=3e-3),
+        bits=((4, 4), (3, 3)),
+        epochs=100,
+    ),
     "cora_depth": replace(
         cora,
         name="cora_depth",
@@ -82,6 +106,7 @@ recipes = {
             for layers in (2, 4, 8, 16, 32, 64)
         ),
         bits=(),
+        epochs=100,
         seeds=3,
     ),
 }

@@ -20,7 +20,9 @@ recipes = {
                 Rule("", weight_decay=5e-4),
             ),
         ),
+        bits=((8, 8), (4, 4), (3, 3)),
         epochs=100,
+        tune_epochs=10,
         seeds=3,
     ),
 }

@@ -22,6 +22,14 @@ from train.state import TrainState
 from train.step import empty_totals
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A background job of a shell ignores SIGINT, and its children with it: the tests are not to depend on that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def _state(step=0):
     return TrainState(jnp.int32(step), {"w": jnp.float32(step)}, {}, {}, None, jax.random.key(0))
 

@@ -56,6 +56,14 @@ if place == "save":
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A background job of a shell ignores SIGINT, and its children with it: the tests are not to depend on that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("resume")
@@ -68,12 +76,15 @@ def _run(folder, name, disturb="", *options):
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_LOG_COMPILES": "1",
     }
     if disturb:
         environment["DISTURB"] = disturb
     command = [sys.executable, "-m", "train", "run", "tiny.py", "--name", name, *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert printed.count("Compiling jit(epoch_step)") == 1, "the step of a resumed run is another program"
+    return done.returncode, printed
 
 
 def _states(folder, name):

@@ -10,21 +10,14 @@ from typing import Annotated, Generic, TypeVar
 import tyro
 from rich.console import Console
 
-import train.experiment
-import train.nodes.experiment
 from train.checkpoints import CheckpointError
 from train.config import Experiment
 from train.interrupt import Interrupted
+from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.replay import Replay, prepare_replay
 
 _PROGRAM = "python -m train"
-
-PREPARE_JOB = {
-    Experiment: train.experiment.prepare_job,
-    GraphExperiment: train.nodes.experiment.prepare_job,
-}
-"""How a job is made of each kind of experiment."""
-
 
 E = TypeVar("E", Experiment, GraphExperiment)
 
@@ -75,7 +68,7 @@ def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment
 def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     """The job that the arguments of `run` describe, everything about it checked."""
     options = parse_run(arguments)
-    return PREPARE_JOB[type(options.experiment)](
+    return prepare_job(
         options.experiment,
         data_dir=options.data_dir,
         runs_dir=options.runs_dir,
@@ -84,22 +77,29 @@ def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     )
 
 
+def parse_replay(arguments: Sequence[str]) -> Callable[[Console], int]:
+    """The repetition that the arguments of `replay` describe, everything about it checked."""
+    return prepare_replay(tyro.cli(Replay, args=list(arguments), prog=f"{_PROGRAM} replay"))
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table.
 
     Attributes:
-      prepare: arguments -> what `main` then calls with a console; raises ValueError or OSError for bad input.
+      prepare: arguments -> what `main` then calls with a console, which returns None or an exit status; raises
+        ValueError or OSError for bad input.
       usage, summary: its line in the help.
     """
 
-    prepare: Callable[[Sequence[str]], Callable[[Console], None]]
+    prepare: Callable[[Sequence[str]], Callable[[Console], int | None]]
     usage: str
     summary: str
 
 
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
+    "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }
 
 
@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      The exit status: 0 done, 1 training broke down, 2 bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+      The exit status: 0 done, 1 training broke down or a replay differs, 2 bad input, 130 interrupted by Ctrl-C, 143 by
+      SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -121,14 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     try:
-        work(Console())
+        return work(Console()) or 0
     except (FloatingPointError, CheckpointError) as error:
         return _fail(str(error), status=1)
     except Interrupted as interrupted:
         return _fail(str(interrupted), status=interrupted.exit_status)
     except KeyboardInterrupt:
         return _fail("interrupted: the same command goes on after the last saved step", status=130)
-    return 0
 
 
 def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperiment]:
@@ -140,8 +140,8 @@ def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperimen
     if not path.is_file():
         raise FileNotFoundError(f"there is no experiment file {path}: see configs/")
     recipes = runpy.run_path(str(path)).get("recipes")
-    if not (isinstance(recipes, dict) and recipes and all(type(r) in PREPARE_JOB for r in recipes.values())):
-        kinds = " or ".join(kind.__name__ for kind in PREPARE_JOB)
+    if not (isinstance(recipes, dict) and recipes and all(type(r) in KINDS for r in recipes.values())):
+        kinds = " or ".join(kind.__name__ for kind in KINDS)
         raise ValueError(f"{path} must define `recipes`, a dictionary from names to {kinds}")
     return recipes
 

@@ -18,6 +18,8 @@ from train.config import Experiment
 from train.nodes.config import GraphExperiment
 from train.stored import from_json, to_json
 
+CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
+
 
 class RunDirectory:
     """The folder `runs_dir / experiment.name`, held by this process alone during the `with` statement.
@@ -37,26 +39,26 @@ class RunDirectory:
 
     def checkpoints(self, variant: str) -> Path:
         """Where the states of a variant are kept."""
-        return self.path / "checkpoints" / variant
+        return self.path / CHECKPOINTS / variant
 
     def log(self, **line: Any) -> None:
         """Appends one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.path / METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self, variant: str) -> list[dict[str, Any]]:
         """The lines of a variant."""
-        return [line for line in _read_lines(self.path / "metrics.jsonl") if line["variant"] == variant]
+        return [line for line in _read_lines(self.path / METRICS) if line["variant"] == variant]
 
     def forget_after(self, variant: str, epoch: int) -> None:
         """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         kept = [line for line in _read_lines(path) if line["variant"] != variant or line["epoch"] <= epoch]
         _write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: from now on the run is finished."""
-        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def open_run(
@@ -81,11 +83,11 @@ def open_run(
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is not a folder: choose another --name")
     changed: dict[str, tuple[Any, Any]] = {}
-    is_run = (path / "config.json").is_file()
+    is_run = (path / CONFIG).is_file()
     if path.is_dir() and not is_run and any(entry.name != _LOCK for entry in path.iterdir()):
         raise FileExistsError(f"{path} holds something that is not a run: choose another --name")
     if is_run and not overwrite:
-        if (path / "summary.json").exists():
+        if (path / SUMMARY).exists():
             raise FileExistsError(f"{path} holds a finished run: {_OTHER}")
         changed = _differences(path, experiment)
         shown = "; ".join(_describe(changed))
@@ -103,12 +105,12 @@ def open_run(
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if changed:
-        lines = len(_read_lines(path / "metrics.jsonl"))
+        lines = len(_read_lines(path / METRICS))
         change = {field: {"before": before, "now": now} for field, (before, now) in changed.items()}
         with open(path / "config_history.jsonl", "a") as file:
             file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
-    if changed or not (path / "config.json").exists():
-        _write(path / "config.json", to_json(experiment))
+    if changed or not (path / CONFIG).exists():
+        _write(path / CONFIG, to_json(experiment))
     return RunDirectory(path, lock, _describe(changed))
 
 
@@ -134,7 +136,7 @@ def _lock(path: Path):
 def _differences(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[Any, Any]]:
     """The fields in which the stored experiment and `experiment` differ, with both values."""
     try:
-        stored = _flat(json.loads(to_json(from_json((path / "config.json").read_text()))))
+        stored = _flat(json.loads(to_json(from_json((path / CONFIG).read_text()))))
     except ValueError as error:
         raise FileExistsError(f"{path} holds a run whose config.json is unreadable ({error}): {_OTHER}") from error
     given = _flat(json.loads(to_json(experiment)))
