@@ -7,9 +7,9 @@
 
 "race": an epoch is forward, backward and Adam on the whole graph, width 64, dropout on. Cora and Pubmed are read from
 QPDE_DATA_DIR; without it random graphs of their sizes stand in. "qpde" runs its epochs in one compiled scan, from
-sparse features. "torch" is benchmarks/torch_graphs.py, eager, in the fastest of its forms, which is named. Both compute
-the same logits from the same parameters (checked) and run in one process, in turns, on as many processors as threads;
-medians. W4A4: 4-bit weights and activations.
+sparse features. "torch" is benchmarks/torch_graphs.py, eager, in the fastest of its forms, which is named; a second row
+of linear networks is for the form "regrouped". Both compute the same logits from the same parameters (checked) and run
+in one process, in turns, on as many processors as threads; medians. W4A4: 4-bit weights and activations.
 
 "growth": random graphs with ten edges a node, each in a process of its own, which tells its peak memory. "G^T G x" is
 `qpde.graphs.laplacian`, the step one epoch of a PDE-GCN of 8 layers (tanh, W4A4, remat). "temporary" is what the
@@ -108,14 +108,20 @@ def race(options) -> None:
         print(f"{'':<24}{'qpde':>9}{'torch':>9}{'qpde/torch':>12}   torch's form", flush=True)
         for net in options.nets:
             model, params = create(net, graph)
-            form, epoch = contenders.fastest(net, model, params, clock)
-            candidates = {
-                "qpde": qpde_epochs(model, params, graph, options.epochs),
-                "torch": lambda epoch=epoch: [epoch() for _ in range(options.epochs)],
-            }
+            candidates = {"qpde": qpde_epochs(model, params, graph, options.epochs)}
+            for forms in (("edges", "matrices"), ("regrouped",)) if is_linear(net) else (("edges", "matrices"),):
+                form, epoch = contenders.fastest(net, forms, model, params, clock)
+                candidates[form] = lambda epoch=epoch: [epoch() for _ in range(options.epochs)]
             seconds = interleaved(candidates, rounds=options.rounds, warmup=1, clock=clock)
-            ours, theirs = (1000 * statistics.median(values) / options.epochs for values in seconds.values())
-            print(f"{net:<24}{ours:9.1f}{theirs:9.1f}{ours / theirs:12.2f}   {form}", flush=True)
+            milliseconds = {name: 1e3 * statistics.median(t) / options.epochs for name, t in seconds.items()}
+            ours = milliseconds.pop("qpde")
+            for form, theirs in milliseconds.items():
+                print(f"{net:<24}{ours:9.1f}{theirs:9.1f}{ours / theirs:12.2f}   {form}", flush=True)
+
+
+def is_linear(net: str) -> bool:
+    """Whether the hidden layers are linear maps, which can be regrouped."""
+    return NETS[net][2] == {"nonlinearity": "identity"}
 
 
 def read_graph(name: str):
@@ -223,12 +229,12 @@ class TorchSide:
         }
         self.graphs = {
             form: torch_graphs.Graph(graph.senders, graph.receivers, graph.num_nodes, form)
-            for form in torch_graphs.FORMS
+            for form in ("edges", "matrices", "regrouped")
         }
         self.nodes = torch.from_numpy(graph.train).long()
         self.labels = torch.from_numpy(graph.labels[graph.train]).long()
 
-    def fastest(self, net: str, model, params, clock):
+    def fastest(self, net: str, forms: tuple[str, ...], model, params, clock):
         """Name of the form whose epoch is the shortest, and its epoch."""
         import jax
         import numpy as np
@@ -237,7 +243,7 @@ class TorchSide:
 
         seconds, epochs = {}, {}
         expected = np.array(jax.jit(model.apply)({"params": params}, self.graph.to_jraph()))
-        for form, kind in itertools.product(self.graphs, self.features):
+        for form, kind in itertools.product(forms, self.features):
             graph, features = self.graphs[form], self.features[kind]
             network = torch_graphs.create(*NETS[net], graph=self.graph, width=WIDTH, dropout=0.5).load(params)
             check_parity(network, features, graph, expected)

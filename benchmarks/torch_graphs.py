@@ -7,7 +7,10 @@ dense layer and ReLU, hidden layers, closing dense layer. Two forms of each are 
     "matrices"  products with sparse matrices; PyTorch Geometric's EdgeIndex, which keeps both orders of the edges, for
                 PDE-GCN G and its transpose
 
-and features are a dense matrix, or a sparse one whose transpose is kept for the backward pass.
+PDE-GCN without a nonlinearity has a third, "regrouped": G^T (G x K) K^T, as it is published, as (G^T G x) (K K^T), with
+one sparse matrix and half the dense products. qpde.models regroups, too.
+
+Features are a dense matrix, or a sparse one whose transpose is kept for the backward pass.
 """
 
 import warnings
@@ -23,7 +26,6 @@ from torch_geometric.nn import GCN2Conv, GCNConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_nets import Round
 
-FORMS = ("edges", "matrices")
 warnings.filterwarnings("ignore", "Sparse CSR tensor support")
 
 
@@ -106,7 +108,7 @@ class InitialResidual(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """x - h G^T Q(s(G Q(x) K)) K^T, or without the quantizers; of a linear layer x - h (G^T G x) (K K^T)."""
+    """x - h G^T Q(s(G Q(x) K)) K^T, or without the quantizers."""
 
     drops_inputs = False
 
@@ -119,7 +121,7 @@ class Diffusion(nn.Module):
         self.act_clips = nn.Parameter(torch.full((2,), 6.0))
 
     def forward(self, x: Tensor, start: Tensor, graph: "Graph") -> Tensor:
-        if self.bits is None and isinstance(self.nonlinearity, nn.Identity):
+        if graph.form == "regrouped":
             return torch.sub(x, graph.laplacian(x) @ (self.kernel @ self.kernel.T), alpha=self.step_size)
         kernel = self._rounded(self.kernel, self.weight_clip)
         z = graph.gradient(self._rounded(x, self.act_clips[0]) @ kernel)
@@ -136,7 +138,7 @@ class Diffusion(nn.Module):
 
 
 class Graph:
-    """The undirected edges, each listed once, in one of the two forms, and everything that can be computed ahead."""
+    """The undirected edges, each listed once, in one of the forms, and everything that can be computed ahead."""
 
     def __init__(self, senders: np.ndarray, receivers: np.ndarray, nodes: int, form: str):
         self.nodes, self.form = nodes, form
@@ -145,6 +147,9 @@ class Graph:
         self.adjacency, self.weights = gcn_norm(ends, num_nodes=nodes)
         degree = 1 + torch.bincount(ends[0], minlength=nodes)
         self.scale = degree.float().rsqrt()
+        if form == "regrouped":
+            to, source = self.adjacency.numpy()
+            self._laplacian = Sparse(to, source, (to == source) - self.weights.numpy(), (nodes, nodes))
         if form == "matrices":
             order = np.lexsort((self.adjacency[0].numpy(), self.adjacency[1].numpy()))
             self.adjacency = EdgeIndex(
@@ -161,8 +166,6 @@ class Graph:
             )
             self._adjoint = object.__new__(Sparse)
             self._adjoint.matrix, self._adjoint.transpose = self._gradient.transpose, self._gradient.matrix
-            to, source = self.adjacency.numpy()
-            self._laplacian = Sparse(to, source, (to == source) - self.weights.numpy(), (nodes, nodes))
 
     def gradient(self, x: Tensor) -> Tensor:
         """x_i / sqrt(d_i) - x_j / sqrt(d_j) on the edges."""
@@ -172,8 +175,8 @@ class Graph:
         return x.index_select(0, self.senders) - x.index_select(0, self.receivers)
 
     def laplacian(self, x: Tensor) -> Tensor:
-        """G^T G x."""
-        return self._laplacian @ x if self.form == "matrices" else self.gradient_adjoint(self.gradient(x))
+        """G^T G x, in the form "regrouped"."""
+        return self._laplacian @ x
 
     def gradient_adjoint(self, p: Tensor) -> Tensor:
         """Its adjoint."""
