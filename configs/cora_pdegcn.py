@@ -11,15 +11,20 @@ from dataclasses import replace
 from train.config import Adam, Rule
 from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
 
-DEPTHS = {2: 0.7, 8: 0.7, 32: 0.2}
-"""Layers, and the step size for so many: the time that the diffusion runs grows more slowly than the depth."""
+
+def both_forms(step_sizes: dict[int, float]) -> tuple[GraphVariant, ...]:
+    """Symmetric and plain networks, by number of layers."""
+    return tuple(
+        GraphVariant(f"{form}-{layers}", {"symmetric": form == "symmetric", "layers": layers, "step_size": h})
+        for layers, h in step_sizes.items()
+        for form in ("symmetric", "plain")
+    )
 
 
 def adam(learning_rate: float, *, kernels: float) -> Adam:
     """Adam with weight decay for the dense layers only, and a learning rate of their own for the kernels K.
 
-    The kernels start at the identity, and 120 labels can be learned by heart through them: at the learning rate of the
-    dense layers they cost ten points of accuracy. Their clips are read off the trained kernels and stay.
+    The kernels start at the identity, as published, and learn slowly. Their clips are read off the trained kernels.
     """
     return Adam(
         learning_rate,
@@ -35,11 +40,7 @@ BASELINE = Adam(0.01, rules=(Rule("clips", learning_rate=0.0), Rule("", weight_d
 
 cora = GraphExperiment(
     name="cora_pdegcn",
-    variants=tuple(
-        GraphVariant(f"{form}-{layers}", {"symmetric": form == "symmetric", "layers": layers, "step_size": h})
-        for layers, h in DEPTHS.items()
-        for form in ("symmetric", "plain")
-    ),
+    variants=both_forms({2: 0.7, 8: 0.7, 32: 0.2}),
     data=GraphData("cora"),
     model=GraphModel("pde_gcn", width=64, dropout=0.7),
     optimizer=adam(0.03, kernels=2e-4),
@@ -83,11 +84,7 @@ recipes = {
     "cora_large_kernels": replace(
         cora,
         name="cora_large_kernels",
-        variants=tuple(
-            GraphVariant(f"{form}-{layers}", {"symmetric": form == "symmetric", "layers": layers, "step_size": h})
-            for layers, h in ((8, 0.7), (32, 0.7))
-            for form in ("symmetric", "plain")
-        ),
+        variants=both_forms({8: 0.7, 32: 0.7}),
         model=replace(cora.model, rounding="state"),
         optimizer=adam(0.03, kernels=3e-3),
         bits=((4, 4), (3, 3)),

@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 __all__ = [
+    "BLOCK_SIZE",
     "KINDS",
     "dirichlet_energy",
     "divergence",
@@ -45,6 +46,10 @@ __all__ = [
 
 KINDS = {"normalized": 2.0, "gcn": 1.0}
 """The gradients by name, and a number that no eigenvalue of G^T G exceeds on any graph."""
+
+BLOCK_SIZE = 2**17
+"""Numbers in a block of edges, or of entries of sparse features: half a MiB of float32, so that a few blocks fit a
+core's cache."""
 
 
 def from_edges(
@@ -199,7 +204,7 @@ def nonlinear_laplacian(
     _check(graph, kind, x)
     x = jnp.asarray(x)
     scale = normalize(graph) if scale is None else scale
-    blocks = _edge_blocks(graph, rows=max(1, _BLOCK_SIZE // max(1, math.prod(x.shape[1:]))))
+    blocks = _edge_blocks(graph, rows=max(1, BLOCK_SIZE // max(1, math.prod(x.shape[1:]))))
     if kind == "normalized":
         weight, x = None, x * _along(scale, x)
     else:
@@ -329,10 +334,6 @@ def _sum_at(index, p, graph):
     """Sums the rows of p by node."""
     zeros = jnp.zeros((_num_nodes(graph), *p.shape[1:]), p.dtype)
     return zeros.at[index].add(p, mode="promise_in_bounds")
-
-
-# Numbers in a block of edges: half a MiB of float32, so that a few of them fit a core's cache.
-_BLOCK_SIZE = 2**17
 
 
 def _edge_blocks(graph, rows):

@@ -98,7 +98,7 @@ def test_divergence_is_minus_the_adjoint_of_the_gradient(seed, kind):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 4 edges: the 14 edges fill three, and half of a fourth."""
-    monkeypatch.setattr(graphs, "_BLOCK_SIZE", 4 * CHANNELS)
+    monkeypatch.setattr(graphs, "BLOCK_SIZE", 4 * CHANNELS)
 
 
 @pytest.mark.parametrize("kind", KIND_LIST)

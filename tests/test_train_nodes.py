@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import qpde.models
 from qpde.bits import Bits
@@ -22,8 +21,11 @@ from train.losses import classification_sums
 from train.nodes import step as steps
 from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
 from train.nodes.data import make_task
+from train.nodes.report import check_pictures
 from train.optimizer import create_optimizer
 from train.stored import from_json, to_json
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 EXACT = Bits(None, None)
 EXPERIMENT = GraphExperiment(
@@ -37,23 +39,6 @@ EXPERIMENT = GraphExperiment(
     seeds=2,
     report_every=3,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of the same network share their compiled programs: compiling is nearly all that these tests do."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,6 +165,14 @@ def test_experiments_survive_json():
 def test_an_experiment_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(EXPERIMENT, **changes)
+
+
+def test_more_variants_than_a_picture_shows_are_refused_before_training():
+    eight = tuple(GraphVariant(f"{letter}-2") for letter in "abcdefgh")
+    with pytest.raises(ValueError, match="8 variants are more than the 7 that one picture tells apart"):
+        check_pictures(dataclasses.replace(EXPERIMENT, variants=eight))
+    deeper = tuple(GraphVariant(f"a-{n}", {"layers": n}) for n in range(1, 9))
+    check_pictures(dataclasses.replace(EXPERIMENT, variants=deeper))
 
 
 def test_the_digits_have_no_full_split():

@@ -10,6 +10,8 @@ from train.cli import main
 from train.nodes.config import GraphExperiment, GraphModel, GraphVariant
 from train.stored import to_json
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 EXPERIMENT = GraphExperiment(
     "tiny", variants=(GraphVariant("symmetric"),), model=GraphModel(layers=1, width=4), bits=(), epochs=2, seeds=2
 )

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from qpde.bits import Bits
 from qpde.models import registry
@@ -14,6 +13,8 @@ from train.checkpoints import Checkpoints, read_best
 from train.cli import COMMANDS, load_recipes, main
 from train.optimizer import path_name
 from train.progress import Display
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 CONFIG = """
 from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
@@ -37,23 +38,6 @@ recipes = {"fast": tiny, "full_precision": Experiment(
     batch_size=256,
 )}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of the same network share their compiled programs: compiling is nearly all that these tests do."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

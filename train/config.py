@@ -198,14 +198,45 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """One or several variants of a network, trained alike and compared."""
+class Comparison:
+    """What every kind of experiment has: variants of one `model`, trained alike and compared."""
 
     name: str
     """The run lives in the folder of this name."""
     variants: tyro.conf.Fixed[tuple[Variant, ...]]
     only: tuple[str, ...] = ()
     """Train only the variants of these names."""
+
+    def __post_init__(self):
+        check_folder_name("name", self.name)
+        names = [variant.name for variant in self.variants]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"variants (={names}) must be at least one, with different names")
+        known = [option.name for option in dataclasses.fields(self.model)]
+        for variant in self.variants:
+            unknown = sorted(set(variant.changes) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"variant {variant.name!r} changes {unknown}, no fields of the model: choose from {known}"
+                )
+        unknown = sorted(set(self.only) - set(names))
+        if unknown:
+            raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
+
+    @property
+    def chosen(self) -> tuple[Variant, ...]:
+        """The variants to train, in their order."""
+        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
+
+    def model_of(self, variant: Variant) -> Any:
+        """The shared model with the variant's changes."""
+        return dataclasses.replace(self.model, **variant.changes)
+
+
+@dataclass(frozen=True)
+class Experiment(Comparison):
+    """Image networks."""
+
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
@@ -227,36 +258,11 @@ class Experiment:
     """Initial weights, order and variation of the images follow from it."""
 
     def __post_init__(self):
-        check_folder_name("name", self.name)
-        check_variants(self.variants, self.only, Model)
+        super().__post_init__()
         check_at_least("epochs", self.epochs, 1)
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
         check_at_least("checkpoint_every", self.checkpoint_every, 0)
         check_at_least("seed", self.seed, 0)
-
-    @property
-    def chosen(self) -> tuple[Variant, ...]:
-        """The variants to train, in their order."""
-        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
-
-    def model_of(self, variant: Variant) -> Model:
-        """The shared model with the variant's changes."""
-        return dataclasses.replace(self.model, **variant.changes)
-
-
-def check_variants(variants: tuple[Variant, ...], only: tuple[str, ...], model: type) -> None:
-    """Different names, changes of fields that the dataclass `model` has, and `only` among the names."""
-    names = [variant.name for variant in variants]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"variants (={names}) must be at least one, with different names")
-    known = [option.name for option in dataclasses.fields(model)]
-    for variant in variants:
-        unknown = sorted(set(variant.changes) - set(known))
-        if unknown:
-            raise ValueError(f"variant {variant.name!r} changes {unknown}, no fields of the model: choose from {known}")
-    unknown = sorted(set(only) - set(names))
-    if unknown:
-        raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
 
 
 def check_at_least(name: str, value: int, limit: int) -> None:

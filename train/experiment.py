@@ -26,10 +26,10 @@ from train.loop import Plan, fit
 from train.losses import LOSSES
 from train.optimizer import create_optimizer
 from train.progress import Display
-from train.report import write_report
-from train.rundir import RunDirectory, open_run
+from train.report import check_drawable, write_report
+from train.rundir import RunDirectory
 from train.start import Start, read_start
-from train.state import TrainState, create_state
+from train.state import RANDOM, TrainState, create_state
 from train.step import (
     empty_totals,
     epoch_order,
@@ -40,67 +40,20 @@ from train.step import (
     make_train_step,
 )
 
-_RANDOM = "rbg"
-"""XLA's own generator: it compiles faster than JAX's default one."""
-
 _STATISTICS_BATCHES = 32
 """Training batches over which batch statistics are estimated again at the end."""
 
 
-def prepare_job(
-    experiment: Experiment,
-    *,
-    data_dir: Path | None,
-    runs_dir: Path,
-    overwrite: bool = False,
-    resume_changed: bool = False,
-) -> "Job":
-    """Everything that can be wrong with an experiment is found here, before the first file is written.
-
-    Args:
-      experiment: what to do.
-      data_dir: root of the data, for data sets in files; None takes the environment's.
-      runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
-      overwrite: delete what the run's folder holds.
-      resume_changed: take it up though the experiment differs.
-    Raises:
-      ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
-    """
+def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
+    """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
     images = load_images(experiment.data, data_dir)
     count = len(images.train.labels)
     if count < experiment.batch_size:
         raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
-    trainings = [Training.create(experiment, variant, images) for variant in experiment.chosen]
-    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
-    return Job(experiment, trainings, run)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A checked experiment with the folder that it holds."""
-
-    experiment: Experiment
-    trainings: list["Training"]
-    run: RunDirectory
-
-    def __call__(self, console: Console) -> None:
-        """Trains and evaluates the variants and writes the report; progress and table go to `console`.
-
-        Raises:
-          FloatingPointError: training broke down.
-          Interrupted: by SIGTERM or SIGINT, after the state was saved.
-          CheckpointError: the saved state is of another network.
-        """
-        with self.run as run:
-            for change in run.changes:
-                console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
-            results = {}
-            for training in self.trainings:
-                name = training.variant.name
-                state = training.fit(run, console)
-                results[name] = training.evaluate(state) | _history(run.lines(name), int(state.step))
-            stages = [len(blocks) for blocks in self.trainings[0].model.stages]
-            write_report(run, self.experiment, results, console, stages=stages)
+    check_drawable(experiment.chosen)
+    trainings = {variant.name: Training.create(experiment, variant, images) for variant in experiment.chosen}
+    stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
+    return trainings, partial(write_report, experiment, stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +79,7 @@ class Training:
         model = qpde.models.create(options.pop("name"), num_classes=images.num_classes, **options)
         sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.train.images.shape[1:]), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
-        shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=_RANDOM), sample)
+        shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)
         start = None
         if experiment.start_from is not None:
             start = read_start(Path(experiment.start_from), variant.name, shapes)
@@ -136,6 +89,11 @@ class Training:
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
         return cls(experiment, variant, images, model, optimizer, start)
+
+    def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
+        """Trains, or goes on with training, and evaluates the best state; its results and the history."""
+        state = self.fit(run, console)
+        return self.evaluate(state) | _history(run.lines(self.variant.name), int(state.step))
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
@@ -205,7 +163,7 @@ class Training:
     def _first_state(self) -> TrainState:
         """Random weights or those of another run, and clips that fit them and the first training images."""
         experiment = self.experiment
-        init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=_RANDOM))
+        init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
             ((x, _),) = self._training_batches(limit=1)
             variables = jax.jit(partial(_first_variables, self.model, method=experiment.clip_start))(init_key, x)
@@ -244,7 +202,7 @@ class Training:
         vary = jax.jit(make_vary(self.experiment.data, self.images))
         for i in range(min(limit, len(train.labels) // size)):
             part = slice(i * size, (i + 1) * size)
-            key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=_RANDOM), i)
+            key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=RANDOM), i)
             yield vary(key, jnp.asarray(train.images[part])), jnp.asarray(train.labels[part], jnp.int32)
 
 

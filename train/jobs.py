@@ -1,7 +1,9 @@
-"""From an experiment of any kind to a job: what `python -m train` runs."""
+"""From an experiment of any kind to a job: what `python -m train run` and `replay` do."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -9,11 +11,9 @@ import train.experiment
 import train.nodes.experiment
 from train.config import Experiment
 from train.nodes.config import GraphExperiment
+from train.rundir import RunDirectory, open_run
 
-_PREPARE = {
-    Experiment: train.experiment.prepare_job,
-    GraphExperiment: train.nodes.experiment.prepare_job,
-}
+_PREPARE = {Experiment: train.experiment.prepare, GraphExperiment: train.nodes.experiment.prepare}
 
 KINDS = tuple(_PREPARE)
 """Every kind of experiment."""
@@ -26,8 +26,47 @@ def prepare_job(
     runs_dir: Path,
     overwrite: bool = False,
     resume_changed: bool = False,
-) -> Callable[[Console], None]:
-    """The experiment's job, everything about it checked, as `train.experiment.prepare_job` describes it."""
-    return _PREPARE[type(experiment)](
-        experiment, data_dir=data_dir, runs_dir=runs_dir, overwrite=overwrite, resume_changed=resume_changed
-    )
+) -> "Job":
+    """Everything that can be wrong with an experiment is found here, before the first file is written.
+
+    Args:
+      experiment: what to do.
+      data_dir: root of the data, for data sets in files; None takes the environment's.
+      runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
+      overwrite: delete what the run's folder holds.
+      resume_changed: take it up though the experiment differs.
+    Raises:
+      ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
+    """
+    trainings, report = _PREPARE[type(experiment)](experiment, data_dir)
+    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
+    return Job(trainings, report, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked experiment with the folder that it holds.
+
+    Attributes:
+      trainings: by variant, (run, console) -> its results; trains, or goes on with training.
+      report: (run, results by variant, console); closes the run.
+      run: the folder.
+    """
+
+    trainings: dict[str, Callable[[RunDirectory, Console], dict[str, Any]]]
+    report: Callable[[RunDirectory, dict[str, dict[str, Any]], Console], None]
+    run: RunDirectory
+
+    def __call__(self, console: Console) -> None:
+        """Trains and evaluates the variants and writes the report; progress and table go to `console`.
+
+        Raises:
+          FloatingPointError: training broke down.
+          Interrupted: by SIGTERM or SIGINT, after the state was saved.
+          CheckpointError: the saved state is of another network.
+        """
+        with self.run as run:
+            for change in run.changes:
+                console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
+            results = {name: training(run, console) for name, training in self.trainings.items()}
+            self.report(run, results, console)

@@ -1,13 +1,13 @@
 """The end of a run: the faithfulness table, summary.json and the picture of the layer-wise error."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from qpde.plots import layer_error_figure
+from qpde.plots import COLOURS, layer_error_figure
 from train.config import Experiment
 from train.rundir import RunDirectory
 
@@ -26,22 +26,20 @@ _ROWS = (
 
 
 def write_report(
-    run: RunDirectory,
     experiment: Experiment,
+    stages: Sequence[int],
+    run: RunDirectory,
     results: dict[str, dict[str, Any]],
     console: Console,
-    *,
-    stages: Sequence[int],
 ) -> None:
     """Prints the table, draws layer_error.png, and closes the run with summary.json.
 
     Args:
+      experiment: for the heading.   stages: number of blocks in each stage, for the picture.
       run: the folder.
-      experiment: for the heading.
       results: by variant: "parameters", the fields of `qpde.diagnostics.Faithfulness` (of a quantized
         network), and the history of its training.
       console: where the table goes.
-      stages: number of blocks in each stage, for the picture.
     """
     console.print(_table(experiment, results))
     quantized = {name: result for name, result in results.items() if "layer_error" in result}
@@ -54,6 +52,15 @@ def write_report(
         )
     run.finish({"name": experiment.name, "variants": results})
     console.print(f"written to {run.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_drawable(variants: Collection) -> None:
+    """ValueError, before anything is trained, for more variants than one picture can tell apart."""
+    if len(variants) > len(COLOURS):
+        raise ValueError(
+            f"{len(variants)} variants are more than the {len(COLOURS)} that one picture tells apart: choose some "
+            "with --only"
+        )
 
 
 def _table(experiment: Experiment, results: dict[str, dict[str, Any]]) -> Table:

@@ -11,6 +11,7 @@ from train import twin
 from train.checkpoints import read_best
 from train.config import Experiment
 from train.optimizer import path_name
+from train.rundir import CHECKPOINTS, CONFIG
 from train.stored import from_json
 
 
@@ -36,14 +37,14 @@ def read_start(run: Path, variant: str, shapes: dict[str, Any]) -> Start:
       FileNotFoundError: no such run or variant, or it has not finished an epoch.
       ValueError: its network has other parameters.
     """
-    if not (run / "config.json").is_file():
+    if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"start_from (={run}) is no folder of a run")
-    experiment = from_json((run / "config.json").read_text())
+    experiment = from_json((run / CONFIG).read_text())
     named = [v for v in experiment.variants if v.name == variant]
     if not (isinstance(experiment, Experiment) and named):
         names = [v.name for v in experiment.variants]
         raise FileNotFoundError(f"start_from (={run}) has no variant {variant!r} of images: it has {names}")
-    state, _ = read_best(run / "checkpoints" / variant)
+    state, _ = read_best(run / CHECKPOINTS / variant)
     values = state if state["averages"] is None else state["averages"]
     variables = {"params": values["params"], **values["model_state"]}
     _check_shapes(run, variables, shapes)

@@ -10,6 +10,9 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from train import twin
 
+RANDOM = "rbg"
+"""Generator of a run's keys: XLA's own, which compiles faster than JAX's default one."""
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Everything that a resumed run needs: with the same data, the steps that follow are determined by it.

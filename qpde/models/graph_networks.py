@@ -41,12 +41,9 @@ __all__ = ["GraphNetwork", "gat", "gcn", "gcnii", "pde_gcn"]
 LOOPS = ("auto", "scan", "unroll")
 LEVELS = ("uniform", "pot", "apot")
 
-# The deepest network that "auto" unrolls. A scan copies what the backward pass needs into stacks, which with 8 layers
-# on Pubmed's graph takes up to a tenth of an epoch and compiles a second faster. Rematerialisation is there to save
-# memory and has little to copy.
+# The deepest network that "auto" unrolls. A scan compiles faster, but copies what the backward pass needs into stacks.
+# Rematerialisation is there to save memory and has little to copy.
 UNROLL_TO = 8
-
-_BLOCK_SIZE = 2**17  # numbers in a block of a sparse product: half a MiB of float32, which fits a core's cache
 
 
 class GraphNetwork(nn.Module):
@@ -388,10 +385,9 @@ def _dropout(key: jax.Array, rate: float, x: jax.Array) -> jax.Array:
 def _sparse_product(x: BCOO, kernel: jax.Array) -> jax.Array:
     """x @ kernel in blocks of entries, so that the row of the kernel that each entry asks for stays in the cache.
 
-    The product that comes with BCOO first collects the rows for all entries, which at Pubmed's million is ten times
-    slower.
+    The product that comes with BCOO first collects the rows for all entries, more than a cache holds.
     """
-    entries = max(1, min(x.nse, _BLOCK_SIZE // kernel.shape[1]))
+    entries = max(1, min(x.nse, graphs.BLOCK_SIZE // kernel.shape[1]))
     row, column, value = (jnp.pad(part, (0, -x.nse % entries)).reshape(-1, entries) for part in (*x.indices.T, x.data))
 
     def add_block(total, block):

@@ -1,13 +1,12 @@
 """What an experiment on a graph is. Files in configs/ define `recipes: dict[str, GraphExperiment]`."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
 
 from qpde.models import GraphSmoothing
-from train.config import Adam, Variant, check_at_least, check_folder_name, check_variants
+from train.config import Adam, Comparison, Variant, check_at_least
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,10 @@ class GraphVariant(Variant):
 
 
 @dataclass(frozen=True)
-class GraphExperiment:
-    """Variants of a graph network, each trained from several seeds, in full precision and in few bits."""
+class GraphExperiment(Comparison):
+    """Graph networks, each trained from several seeds, in full precision and in few bits."""
 
-    name: str
-    """The run lives in the folder of this name."""
     variants: tyro.conf.Fixed[tuple[GraphVariant, ...]]
-    only: tuple[str, ...] = ()
-    """Train only the variants of these names."""
     data: GraphData = field(default_factory=GraphData)
     model: GraphModel = field(default_factory=GraphModel)
     optimizer: Adam = field(default_factory=Adam)
@@ -106,8 +101,7 @@ class GraphExperiment:
     """Steps in one compiled call; progress is logged and saved after each."""
 
     def __post_init__(self):
-        check_folder_name("name", self.name)
-        check_variants(self.variants, self.only, GraphModel)
+        super().__post_init__()
         for name, limit in (("epochs", 1), ("tune_epochs", 0), ("seeds", 1), ("seed", 0), ("report_every", 1)):
             check_at_least(name, getattr(self, name), limit)
         if self.seeds_at_once is not None and (self.seeds_at_once < 1 or self.seeds % self.seeds_at_once):
@@ -119,15 +113,6 @@ class GraphExperiment:
             raise ValueError(f"bits holds {outside[0]}: widths are 2 to 32")
         if not 0 < self.tune_learning_rate <= 1:
             raise ValueError(f"tune_learning_rate (={self.tune_learning_rate}) must lie in (0, 1]")
-
-    @property
-    def chosen(self) -> tuple[GraphVariant, ...]:
-        """The variants to train, in their order."""
-        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
-
-    def model_of(self, variant: GraphVariant) -> GraphModel:
-        """The shared model with the variant's changes."""
-        return dataclasses.replace(self.model, **variant.changes)
 
     def optimizer_of(self, variant: GraphVariant) -> Adam:
         """The variant's own optimizer, or the shared one."""

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from train.checkpoints import Checkpoints
 from train.interrupt import Interrupted, StopRequest
 from train.nodes.config import GraphExperiment, GraphVariant
 from train.nodes.data import load_graph, make_task
-from train.nodes.report import FULL, name_of, write_report
+from train.nodes.report import FULL, check_pictures, name_of, write_report
 from train.nodes.step import (
     NodeState,
     Task,
@@ -32,55 +33,22 @@ from train.nodes.step import (
 )
 from train.optimizer import create_optimizer, path_name
 from train.progress import Display
-from train.rundir import RunDirectory, open_run
+from train.rundir import RunDirectory
+from train.state import RANDOM
 
 _EXACT = Bits(None, None)
-_RANDOM = "rbg"
-"""XLA's own generator: it compiles faster than JAX's default one."""
 
 
-def prepare_job(
-    experiment: GraphExperiment,
-    *,
-    data_dir: Path | None,
-    runs_dir: Path,
-    overwrite: bool = False,
-    resume_changed: bool = False,
-) -> "Job":
-    """Everything that can be wrong with an experiment is found here, before the first file is written.
-
-    Args, Raises: as `train.experiment.prepare_job`.
-    """
+def prepare(experiment: GraphExperiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
+    """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
+    check_pictures(experiment)
     graph = load_graph(experiment.data, data_dir)
     task = make_task(graph)
-    trainings = [
-        Training.create(experiment, variant, task, num_classes=graph.num_classes) for variant in experiment.chosen
-    ]
-    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
-    return Job(experiment, trainings, run)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A checked experiment with the folder that it holds."""
-
-    experiment: GraphExperiment
-    trainings: list["Training"]
-    run: RunDirectory
-
-    def __call__(self, console: Console) -> None:
-        """Trains and evaluates the variants and writes the report; progress and table go to `console`.
-
-        Raises:
-          FloatingPointError: training broke down.
-          Interrupted: by SIGTERM or SIGINT, after the state was saved.
-          CheckpointError: the saved state is of another network.
-        """
-        with self.run as run:
-            for change in run.changes:
-                console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
-            results = {training.variant.name: training(run, console) for training in self.trainings}
-            write_report(run, self.experiment, results, console)
+    trainings = {
+        variant.name: Training.create(experiment, variant, task, num_classes=graph.num_classes)
+        for variant in experiment.chosen
+    }
+    return trainings, partial(write_report, experiment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +74,7 @@ class Training:
         builder = getattr(qpde.models, options.pop("name"))
         known = inspect.signature(builder).parameters
         model = builder(num_classes=num_classes, **{k: v for k, v in options.items() if k in known})
-        shapes = jax.eval_shape(model.init, jax.random.key(0, impl=_RANDOM), task.graph)["params"]
+        shapes = jax.eval_shape(model.init, jax.random.key(0, impl=RANDOM), task.graph)["params"]
         adam = experiment.optimizer_of(variant)
         slower = dataclasses.replace(adam, learning_rate=adam.learning_rate * experiment.tune_learning_rate)
         optimizer, tuner = (create_optimizer(config, shapes, steps=experiment.epochs) for config in (adam, slower))
@@ -116,7 +84,7 @@ class Training:
         """Trains every seed in full precision and at each pair of widths; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
         seeds = jnp.arange(experiment.seed, experiment.seed + experiment.seeds)
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=_RANDOM)))(seeds)
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
         init_keys, keys = keys[:, 0], keys[:, 1]
         params = init_seeds(model, init_keys, task, _EXACT, methods=_EXACT, at_once=self.at_once)
         full = self._fit(FULL, params, keys, _EXACT, run, console)

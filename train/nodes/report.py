@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qpde.plots import layer_error_figure, over_smoothing_figure
 from train.nodes.config import GraphExperiment
+from train.report import check_drawable
 from train.rundir import RunDirectory
 
 FULL = "full"
@@ -32,7 +33,7 @@ def name_of(widths: tuple[int, int]) -> str:
 
 
 def write_report(
-    run: RunDirectory, experiment: GraphExperiment, results: dict[str, dict[str, Any]], console: Console
+    experiment: GraphExperiment, run: RunDirectory, results: dict[str, dict[str, Any]], console: Console
 ) -> None:
     """Prints the table, draws the pictures, and closes the run with summary.json.
 
@@ -40,31 +41,53 @@ def write_report(
     the full-precision states and the accuracy against depth.
 
     Args:
-      run: the folder.   experiment: for the heading.   console: where the table goes.
+      experiment: for the heading.   run: the folder.   console: where the table goes.
       results: by variant, its "parameters" and its parts: "full" with "accuracy", "energy" and "best_epoch", "W4A8"
         and so on with the fields of `qpde.diagnostics.Faithfulness`; all lists over seeds.
     """
     console.print(_table(experiment, results))
-    depths = {variant.name: experiment.model_of(variant).layers for variant in experiment.chosen}
     if experiment.bits:
         part = name_of(experiment.bits[-1])
-        for depth in sorted(set(depths.values())):
-            chosen = {name: result[part] for name, result in results.items() if depths[name] == depth}
+        for depth, names in _by_depth(experiment).items():
+            chosen = {name: results[name][part] for name in names}
             layer_error_figure(
                 {name: np.mean(result["layer_error"], axis=0) for name, result in chosen.items()},
                 run.path / f"layer_error_{depth}.png",
                 relative={name: np.mean(result["relative_layer_error"], axis=0) for name, result in chosen.items()},
                 title=f"{experiment.data.name}, {part}, mean over {experiment.seeds} seeds",
             )
-    families: dict[str, dict[int, tuple]] = {}
-    for name, result in results.items():
-        family = re.sub(r"-\d+$", "", name)  # "plain-8" and "plain-32" are one network at two depths
-        measured = (np.mean(result[FULL]["energy"], axis=0), np.asarray(result[FULL]["accuracy"]))
-        families.setdefault(family, {})[depths[name]] = measured
+    families = {
+        family: {
+            depth: (np.mean(results[name][FULL]["energy"], axis=0), results[name][FULL]["accuracy"])
+            for depth, name in depths.items()
+        }
+        for family, depths in _families(experiment).items()
+    }
     title = f"{experiment.data.name}, full precision, {experiment.seeds} seeds"
     over_smoothing_figure(families, run.path / "over_smoothing.png", title=title)
     run.finish({"name": experiment.name, "variants": results})
     console.print(f"written to {run.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_pictures(experiment: GraphExperiment) -> None:
+    """ValueError, before anything is trained, for more variants than the pictures of `write_report` can show."""
+    for names in (*_by_depth(experiment).values(), _families(experiment)):
+        check_drawable(names)
+
+
+def _by_depth(experiment: GraphExperiment) -> dict[int, list[str]]:
+    """Names of the variants by number of layers, ascending."""
+    depths = {variant.name: experiment.model_of(variant).layers for variant in experiment.chosen}
+    return {depth: [name for name in depths if depths[name] == depth] for depth in sorted(set(depths.values()))}
+
+
+def _families(experiment: GraphExperiment) -> dict[str, dict[int, str]]:
+    """Variants that differ in depth only, as "plain-8" and "plain-32" do: by what they share, by depth, the name."""
+    families: dict[str, dict[int, str]] = {}
+    for variant in experiment.chosen:
+        family = re.sub(r"-\d+$", "", variant.name)
+        families.setdefault(family, {})[experiment.model_of(variant).layers] = variant.name
+    return families
 
 
 def _table(experiment: GraphExperiment, results: dict[str, dict[str, Any]]) -> Table:
