@@ -314,7 +314,7 @@ def test_renaming_nodes_padding_and_batching_change_nothing(name):
 
 @pytest.mark.parametrize("block_size", [1, 7 * WIDTH, 100 * WIDTH])
 def test_sparse_features_give_what_dense_ones_give(monkeypatch, block_size):
-    monkeypatch.setattr(graph_networks, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(graphs, "BLOCK_SIZE", block_size)
     model, variables = make("gcn", layers=1)
     graph = random_graph()
     sparse = graph._replace(nodes=BCOO.fromdense(jnp.where(jnp.abs(graph.nodes) > 1, graph.nodes, 0.0)))
