@@ -8,20 +8,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from rich.console import Console
 
 import qpde.models
 from qpde.bits import Bits
-from qpde.datasets import Images
 from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
 from train.annealing import is_annealed, widths_of
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Variant
-from train.data import load_images, make_prepare, make_vary, normalized_batches, stack_batches
+from train.data import ImageSet, make_prepare, make_vary
 from train.guards import make_explain
+from train.load import load_images
 from train.loop import Plan, fit
 from train.losses import LOSSES
 from train.optimizer import create_optimizer
@@ -32,11 +31,9 @@ from train.start import Start, read_start
 from train.state import RANDOM, TrainState, create_state
 from train.step import (
     empty_totals,
-    epoch_order,
     make_epoch_step,
     make_evaluate,
     make_loss,
-    make_select,
     make_train_step,
 )
 
@@ -46,10 +43,11 @@ _STATISTICS_BATCHES = 32
 
 def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
     """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
-    images = load_images(experiment.data, data_dir)
-    count = len(images.train.labels)
-    if count < experiment.batch_size:
-        raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
+    images = load_images(experiment.data, data_dir, batch_size=experiment.batch_size, workers=experiment.workers)
+    if images.count < experiment.batch_size:
+        raise ValueError(
+            f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
+        )
     check_drawable(experiment.chosen)
     trainings = {variant.name: Training.create(experiment, variant, images) for variant in experiment.chosen}
     stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
@@ -62,13 +60,13 @@ class Training:
 
     experiment: Experiment
     variant: Variant
-    images: Images
+    images: ImageSet
     model: nn.Module
     optimizer: optax.GradientTransformation
     start: Start | None
 
     @classmethod
-    def create(cls, experiment: Experiment, variant: Variant, images: Images) -> "Training":
+    def create(cls, experiment: Experiment, variant: Variant, images: ImageSet) -> "Training":
         """Builds the variant and traces its first batch, so that unusable options are found.
 
         Raises:
@@ -77,7 +75,7 @@ class Training:
         config = experiment.model_of(variant)
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         model = qpde.models.create(options.pop("name"), num_classes=images.num_classes, **options)
-        sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.train.images.shape[1:]), jnp.float32)
+        sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.shape), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)
         start = None
@@ -85,7 +83,7 @@ class Training:
             start = read_start(Path(experiment.start_from), variant.name, shapes)
         _check_loss(experiment, model.bits)
         widths_of(experiment.annealing, model.bits, experiment.epochs)
-        steps = experiment.epochs * (len(images.train.labels) // experiment.batch_size)
+        steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
         return cls(experiment, variant, images, model, optimizer, start)
@@ -98,22 +96,16 @@ class Training:
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
         experiment, images = self.experiment, self.images
-        steps_per_epoch = len(images.train.labels) // experiment.batch_size
+        steps_per_epoch = images.count // experiment.batch_size
         loss, prepare = make_loss(self.model, experiment.loss), make_prepare(experiment.data, images)
         row = LOSSES[experiment.loss.name]
-        select = make_select(steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
         explain = make_explain(self.model, loss, prepare)
-        validation = stack_batches(images.validation, experiment.batch_size)
+        validation = images.stacks("validation")
         train_step = make_train_step(loss, self.optimizer, prepare, averaging=experiment.optimizer.averaging)
-        epoch_step = make_epoch_step(train_step, select)
+        epoch_step = make_epoch_step(train_step, images.select)
         annealing = experiment.annealing
         # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
         traced = (lambda bits: bits) if is_annealed(annealing) else (lambda bits: None)
-        train_images, labels = jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)
-
-        def batches(state):
-            order = epoch_order(state, count=len(labels), steps_per_epoch=steps_per_epoch)
-            return [(train_images, labels, order)] * (steps_per_epoch - int(state.step) % steps_per_epoch)
 
         plan = Plan(
             variant=self.variant.name,
@@ -124,12 +116,12 @@ class Training:
             enter=self._reestimated if annealing.reestimate else lambda state, bits: state,
             step=lambda state, totals, bits, *data: epoch_step(state, totals, traced(bits), *data),
             totals=empty_totals(*row.logged),
-            batches=batches,
-            evaluate=lambda variables, bits: self._scores(variables, *validation, traced(bits)),
+            batches=images.batches,
+            evaluate=lambda variables, bits: self._scores(variables, validation, traced(bits)),
             score=_by_accuracy if row.labels else _by_similarity,
             reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
-            explain=lambda state, bits, *data: explain(state, *select(state, *data), traced(bits)),
-            chance=float(np.bincount(images.validation.labels).max() / len(images.validation.labels)),
+            explain=lambda state, bits, *data: explain(state, *images.select(state, *data), traced(bits)),
+            chance=images.chance,
         )
         with (
             Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,
@@ -141,14 +133,15 @@ class Training:
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
-        model, size, state = self.model, self.experiment.batch_size, state.averaged
+        model, images, state = self.model, self.images, state.averaged
         statistics = list(self._training_batches(limit=_STATISTICS_BATCHES))
         variables = reestimate_statistics(model, state.variables, statistics, model.bits)
-        results = {"parameters": qpde.models.summary(model, self.images.train.images.shape[1:]).parameters}
+        results = {"parameters": qpde.models.summary(model, images.shape).parameters}
         if model.bits.activations is None:  # there is nothing to be faithful to
-            scores = self._scores(variables, *stack_batches(self.images.test, size))
+            scores = self._scores(variables, images.stacks("test"))
             return results | {"accuracy": scores["accuracy"]}
-        test = normalized_batches(self.images, self.images.test, batch_size=size)
+        normalize = jax.jit(images.normalize)
+        test = ((normalize(x), jnp.asarray(labels)) for x, labels in images.in_order("test"))
         faithfulness = compare(
             model, variables, test, model.bits, twin=state.twin_variables, statistics_batches=statistics
         )
@@ -198,12 +191,10 @@ class Training:
         """The first training batches, varied as in training: statistics of images without the variation are of another
         distribution than the network learned on, and lower its accuracy.
         """
-        size, train = self.experiment.batch_size, self.images.train
         vary = jax.jit(make_vary(self.experiment.data, self.images))
-        for i in range(min(limit, len(train.labels) // size)):
-            part = slice(i * size, (i + 1) * size)
+        for i, (x, labels) in enumerate(self.images.opening(limit=limit)):
             key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=RANDOM), i)
-            yield vary(key, jnp.asarray(train.images[part])), jnp.asarray(train.labels[part], jnp.int32)
+            yield vary(key, jnp.asarray(x)), jnp.asarray(labels, jnp.int32)
 
 
 def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]:
