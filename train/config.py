@@ -245,7 +245,13 @@ class Experiment(Comparison):
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128
-    """Images a step. The images left over at the end of an epoch are dropped."""
+    """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are computed one after the other and averaged, where the whole one needs too
+    much memory. Batch norms then see one part at a time: its statistics normalise it and move the running ones."""
+    devices: int = 1
+    """Devices that share each batch; 0 is all there are, as runs of several processes need. The result depends on it
+    by the rounding of sums alone."""
     clip_start: str = "rms"
     """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
     start_from: str | None = None
@@ -261,6 +267,10 @@ class Experiment(Comparison):
         super().__post_init__()
         check_at_least("epochs", self.epochs, 1)
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        check_at_least("accumulate", self.accumulate, 1)
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(f"accumulate (={self.accumulate}) leaves less than 2 of {self.batch_size} images a part")
+        check_at_least("devices", self.devices, 0)
         check_at_least("checkpoint_every", self.checkpoint_every, 0)
         check_at_least("seed", self.seed, 0)
 
