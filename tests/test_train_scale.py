@@ -99,6 +99,15 @@ def test_devices_share_the_images_of_a_batch_and_its_statistics_and_repeat_thems
         assert "f32[16,8,8,4]" not in text
 
 
+def test_a_network_that_computes_in_bfloat16_learns_as_in_float32():
+    options = {"num_classes": 3, "symmetric": False, "weight_bits": 8, "act_bits": 8}
+    (_, _, wide), *_ = _trained(qpde.models.create("tiny", **options))
+    narrow, *_ = _trained(qpde.models.create("tiny", compute_dtype="bfloat16", **options))
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow[:2])} == {np.dtype("float32")}
+    assert narrow[2]["loss"] == pytest.approx(wide["loss"], rel=0.02)  # 8 bits of mantissa
+    assert narrow[2]["loss"] != wide["loss"]
+
+
 def test_gradients_of_parts_average_to_that_of_the_batch_without_batch_norms():
     whole, *_ = _trained(WithoutNorm())
     for devices in (1, 2):

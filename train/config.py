@@ -64,6 +64,8 @@ class Model:
     """How the equal blocks of a stage are run."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions; parameters, quantizers, norms and sums stay float32. The narrow one is for GPUs and TPUs."""
 
 
 @dataclass(frozen=True)
