@@ -13,6 +13,7 @@ import qpde.models
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
 from train.cli import main
+from train.compiled import keep_compiled_programs
 from train.config import Experiment, Loss, Variant
 from train.mesh import make_mesh, put, replicated
 from train.progress import Display
@@ -199,3 +200,35 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(run, options, message):
 def test_the_mesh_is_part_of_the_configuration():
     assert Experiment("a", (Variant("a"),)).devices == 1
     assert make_mesh(0).size == 4
+
+
+# Compiled programs
+
+
+@pytest.fixture
+def unchosen():
+    """JAX without a folder for compiled programs."""
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_otherwise(unchosen, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert keep_compiled_programs() is None
+    jax.config.update("jax_enable_compilation_cache", True)
+    assert keep_compiled_programs() == tmp_path / "qpde" / "compiled"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "qpde" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert keep_compiled_programs() is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+def test_no_compiled_programs_are_kept_where_the_users_cache_cannot_be_written(unchosen, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert keep_compiled_programs() is None
+    assert jax.config.jax_compilation_cache_dir is None
