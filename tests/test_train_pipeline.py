@@ -13,6 +13,7 @@ from train.config import Data
 from train.data import Resident
 from train.load import load_images
 from train.losses import IGNORED
+from train.mesh import make_mesh
 from train.photographs import centre_crop, random_resized_crop
 from train.pipeline import Streamed
 from train.prepared import DataError, open_records
@@ -38,7 +39,7 @@ def _state(step):
 def _steps(images, step):
     """(images, labels, key) of the rest of an epoch, as the training step gets them."""
     state, batches = _state(step), []
-    for arguments in images.batches(state):
+    for arguments in images.feed(make_mesh(1))(state):
         (pixels, labels), key = images.select(state, *arguments)
         batches.append(tuple(np.asarray(part) for part in (pixels, labels, jax.random.key_data(key))))
         state = state.replace(step=state.step + 1)

@@ -163,7 +163,9 @@ def _help() -> str:
         "Trains the quantized networks of qpde and reports how faithful they stay in few bits.\n\n"
         f"commands:\n{commands}\n\n"
         f"`{_PROGRAM} run configs/digits.py` is the place to start: it needs no data and takes minutes.\n"
-        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults."
+        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults.\n"
+        "Compiled programs are kept in the user's cache: JAX_COMPILATION_CACHE_DIR moves them,\n"
+        "JAX_ENABLE_COMPILATION_CACHE=false turns that off."
     )
 
 

@@ -3,19 +3,20 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from qpde.datasets import Images, Split
 from train.augment import mixup, random_crop, random_flip
 from train.config import Data
 from train.losses import IGNORED
+from train.mesh import put, replicated, stacked_sharding
 from train.state import TrainState
 from train.step import epoch_order, make_select
 
@@ -39,8 +40,9 @@ class ImageSet(Protocol):
     normalize: Callable
     select: Callable
 
-    def batches(self, state: TrainState) -> Iterable[tuple]:
-        """`select`'s arguments for the step that the state stands at and those that follow, to the end of its epoch."""
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
+        """`batches(state)`: `select`'s arguments, on the devices of the mesh, for the step that the state stands at and
+        those that follow, to the end of its epoch."""
 
     def opening(self, *, limit: int) -> Iterator[Split]:
         """The first training batches as they are stored, at most `limit`, all of them full."""
@@ -48,9 +50,9 @@ class ImageSet(Protocol):
     def in_order(self, part: str) -> Iterator[Split]:
         """The batches of "validation" or "test", the last one smaller."""
 
-    def stacks(self, part: str) -> Iterable[Split]:
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
         """The same as stacks of equal batches on a leading axis, the last filled up with label `IGNORED`; can be gone
-        through again."""
+        through again.  With a mesh, its devices share each batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +91,17 @@ class Resident:
     def select(self) -> Callable:
         return make_select(steps_per_epoch=self.count // self.batch_size, batch_size=self.batch_size)
 
-    def batches(self, state: TrainState) -> Iterable[tuple]:
-        steps = self.count // self.batch_size
-        order = epoch_order(state, count=self.count, steps_per_epoch=steps)
-        return [(*self._on_device, order)] * (steps - int(state.step) % steps)
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
+        # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
+        # gathered without asking the other devices.
+        train, steps = self.images.train, self.count // self.batch_size
+        everywhere = put((train.images, train.labels.astype(np.int32)), replicated(mesh))
+
+        def batches(state):
+            order = epoch_order(state, count=self.count, steps_per_epoch=steps)
+            return [(*everywhere, order)] * (steps - int(state.step) % steps)
+
+        return batches
 
     def opening(self, *, limit: int) -> Iterator[Split]:
         steps = min(limit, self.count // self.batch_size)
@@ -102,18 +111,13 @@ class Resident:
         split = getattr(self.images, part)
         return self._cut(split, len(split.labels))
 
-    def stacks(self, part: str) -> Iterable[Split]:
-        return [stack_batches(getattr(self.images, part), self.batch_size)]
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
+        return [stack_batches(getattr(self.images, part), self.batch_size, mesh)]
 
     def _cut(self, split: Split, end: int) -> Iterator[Split]:
         for start in range(0, end, self.batch_size):
             part = slice(start, min(start + self.batch_size, end))
             yield Split(split.images[part], split.labels[part])
-
-    @cached_property
-    def _on_device(self) -> Split:
-        train = self.images.train
-        return Split(jnp.asarray(train.images), jnp.asarray(train.labels, jnp.int32))
 
 
 def data_root(name: str, data_dir: Path | None) -> Path:
@@ -154,14 +158,15 @@ def make_prepare(config: Data, images: ImageSet):
     return prepare
 
 
-def stack_batches(split: Split, batch_size: int) -> Split:
-    """(images, labels) of a split as batches on a leading axis, the last filled up with label `IGNORED`."""
+def stack_batches(split: Split, batch_size: int, mesh: Mesh | None = None) -> Split:
+    """(images, labels) of a split as batches on a leading axis, the last filled up with label `IGNORED`.
+
+    With a mesh, its devices share each batch.
+    """
     count = len(split.labels)
     batches = -(-count // batch_size)
     fill = batches * batch_size - count
     images = np.concatenate([split.images, np.repeat(split.images[:1], fill, axis=0)])
     labels = np.concatenate([split.labels, np.full(fill, IGNORED)]).astype(np.int32)
-    return Split(
-        jnp.asarray(images.reshape(batches, batch_size, *images.shape[1:])),
-        jnp.asarray(labels.reshape(batches, batch_size)),
-    )
+    stack = Split(images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
+    return jax.tree.map(jnp.asarray, stack) if mesh is None else put(stack, stacked_sharding(mesh))

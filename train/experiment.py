@@ -8,7 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 import qpde.models
@@ -17,12 +19,13 @@ from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
 from train.annealing import is_annealed, widths_of
 from train.checkpoints import Checkpoints
-from train.config import Experiment, Variant
+from train.config import Experiment, Loss, Variant
 from train.data import ImageSet, make_prepare, make_vary
 from train.guards import make_explain
 from train.load import load_images
 from train.loop import Plan, fit
 from train.losses import LOSSES
+from train.mesh import check_divides, local, make_mesh, put, replicated
 from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import check_drawable, write_report
@@ -49,14 +52,16 @@ def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "T
             f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
         )
     check_drawable(experiment.chosen)
-    trainings = {variant.name: Training.create(experiment, variant, images) for variant in experiment.chosen}
+    mesh = make_mesh(experiment.devices)
+    check_divides(experiment.batch_size, mesh, experiment.accumulate)
+    trainings = {variant.name: Training.create(experiment, variant, images, mesh) for variant in experiment.chosen}
     stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
     return trainings, partial(write_report, experiment, stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A variant with its data, network, optimizer and start (None: random): checked, nothing computed yet."""
+    """A variant with its data, network, optimizer, start (None: random) and devices: checked, nothing computed yet."""
 
     experiment: Experiment
     variant: Variant
@@ -64,9 +69,10 @@ class Training:
     model: nn.Module
     optimizer: optax.GradientTransformation
     start: Start | None
+    mesh: Mesh
 
     @classmethod
-    def create(cls, experiment: Experiment, variant: Variant, images: ImageSet) -> "Training":
+    def create(cls, experiment: Experiment, variant: Variant, images: ImageSet, mesh: Mesh) -> "Training":
         """Builds the variant and traces its first batch, so that unusable options are found.
 
         Raises:
@@ -86,7 +92,7 @@ class Training:
         steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
-        return cls(experiment, variant, images, model, optimizer, start)
+        return cls(experiment, variant, images, model, optimizer, start, mesh)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains, or goes on with training, and evaluates the best state; its results and the history."""
@@ -95,17 +101,23 @@ class Training:
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
-        experiment, images = self.experiment, self.images
+        experiment, images, mesh = self.experiment, self.images, self.mesh
+        everywhere = partial(put, sharding=replicated(mesh))
         steps_per_epoch = images.count // experiment.batch_size
-        loss, prepare = make_loss(self.model, experiment.loss), make_prepare(experiment.data, images)
+        loss = make_loss(self.model, _for_parts(experiment.loss, experiment.accumulate))
+        prepare = make_prepare(experiment.data, images)
         row = LOSSES[experiment.loss.name]
         explain = make_explain(self.model, loss, prepare)
-        validation = images.stacks("validation")
-        train_step = make_train_step(loss, self.optimizer, prepare, averaging=experiment.optimizer.averaging)
-        epoch_step = make_epoch_step(train_step, images.select)
+        validation = images.stacks("validation", mesh)
+        averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
+        train_step = make_train_step(loss, self.optimizer, prepare, averaging=averaging, accumulate=accumulate)
+        epoch_step = make_epoch_step(train_step, images.select, mesh=mesh)
         annealing = experiment.annealing
         # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
-        traced = (lambda bits: bits) if is_annealed(annealing) else (lambda bits: None)
+        traced = partial(jax.tree.map, np.int32) if is_annealed(annealing) else (lambda bits: None)
+
+        def enter(state, bits):
+            return everywhere(self._reestimated(local(state), bits))
 
         plan = Plan(
             variant=self.variant.name,
@@ -113,10 +125,10 @@ class Training:
             steps_per_epoch=steps_per_epoch,
             checkpoint_every=experiment.checkpoint_every,
             bits=widths_of(annealing, self.model.bits, experiment.epochs),
-            enter=self._reestimated if annealing.reestimate else lambda state, bits: state,
-            step=lambda state, totals, bits, *data: epoch_step(state, totals, traced(bits), *data),
-            totals=empty_totals(*row.logged),
-            batches=images.batches,
+            enter=enter if annealing.reestimate else lambda state, bits: state,
+            step=lambda state, totals, bits, *data: epoch_step(state, totals, everywhere(traced(bits)), *data),
+            totals=everywhere(empty_totals(*row.logged)),
+            batches=images.feed(mesh),
             evaluate=lambda variables, bits: self._scores(variables, validation, traced(bits)),
             score=_by_accuracy if row.labels else _by_similarity,
             reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
@@ -129,7 +141,8 @@ class Training:
                 console, self.variant.name, steps=experiment.epochs * steps_per_epoch, done=checkpoints.last_step
             ) as display,
         ):
-            return fit(self._first_state(), plan, run=run, checkpoints=checkpoints, display=display)
+            first = everywhere(self._first_state())
+            return local(fit(first, plan, run=run, checkpoints=checkpoints, display=display))
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
@@ -210,6 +223,11 @@ def _check_loss(experiment: Experiment, bits: Bits) -> None:
         raise ValueError(f"loss.name (={name!r}) compares with the high-precision twin: give the model act_bits")
     if not LOSSES[name].labels and experiment.start_from is None:
         raise ValueError(f"loss.name (={name!r}) tunes a trained network: give --start-from RUN")
+
+
+def _for_parts(loss: Loss, accumulate: int) -> Loss:
+    """The similarity is a sum over images: the average over parts of a batch is that much smaller than the whole."""
+    return dataclasses.replace(loss, similarity_weight=accumulate * loss.similarity_weight)
 
 
 def _by_accuracy(line: dict[str, Any]) -> dict[str, float]:

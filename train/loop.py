@@ -83,9 +83,7 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
     name, last = plan.variant, plan.epochs * plan.steps_per_epoch
     for folder in checkpoints.damaged:
         display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
-    # Restored arrays are committed to their device.  New ones are not, and to jit a mixture is another program.
-    state, empty = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), (state, plan.totals))
-    step, totals = checkpoints.last_step, empty
+    step, totals = checkpoints.last_step, plan.totals
     run.forget_after(name, step // plan.steps_per_epoch)
     if step:
         state, totals = checkpoints.load(step, (state, totals))
@@ -115,7 +113,7 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
             if step % plan.steps_per_epoch == 0:
                 line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
                 run.log(**line)
-                totals = empty
+                totals = plan.totals
                 final = bits == plan.bits(plan.epochs)
                 checkpoints.save(step, (state, totals), plan.score(line) if final else None)
                 display.line(

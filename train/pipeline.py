@@ -9,12 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qpde.datasets import Split
 from train.config import Data
 from train.data import stack_batches
+from train.mesh import batch_sharding
 from train.prepared import Records
 from train.reading import Batches, Central, Pixels, Varied, read_ahead
 from train.state import TrainState
@@ -57,14 +58,24 @@ class Streamed:
     def chance(self) -> float:
         return 1 / self.num_classes  # for the true share of each class, every record would have to be read
 
-    def batches(self, state: TrainState) -> Iterator[tuple[jax.Array, jax.Array]]:
-        steps = self.count // self.batch_size
-        epoch, first = divmod(int(state.step), steps)
-        order = np.asarray(epoch_order(state, count=self.count, steps_per_epoch=steps))
-        key = np.asarray(jax.random.key_data(state.key))
-        pixels = self._varied(*(int(word) for word in key.ravel()), epoch)
-        for batch in self._read(self.train.take(order[: steps * self.batch_size]), pixels, first):
-            yield tuple(jnp.asarray(part) for part in batch)
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterator[tuple[jax.Array, jax.Array]]]:
+        steps, sharding = self.count // self.batch_size, batch_sharding(mesh)
+
+        def batches(state):
+            epoch, first = divmod(int(state.step), steps)
+            order = np.asarray(epoch_order(state, count=self.count, steps_per_epoch=steps))
+            key = np.asarray(jax.random.key_data(state.key))
+            source = Batches(
+                self.train.take(order[: steps * self.batch_size]),
+                self._varied(*(int(word) for word in key.ravel()), epoch),
+                self.batch_size,
+                part=jax.process_index(),  # this process reads what its own devices take
+                parts=jax.process_count(),
+            )
+            for batch in read_ahead(source, first=first, workers=self.workers):
+                yield tuple(jax.make_array_from_process_local_data(sharding, part) for part in batch)
+
+        return batches
 
     def opening(self, *, limit: int) -> Iterator[Split]:
         steps = min(limit, self.count // self.batch_size)
@@ -73,15 +84,15 @@ class Streamed:
     def in_order(self, part: str) -> Iterator[Split]:
         return self._read(getattr(self, part), Central(self.config.size))
 
-    def stacks(self, part: str) -> Iterable[Split]:
-        return _Stacks(self, part)
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
+        return _Stacks(self, part, mesh)
 
     def _varied(self, *seed: int) -> Varied:
         return Varied(seed, self.config.size, self.config.smallest_crop)
 
-    def _read(self, records: Records, pixels: Pixels, first: int = 0) -> Iterator[Split]:
+    def _read(self, records: Records, pixels: Pixels) -> Iterator[Split]:
         batches = Batches(records, pixels, self.batch_size)
-        return (Split(*batch) for batch in read_ahead(batches, first=first, workers=self.workers))
+        return (Split(*batch) for batch in read_ahead(batches, workers=self.workers))
 
 
 def shape_of(records: Records, size: int) -> tuple[int, int, int]:
@@ -95,7 +106,8 @@ class _Stacks:
 
     images: Streamed
     part: str
+    mesh: Mesh | None
 
     def __iter__(self) -> Iterator[Split]:
         for batch in self.images.in_order(self.part):
-            yield stack_batches(batch, self.images.batch_size)
+            yield stack_batches(batch, self.images.batch_size, self.mesh)

@@ -348,7 +348,7 @@ class _Call:
             self.updates["clips"] = {name: list(self.params[name]) for name in ("weight_clips", "act_clips")}
 
     def kernels(self) -> dict[str, jax.Array]:
-        """Q_w of every kernel; a depthwise kernel keeps 8 bits whatever the others have."""
+        """Q_w of every kernel, in the dtype to compute in; a depthwise kernel keeps 8 bits whatever the others have."""
         quantized = {}
         for i, name in enumerate(self.block.kernel_shapes()):
             kernel, bits = self.params[name], self.bits.weights
@@ -360,7 +360,8 @@ class _Call:
                     quantizers.standardize_weight(kernel), bits, method=self.mode.calibrate, signed=True
                 )
                 self.updates["clips"]["weight_clips"][i] = clip
-            quantized[name] = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels, standardize=True)
+            rounded = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels, standardize=True)
+            quantized[name] = rounded.astype(self.mode.compute_dtype)
         return quantized
 
     def _act_clip(self, x, index, signed):

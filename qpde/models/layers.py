@@ -34,12 +34,14 @@ class Mode:
       momentum: share of the running statistics that is kept; 0 stores the batch's own.
       calibrate: method of `qpde.quantizers.initial_clip` that replaces every clip by one read off the data, or None.
       power_iterations: of each spectral norm in this call, from the carried vector on; at least 1.
+      compute_dtype: of the convolutions' products; everything between them is float32.
     """
 
     train: bool = False
     momentum: float = 0.9
     calibrate: str | None = None
     power_iterations: int = 1
+    compute_dtype: str = "float32"
 
 
 def he_normal(key: PRNGKeyArray, shape: tuple[int, int, int, int]) -> Float[Array, "kh kw c_in c_out"]:
