@@ -14,16 +14,25 @@ Examples = Callable[[], Iterator[dict]]
 
 def prepare(name: str, root: Path, **splits: Examples) -> Path:
     """Prepares a set of the catalogue below `root`, without network and without TensorFlow; the folder of its files."""
-    catalogued, _, config = name.partition("/")
-    cls = tfds.builder_cls(catalogued)
-    generators = {split: enumerate(examples()) for split, examples in splits.items()}
-    fakes = {"name": cls.name, "_split_generators": lambda *_: generators, "code_path": None, "url_infos": {}}
-    with registered.skip_registration():
-        fake = type("Fake", (cls,), fakes)
-    folder = str(root / "tensorflow_datasets")
-    builder = fake(data_dir=folder, file_format="array_record", **({"config": config} if config else {}))
+    name, _, config = name.partition("/")
+    options = {"config": config} if config else {}
+    builder = fake_builder(name, **splits)(
+        data_dir=str(root / "tensorflow_datasets"), file_format="array_record", **options
+    )
     builder.download_and_prepare()
     return Path(builder.data_path)
+
+
+def fake_builder(name: str, **splits: Examples) -> type:
+    """The builder of a set of the catalogue with these examples, as files, instead of downloaded ones."""
+    cls = tfds.builder_cls(name)
+
+    def generators(*_):
+        return {split: enumerate(examples()) for split, examples in splits.items()}
+
+    fakes = {"name": cls.name, "_split_generators": generators, "code_path": None, "url_infos": {}}
+    with registered.skip_registration():
+        return type("Fake", (cls,), fakes)
 
 
 def small(count: int, *, seed: int, classes: int = 10, **more) -> Examples:

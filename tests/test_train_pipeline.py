@@ -1,14 +1,17 @@
 """Images read during training: the same as on the device, in the order that the state determines, or a clear error."""
 
+import importlib.util
 import io
+import re
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from prepared_sets import photographs, prepare, small
+from prepared_sets import fake_builder, photographs, prepare, small
 
+from train.cli import main
 from train.config import Data
 from train.data import Resident
 from train.load import load_images
@@ -20,6 +23,9 @@ from train.prepared import DataError, open_records
 from train.state import RANDOM, TrainState
 
 BATCH = 8
+
+_NEEDED = ("tensorflow", "importlib_resources")
+_CIFAR100 = {"coarse_label": 0, "id": "a"}
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +204,37 @@ def test_missing_cut_and_damaged_files_are_named(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{file} is missing, one of 1 files .*with 40 records"):
         _load(tmp_path, "tfds/imagenet2012", size=16)
+
+
+# Preparing
+
+
+def test_preparing_writes_what_training_reads(tmp_path, monkeypatch, capsys):
+    """Without TensorFlow, which the images of this builder do not need, and without the network."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in _NEEDED or real(name))
+    fake = fake_builder("cifar100", train=small(30, seed=0, **_CIFAR100), test=small(10, seed=1, **_CIFAR100))
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: fake(**options) if name == "cifar100" else None)
+    assert main(["data", "prepare", "cifar100", "--data-dir", str(tmp_path)]) == 0
+    assert "tfds/cifar100/3.0.2: 30 train, 10 test" in capsys.readouterr().out
+    assert _load(tmp_path, "tfds/cifar100").count == 27
+
+    def refuse(*_):
+        raise ConnectionError("no way to example.org")
+
+    fake._split_generators = refuse
+    assert main(["data", "prepare", "cifar100", "--data-dir", str(tmp_path / "other")]) == 1
+    assert "cifar100 could not be prepared: ConnectionError: no way" in capsys.readouterr().err
+
+
+def test_preparing_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorflow" else real(name))
+    for words, expected in (
+        (["prepare", "cifar100"], r"tensorflow.*, which training does not: install the \[prepare\] extra"),
+        (["convert"], "'convert' is nothing to do with data: python -m train data prepare NAME"),
+        ([], "say what to do with data"),
+    ):
+        assert main(["data", *words, *(["--data-dir", str(tmp_path)] if words else [])]) == 2
+        assert re.search(expected, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []

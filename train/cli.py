@@ -15,6 +15,8 @@ from train.config import Experiment
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.prepare import parse_data
+from train.prepared import DataError
 from train.replay import Replay, prepare_replay
 
 _PROGRAM = "python -m train"
@@ -99,6 +101,7 @@ class Command:
 
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
+    "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }
 
@@ -123,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     try:
         return work(Console()) or 0
-    except (FloatingPointError, CheckpointError) as error:
+    except (FloatingPointError, CheckpointError, DataError) as error:
         return _fail(str(error), status=1)
     except Interrupted as interrupted:
         return _fail(str(interrupted), status=interrupted.exit_status)
