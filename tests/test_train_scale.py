@@ -20,7 +20,7 @@ import pytest
 import qpde.models
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
-from train.checkpoints import damage
+from train.checkpoints import damage, read_best
 from train.cli import main
 from train.compiled import keep_compiled_programs
 from train.config import Experiment, Loss, Variant
@@ -288,6 +288,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_together_they_e
     assert "going on after step 3 of 10" in printed[0]
     assert "epoch" not in printed[1]  # the first one speaks
     _assert_ends_as_on_one_device(folder, "two")
+    best, _ = read_best(folder / "runs" / "two" / "checkpoints" / "plain")  # of other devices than this process has
+    assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(best)} == {1}
 
 
 def test_what_two_processes_began_goes_on_on_four_devices_of_one_when_told_and_ends_as_on_one(folder, stopped, run):

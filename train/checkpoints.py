@@ -102,7 +102,7 @@ class Checkpoints:
 
 
 def read_best(directory: Path):
-    """The best state of another run, as plain dictionaries and arrays.
+    """The best state of another run, as plain dictionaries and arrays on one device, whichever it was saved from.
 
     Raises:
       FileNotFoundError: there is none, or none that was validated.   ValueError: a checkpoint there is damaged.
@@ -113,10 +113,16 @@ def read_best(directory: Path):
             raise ValueError(f"{path} is damaged ({harm}): train that run again")
     options = ocp.CheckpointManagerOptions(best_fn=_quality, create=False)
     if steps:
-        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        handlers = ocp.StandardCheckpointHandler()
+        with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
             best = manager.best_step()
             if manager.metrics(best)["validated"]:
-                return manager.restore(best, args=ocp.args.StandardRestore())
+                here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                template = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                    manager.item_metadata(best).tree,
+                )
+                return manager.restore(best, args=ocp.args.StandardRestore(template))
     raise FileNotFoundError(f"{directory} holds no state at the end of an epoch: run that experiment first")
 
 
