@@ -1,6 +1,14 @@
-"""Training on several devices and in several parts: the same curve as on one, but for the order of sums."""
+"""Training on several devices, in several processes and in several parts: as on one, but for the order of sums."""
 
+import functools
 import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -12,35 +20,58 @@ import pytest
 import qpde.models
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
+from train.checkpoints import damage, read_best
 from train.cli import main
 from train.compiled import keep_compiled_programs
 from train.config import Experiment, Loss, Variant
 from train.mesh import make_mesh, put, replicated
-from train.progress import Display
+from train.processes import from_first, join, largest
 from train.state import RANDOM, create_state
 from train.step import empty_totals, epoch_order, make_epoch_step, make_loss, make_select, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-CONFIG = """
-from train.config import Data, Experiment, Model, Variant
+ROOT = Path(__file__).parents[1]
 
+# 2 epochs of 5 steps. DISTURB="SIGNAL COUNT" makes a process send itself the signal when it issued COUNT steps.
+CONFIG = """
+import os, signal
+from qpde.models import registry
+from qpde.models.blocks import BasicBlock
+from train.config import Data, Experiment, Model, Variant
+from train.progress import Display
+
+registry.ARCHITECTURES["tiny"] = registry.Architecture(BasicBlock, ((4, 4, 1, 1, 1),))
 recipes = {"fast": Experiment(
-    name="tiny",
+    name="other",
     variants=(Variant("plain", {"symmetric": False, "weight_bits": None, "act_bits": None}),),
     data=Data("digits", size=8, crop_padding=1, flip=True),
     model=Model("tiny"),
-    epochs=3,
+    epochs=2,
     batch_size=256,
     checkpoint_every=2,
 )}
+
+name, count = os.environ.get("DISTURB", "SIGTERM 0").split()
+left, step = [int(count)], Display.step
+
+def disturbed(display):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), getattr(signal, name))
+    step(display)
+
+if int(count):
+    Display.step = disturbed
 """
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
     """A network of one block."""
-    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 1, 1, 1),)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 1, 1, 1),)))
+        yield
 
 
 # The step
@@ -54,6 +85,7 @@ class WithoutNorm(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(5)(x.reshape(len(x), -1))))
 
 
+@functools.cache
 def _trained(model, *, devices=1, accumulate=1):
     """State and sums after three steps of 16 images, those of a second time, and the compiled step's text."""
     mesh = make_mesh(devices)
@@ -77,8 +109,9 @@ def _trained(model, *, devices=1, accumulate=1):
     results = []
     for _ in range(2):
         state, totals = jax.tree.map(jnp.copy, first)  # the step takes its state's memory
-        for _ in range(3):
-            state, totals = step(state, totals, None, *data, order)
+        with jax.transfer_guard("disallow"):
+            for _ in range(3):
+                state, totals = step(state, totals, None, *data, order)
         results.append(jax.device_get((state.params, state.model_state, totals)))
     return *results, step.as_text()
 
@@ -98,6 +131,11 @@ def test_devices_share_the_images_of_a_batch_and_its_statistics_and_repeat_thems
         assert "all-reduce" in text
         assert f"f32[{16 // devices},8,8,4]" in text  # a device's maps
         assert "f32[16,8,8,4]" not in text
+
+
+def test_a_step_calls_nothing_on_the_host():
+    *_, text = _trained(WithoutNorm())
+    assert not re.search("callback|infeed|outfeed|send|recv", text)
 
 
 def test_a_network_that_computes_in_bfloat16_learns_as_in_float32():
@@ -140,11 +178,19 @@ def test_batch_norms_see_one_part_at_a_time_and_running_statistics_move_after_ea
 # A run
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, compiled_once, tiny):
+    """With the run on one device that the others are compared with."""
+    path = tmp_path_factory.mktemp("scale")
+    (path / "tiny.py").write_text(CONFIG)
+    assert main(["run", str(path / "tiny.py"), "--runs-dir", str(path / "runs"), "--name", "one"]) == 0
+    return path
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs the tiny experiment in a folder of its own: (exit status, what it printed)."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.py").write_text(CONFIG)
+def run(folder, monkeypatch, capsys):
+    """Runs the tiny experiment: (exit status, what it printed)."""
+    monkeypatch.chdir(folder)
 
     def call(name, *options):
         status = main(["run", "tiny.py", "--name", name, *options])
@@ -154,32 +200,15 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-def _lines(folder, name):
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if isinstance(v, float) and k != "seconds"} for line in lines]
-
-
-def test_a_run_cut_on_two_devices_goes_on_on_four_and_ends_as_on_one(run, tmp_path, monkeypatch):
-    assert run("one")[0] == 0
-
-    steps, step = [], Display.step
-
-    def interrupt(display):
-        steps.append(1)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        step(display)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Display, "step", interrupt)
-        assert run("cut", "--devices", "2")[0] == 130
-    status, printed = run("cut", "--devices", "4")
-    assert (status, "devices: 2 there, 4 now" in printed) == (2, True)
-    status, printed = run("cut", "--devices", "4", "--resume-changed")
-    assert status == 0, printed
-    assert "going on after step 6 of 15" in printed
-    for several, one in zip(_lines(tmp_path, "cut"), _lines(tmp_path, "one"), strict=True):
-        assert several == pytest.approx(one, rel=1e-3, abs=2e-3)  # a prediction may turn over
+def _assert_ends_as_on_one_device(folder, name):
+    results = []
+    for run in (name, "one"):
+        lines = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        lines = [{k: v for k, v in line.items() if isinstance(v, float) and k != "seconds"} for line in lines]
+        summary = json.loads((folder / "runs" / run / "summary.json").read_text())["variants"]["plain"]
+        results.append([*lines, {"accuracy": summary["accuracy"]}])
+    for found, expected in zip(*results, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=4e-3)  # a prediction may turn over
 
 
 @pytest.mark.parametrize(
@@ -200,6 +229,97 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(run, options, message):
 def test_the_mesh_is_part_of_the_configuration():
     assert Experiment("a", (Variant("a"),)).devices == 1
     assert make_mesh(0).size == 4
+
+
+# Processes
+
+
+def _run_two(folder, disturb=""):
+    """Exit statuses and what the two processes printed; `disturb` is for the second one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "train", "run", "tiny.py", "--name", "two", "--devices", "0"]
+    command += ["--distributed", address]
+    running = [
+        subprocess.Popen(
+            [*command, "--processes", "2", "--process", str(i)],
+            cwd=folder,
+            env=environment | ({"DISTURB": disturb} if disturb and i == 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], printed
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """A run of two processes after a signal to the second one: exit statuses and what they printed."""
+    result = _run_two(folder, "SIGTERM 3")
+    shutil.copytree(folder / "runs" / "two", folder / "runs" / "other")
+    return result
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step_and_together_they_end_as_one_device(folder, stopped):
+    statuses, printed = stopped
+    assert statuses == [143, 143], printed
+    assert all("plain is saved after step 3 of 10" in text for text in printed)
+    checkpoints = folder / "runs" / "two" / "checkpoints" / "plain"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "3"]
+    assert [damage(path) for path in checkpoints.iterdir()] == [None, None]
+
+    statuses, printed = _run_two(folder)
+    assert statuses == [0, 0], printed
+    assert "going on after step 3 of 10" in printed[0]
+    assert "epoch" not in printed[1]  # the first one speaks
+    _assert_ends_as_on_one_device(folder, "two")
+    best, _ = read_best(folder / "runs" / "two" / "checkpoints" / "plain")  # of other devices than this process has
+    assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(best)} == {1}
+
+
+def test_what_two_processes_began_goes_on_on_four_devices_of_one_when_told_and_ends_as_on_one(folder, stopped, run):
+    status, printed = run("other", "--devices", "4")
+    assert (status, "devices: 0 there, 4 now" in printed) == (2, True)
+    status, printed = run("other", "--devices", "4", "--resume-changed")
+    assert status == 0, printed
+    assert "going on after step 3 of 10" in printed
+    _assert_ends_as_on_one_device(folder, "other")
+
+
+def test_alone_a_process_agrees_with_itself():
+    assert from_first(lambda: 3) == 3
+    assert largest(2) == 2
+    with pytest.raises(FileExistsError):
+        from_first(lambda: (_ for _ in ()).throw(FileExistsError()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("auto", 2, None), "found by themselves with --distributed auto"),
+        (("host:1", 2, 2), r"needs --processes \(=2\) and --process \(=2\), from 0 to one less"),
+        (("host:1",), "needs --processes"),
+        (("auto",), "do not find each other"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_told_why(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        join(*arguments)
 
 
 # Compiled programs

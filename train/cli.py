@@ -17,6 +17,7 @@ from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
 from train.prepare import parse_data
 from train.prepared import DataError
+from train.processes import is_first, join
 from train.replay import Replay, prepare_replay
 
 _PROGRAM = "python -m train"
@@ -44,6 +45,14 @@ class Run(Generic[E]):
     resume_changed: bool = False
     """Go on with an unfinished run though some options differ from those it was started with. They are listed, and
     recorded in config_history.jsonl."""
+    distributed: str | None = None
+    """Train together with the other processes started with the same command, one a host, over a folder that all see:
+    "auto" where they find each other (SLURM, Open MPI, Kubernetes, Cloud TPU), or HOST:PORT of the first one, with
+    --processes and --process. --devices 0 then takes the devices of all."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is: 0, the one that writes and speaks, or 1, 2, ..."""
 
 
 def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment]:
@@ -70,6 +79,8 @@ def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment
 def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     """The job that the arguments of `run` describe, everything about it checked."""
     options = parse_run(arguments)
+    if options.distributed is not None:
+        join(options.distributed, options.processes, options.process)
     return prepare_job(
         options.experiment,
         data_dir=options.data_dir,
@@ -125,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     try:
-        return work(Console()) or 0
+        return work(Console(quiet=not is_first())) or 0
     except (FloatingPointError, CheckpointError, DataError) as error:
         return _fail(str(error), status=1)
     except Interrupted as interrupted:

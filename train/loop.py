@@ -18,6 +18,7 @@ from qpde.bits import Bits
 from train.checkpoints import Checkpoints
 from train.guards import SMALLEST_CLIP
 from train.interrupt import Interrupted, StopRequest
+from train.processes import largest
 from train.progress import Display
 from train.rundir import RunDirectory
 from train.state import TrainState
@@ -105,10 +106,11 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                 step += 1
                 display.step()
                 due = plan.checkpoint_every and step % plan.checkpoint_every == 0
-                if step % plan.steps_per_epoch and (due or stop.signal_number):
+                stopped = largest(stop.signal_number or 0)  # a signal to one process ends the same step in all
+                if step % plan.steps_per_epoch and (due or stopped):
                     _check_finite(state, totals, plan)
                     checkpoints.save(step, (state, totals))
-                if stop.signal_number:
+                if stopped:
                     break
             if step % plan.steps_per_epoch == 0:
                 line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
@@ -124,10 +126,10 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                 ended = _ended(line, plan)
                 for warning in _warnings(line, plan):
                     display.line(f"{name}: warning: {warning}")
-            if stop.signal_number:
+            if stopped or (stopped := largest(stop.signal_number or 0)):
                 raise Interrupted(
                     f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
-                    stop.signal_number,
+                    stopped,
                 )
     return checkpoints.load(checkpoints.best_step, (state, totals))[0]
 
