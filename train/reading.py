@@ -107,7 +107,9 @@ def read_ahead(source: Batches, *, first: int = 0, workers: int = 0) -> Iterator
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
         dataset = dataset.mp_prefetch(options)
     with contextlib.closing(iter(dataset)) as batches:
-        yield from batches
+        for batch in batches:
+            # A worker's arrays lie in shared memory, which JAX would go on using without a copy where it can.
+            yield tuple(np.array(part) for part in batch) if workers else batch
 
 
 def _allow_workers() -> None:
