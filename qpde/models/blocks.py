@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from qpde import operators, quantizers, stability, stencils
 from qpde.bits import Bits
-from qpde.models.layers import NORM_EPSILON, Mode, average_pool, he_normals, moments, normalize, row
+from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
 
 __all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Smoothing", "StableBlock"]
 
@@ -65,7 +66,7 @@ class Block(abc.ABC):
     Attributes:
       width_in, width_out: channels.   stride: of the block.   symmetric: K^T instead of a second kernel.
       expansion: of the inverted block's hidden width.
-      norm, residual, levels, signed_inputs, step_size: see `qpde.models.image_network`.
+      norm, residual, levels, standardize, per_channel, signed_inputs, step_size: see `qpde.models.image_network`.
     """
 
     width_in: int
@@ -76,12 +77,14 @@ class Block(abc.ABC):
     norm: str = "separate"
     residual: str = "rounded"
     levels: str = "uniform"
+    standardize: bool = True
+    per_channel: bool = False
     signed_inputs: bool = False
     step_size: float | str = 0.1
     smoothing: Smoothing | None = None
 
-    weight_names = ("kernel1", "kernel2")
     act_count = 2
+    has_signed_inputs = False  # whether a block's input can be negative
 
     @property
     def has_spectral_state(self) -> bool:
@@ -90,7 +93,7 @@ class Block(abc.ABC):
 
     @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """HWIO shape of every kernel by name, in the order of `weight_clips`."""
+        """HWIO shape of every kernel by name, in the order of `weight_clips`, one number (or one a channel) each."""
 
     @abc.abstractmethod
     def norm_widths(self) -> dict[str, int]:
@@ -114,9 +117,23 @@ class Block(abc.ABC):
             stats[name] = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
         if self.symmetric and self.norm == "spectral":
             del stats["norm1"]["var"]
-        params["weight_clips"] = jnp.full(len(shapes), quantizers.WEIGHT_CLIP)
+        params["weight_clips"] = self._initial_weight_clips(params)
         params["act_clips"] = jnp.full(self.act_count, quantizers.ACTIVATION_CLIP)
         return params, stats
+
+    def _initial_weight_clips(self, kernels: dict) -> jax.Array:
+        """The published constant for standardized weights, the largest magnitude for others."""
+        method = "constant" if self.standardize else "absmax"
+        options = {"signed": True, "method": method, "per_channel": self.per_channel}
+        clips = [quantizers.initial_clip(kernels[name], None, **options) for name in self.kernel_shapes()]
+        return jnp.concatenate([clip.reshape(-1) for clip in clips])
+
+    def split_weight_clips(self, clips: Float[Array, " n"]) -> list[Array]:
+        """The clip of every kernel, () or (C_out,), from `weight_clips`."""
+        if not self.per_channel:
+            return list(clips)
+        ends = itertools.accumulate(shape[-1] for shape in self.kernel_shapes().values())
+        return jnp.split(clips, list(ends)[:-1])
 
     def initial_spectral(self, key: PRNGKeyArray, params: dict, height: int, width: int) -> Float[Array, "1 h w c"]:
         """Start (1, H, W, C) of the power iteration that is carried from step to step."""
@@ -169,7 +186,7 @@ class Block(abc.ABC):
           x: (N, H, W, width_in) float32.   step_size: scalar h, unused where the block finds its own.
           bits: scalars or None.   mode: of the call.   gamma2: of the smoothing, None for no smoothing.
         Returns:
-          (N, H', W', width_out), and the changed collections: {"batch_stats", "spectral", "clips"}.
+          (N, H', W', width_out), and the changed collections: {"batch_stats", "spectral", "observed"}.
         """
         call = _Call(self, variables, bits, mode, gamma2)
         out = self.step(x, variables, step_size, call)
@@ -278,6 +295,8 @@ class StableBlock(BasicBlock):
 class InvertedBlock(Block):
     """MobileNetV2's inverted residual: expand 1x1, depthwise 3x3, project 1x1 or the adjoint of the first two."""
 
+    has_signed_inputs = True
+
     @property
     def act_count(self):
         return 2 if self.symmetric else 3
@@ -343,9 +362,13 @@ class _Call:
         self.block, self.bits, self.mode, self.gamma2 = block, bits, mode, gamma2
         self.params, self.stats = variables["params"], variables["batch_stats"]
         self.singular_vector = variables.get("spectral")
+        self.clips = {
+            "weight_clips": block.split_weight_clips(self.params["weight_clips"]),
+            "act_clips": list(self.params["act_clips"]),
+        }
         self.updates: dict[str, Any] = {"batch_stats": {}}
-        if mode.calibrate is not None:
-            self.updates["clips"] = {name: list(self.params[name]) for name in ("weight_clips", "act_clips")}
+        if mode.observe is not None:
+            self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
 
     def kernels(self) -> dict[str, jax.Array]:
         """Q_w of every kernel; a depthwise kernel keeps 8 bits whatever the others have."""
@@ -354,32 +377,31 @@ class _Call:
             kernel, bits = self.params[name], self.bits.weights
             if bits is not None and is_depthwise(kernel.shape):
                 bits = DEPTHWISE_BITS
-            clip = self.params["weight_clips"][i]
-            if self.mode.calibrate is not None and bits is not None:
-                clip = quantizers.initial_clip(
-                    quantizers.standardize_weight(kernel), bits, method=self.mode.calibrate, signed=True
-                )
-                self.updates["clips"]["weight_clips"][i] = clip
-            quantized[name] = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels, standardize=True)
+            if bits is not None and self.block.standardize:
+                kernel = quantizers.standardize_weight(kernel)
+            self._observe("weight_clips", i, kernel, bits, signed=True)
+            clip = self.clips["weight_clips"][i]
+            quantized[name] = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels)
         return quantized
 
-    def _act_clip(self, x, index, signed):
-        if self.mode.calibrate is None or self.bits.activations is None:
-            return self.params["act_clips"][index]
-        clip = quantizers.initial_clip(x, self.bits.activations, method=self.mode.calibrate, signed=signed)
-        self.updates["clips"]["act_clips"][index] = clip
-        return clip
+    def _observe(self, name, index, x, bits, *, signed):
+        if self.mode.observe is not None:
+            quantizer = Quantizer(name == "weight_clips", bits, signed, self.block.levels)
+            record, self.clips[name][index] = self.mode.observe(x, self.clips[name][index], quantizer)
+            self.updates["observed"][name][index] = record
 
     def activation(self, x: jax.Array, index: int, *, signed: bool = False) -> jax.Array:
         """Q_a with the clip of that index."""
-        clip = self._act_clip(x, index, signed)
-        return quantizers.quantize_activation(x, clip, self.bits.activations, levels=self.block.levels, signed=signed)
+        bits = self.bits.activations
+        self._observe("act_clips", index, x, bits, signed=signed)
+        clip = self.clips["act_clips"][index]
+        return quantizers.quantize_activation(x, clip, bits, levels=self.block.levels, signed=signed)
 
     def shortcut(self, x: jax.Array, xq: jax.Array, *, signed: bool = False) -> jax.Array:
         """Input of the shortcut: xq (rounded), or x clipped alone (precise), so rounding enters by the branch only."""
         if self.block.residual == "rounded" or self.bits.activations is None:
             return xq
-        return quantizers.quantize_activation(x, self._act_clip(x, 0, signed), 32, signed=signed)
+        return quantizers.quantize_activation(x, self.clips["act_clips"][0], 32, signed=signed)
 
     def smooth(self, x: jax.Array) -> jax.Array:
         """S after a nonlinearity inside the block."""

@@ -1,16 +1,18 @@
-"""Clips read off data, for a start from a trained net or for the first step of a new one."""
+"""Clips read off one batch, for the first step of a new net; `qpde.calibration` quantizes a trained one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from qpde import quantizers
 from qpde.bits import Bits
 from qpde.models.graph_networks import GraphNetwork
 from qpde.models.network import Network
 
-__all__ = ["calibrate_clips"]
+__all__ = ["calibrate_clips", "replace_clips"]
 
 
 def calibrate_clips(
@@ -26,21 +28,50 @@ def calibrate_clips(
 
     Args:
       model, variables: a network and its collections.   x: (N, H, W, C) images, a few hundred are enough, or a graph.
-      method: of `qpde.quantizers.initial_clip`.
+      method: of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
+        percentile at 4; the clips that a network is made with fit no graph.
       bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips.
       train: normalise by the batch's statistics; for an image net whose running ones are still the starting values.
     Returns:
       `variables` with the new clips in "params".
     """
 
+    def choose(x, clip, quantizer):
+        if quantizer.bits is not None:
+            clip = quantizers.initial_clip(
+                x,
+                quantizer.bits,
+                signed=quantizer.signed,
+                method=method,
+                per_channel=clip.ndim == 1,
+                levels=quantizer.levels,
+            )
+        return clip, clip
+
     @jax.jit
     def read(variables, x):
-        return model.apply(variables, x, train=train, bits=bits, calibrate=method, mutable=["clips"])[1]["clips"]
+        return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=["observed"])[1]["observed"]
 
-    return {**variables, "params": _replaced(variables["params"], read(variables, x))}
+    return replace_clips(variables, read(variables, x))
 
 
-def _replaced(tree: Any, new: Any) -> Any:
-    if not isinstance(new, dict):
-        return new
-    return {**tree, **{k: _replaced(tree[k], v) for k, v in new.items()}}
+def replace_clips(variables: dict, observed: dict) -> dict:
+    """Variables with new clips.
+
+    Args:
+      variables: of a network.
+      observed: collection "observed" whose records are clips, or parts of it; blocks left out keep theirs.
+    Returns:
+      `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
+    """
+
+    def packed(records):
+        """Records ((blocks,) or (blocks, C) each) one after another on the second axis."""
+        return jnp.concatenate([r.reshape(len(r), -1) for r in records], axis=1)
+
+    def replaced(tree, new):
+        if isinstance(new, dict):
+            return {**tree, **{k: replaced(tree[k], v) for k, v in new.items()}}
+        return packed(new)
+
+    return {**variables, "params": replaced(variables["params"], observed)}
