@@ -257,10 +257,10 @@ def initial_clip(
 
     The squared error as a function of the clip has many local minima, hence a search over a grid rather than descent.
     The entropy rule, the idea of Migacz (8-bit inference with TensorRT, 2017), sorts a into 2048 bins. P is their share
-    of the data, what lies beyond the clip counted with its last level; Q knows only the data inside and only their
-    levels, each level's share spread evenly over the occupied bins that round to it. It minimises sum P log(P / Q).
-    (TensorRT counts the outliers in one bin, whose chance occupation then decides where there are few data.) Zeros are
-    left out: every clip represents them exactly, and after a ReLU they outweigh all else.
+    of the data, what lies beyond the clip counted with its last level; Q is the share of what lies inside, of which
+    only the levels are known, each spread evenly over the occupied bins that round to it. It minimises
+    sum P log(P / Q). (TensorRT counts the outliers in one bin; where data are few, its chance occupation decides.)
+    Zeros are left out: every clip represents them exactly, and after a ReLU they outweigh all else.
 
     Args:
       x: representative data (..., C): an activation, or the weight as it is rounded, so after `standardize_weight`
@@ -581,7 +581,7 @@ def _search_entropy(grid, a, counts, largest, traced_bits):
         last = jnp.where(cell == cell[end - 1], inside, 0.0)
         last = jnp.where(jnp.sum(last) > 0, last, jnp.where(index == end - 1, 1.0, 0.0))
         p = inside + last * ((jnp.sum(histogram) - jnp.sum(inside)) / jnp.sum(last))
-        p, q = (v / jnp.maximum(jnp.sum(v), 1e-30) for v in (p, q))
+        p, q = (v / jnp.maximum(jnp.sum(histogram), 1e-30) for v in (p, q))
         # The floor: outliers beyond an empty last level cost much, not infinitely much.
         return jnp.sum(jnp.where(p > 0, p * jnp.log(p / jnp.maximum(q, 1e-9)), 0.0))
 

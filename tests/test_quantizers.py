@@ -593,7 +593,7 @@ def entropy_by_hand(a, counts, bits, signed):
             cell = (level == value) & (inside > 0)
             if cell.any():
                 q[cell] = inside[cell].sum() / cell.sum()
-        p, q = p / p.sum(), q / max(q.sum(), 1e-30)
+        p, q = p / histogram.sum(), q / histogram.sum()
         some = p > 0
         divergences[end / bins] = (p[some] * np.log(p[some] / np.maximum(q[some], 1e-9))).sum()
     return min(divergences, key=divergences.get), divergences

@@ -22,7 +22,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from qpde import operators, quantizers, stability, stencils
 from qpde.bits import Bits
 from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
 
-__all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Smoothing", "StableBlock"]
+__all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Scaling", "Smoothing", "StableBlock"]
 
 NORMS = ("separate", "tied", "spectral")
 RESIDUALS = ("rounded", "precise")
@@ -57,6 +57,20 @@ class Smoothing:
     eps: float = 0.1
     blocks: tuple[int, ...] | None = None
     output: bool = False
+
+
+class Scaling(NamedTuple):
+    """A scale, one number a channel, that a block's function does not depend on; see `qpde.equalization`.
+
+    Attributes:
+      norm, kernel: the two that share it.
+      act_index: of the activation between norm and kernel, whose scale it is; None for that of the kernel's output,
+        which the norm behind it takes up.
+    """
+
+    norm: str
+    kernel: str
+    act_index: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +112,21 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def norm_widths(self) -> dict[str, int]:
         """Channels of every batch norm by name."""
+
+    @property
+    @abc.abstractmethod
+    def scalings(self) -> tuple[Scaling, ...]:
+        """The scales of channels that are free, of activations first."""
+
+    def _symmetric_scalings(self, kernel: str) -> tuple[Scaling, ...]:
+        """K^T N1(K x) leaves the scale of z = s(N1(K x)) free. K^T D s(D K x) does not, but D takes up that of K."""
+        if self.norm == "separate":
+            return self._activation_scalings(Scaling("norm1", kernel, 1))
+        return (Scaling("norm1", kernel),)
+
+    def _activation_scalings(self, *scalings: Scaling) -> tuple[Scaling, ...]:
+        """s(c x) = c s(x) for a ReLU and c > 0, but S(c x) is not c S(x): smoothing fixes the scale."""
+        return scalings if self.smoothing is None else ()
 
     @abc.abstractmethod
     def macs(self, height: int, width: int) -> dict[str, int]:
@@ -154,21 +183,21 @@ class Block(abc.ABC):
             z = call.activation(call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden))), 1)
             return step_size * call.batch_norm("norm2", adjoint(z))
 
-        gain, bias = params["norm1"]["scale"], params["norm1"]["bias"]
-        if self.norm == "tied":
-            mean, var = call.statistics("norm1", hidden)
-            scale = gain * jax.lax.rsqrt(var + NORM_EPSILON)
-            shift = bias - mean * scale
-            if self.has_spectral_state:
-                sigma = call.spectral_norm(linear, adjoint, scale)
-                step_size = STEP_BOUND / sigma**2
-        else:
-            sigma = call.spectral_norm(linear, adjoint, gain)
-            scale = gain * (math.sqrt(STEP_BOUND) / sigma)
-            shift = bias - call.statistics("norm1", hidden)[0] * scale
-            step_size = 1.0
+        mean, var = call.statistics("norm1", hidden)
+        scale, step_size = self._tied_scale(linear, adjoint, var, step_size, call)
+        shift = params["norm1"]["bias"] - mean * scale
         z = call.activation(call.smooth(jax.nn.relu(hidden * row(scale) + row(shift))), 1)
         return step_size * adjoint(row(scale) * z)
+
+    def _tied_scale(self, linear, adjoint, var, step_size, call):
+        """D and h of the tied and the spectral norm."""
+        gain = call.params["norm1"]["scale"]
+        if self.norm == "spectral":
+            return gain * (math.sqrt(STEP_BOUND) / call.spectral_norm(linear, adjoint, gain)), 1.0
+        scale = gain * jax.lax.rsqrt(var + NORM_EPSILON)
+        if self.has_spectral_state:
+            step_size = STEP_BOUND / call.spectral_norm(linear, adjoint, scale) ** 2
+        return scale, step_size
 
     def __call__(
         self,
@@ -221,6 +250,15 @@ class BasicBlock(Block):
         if self.has_projection:
             widths["shortcut_norm"] = self.width_out
         return widths
+
+    @property
+    def scalings(self):
+        if self.symmetric:
+            return self._symmetric_scalings("kernel1")
+        outputs = (Scaling("norm1", "kernel1"), Scaling("norm2", "kernel2"))
+        if self.has_projection:
+            outputs += (Scaling("shortcut_norm", "shortcut_kernel"),)
+        return self._activation_scalings(Scaling("norm1", "kernel2", 1)) + outputs
 
     def macs(self, height, width):
         pixels = math.prod(self.output_size(height, width))
@@ -316,6 +354,13 @@ class InvertedBlock(Block):
         if self.symmetric:
             return {"norm1": self.hidden} | ({"norm2": self.width_out} if self.norm == "separate" else {})
         return {"norm1": self.hidden, "norm2": self.hidden, "norm3": self.width_out}
+
+    @property
+    def scalings(self):
+        if self.symmetric:
+            return self._symmetric_scalings("kernel2")
+        activations = self._activation_scalings(Scaling("norm1", "kernel2", 1), Scaling("norm2", "kernel3", 2))
+        return activations + tuple(Scaling(f"norm{i}", f"kernel{i}") for i in (1, 2, 3))
 
     def macs(self, height, width):
         shapes = self.kernel_shapes()

@@ -1,7 +1,11 @@
-"""Clips read off one batch, for the first step of a new net; `qpde.calibration` quantizes a trained one."""
+"""Clips read off one batch, for the first step of a new net, and converged norms, for the last of a trained one.
+
+`qpde.calibration` quantizes a net that was trained in full precision.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +16,7 @@ from qpde.bits import Bits
 from qpde.models.graph_networks import GraphNetwork
 from qpde.models.network import Network
 
-__all__ = ["calibrate_clips", "replace_clips"]
+__all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
 
 
 def calibrate_clips(
@@ -35,7 +39,12 @@ def calibrate_clips(
     Returns:
       `variables` with the new clips in "params".
     """
+    bits = model.bits if bits is None else bits
+    return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
 
+
+@partial(jax.jit, static_argnames=("model", "method", "train"))
+def _fitting_clips(model, variables, x, bits, *, method, train):
     def choose(x, clip, quantizer):
         if quantizer.bits is not None:
             clip = quantizers.initial_clip(
@@ -48,11 +57,29 @@ def calibrate_clips(
             )
         return clip, clip
 
-    @jax.jit
-    def read(variables, x):
-        return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=["observed"])[1]["observed"]
+    return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=["observed"])[1]["observed"]
 
-    return replace_clips(variables, read(variables, x))
+
+def converge_norms(model: Network, variables: dict, x: Any, *, bits: Bits | None = None) -> dict:
+    """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
+
+    In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step
+    size or not. Do so before a network is exported or certified.
+
+    Args:
+      model, variables: a network and its collections.   x: any images of the size it runs on.
+      bits: widths that it runs at; None takes the model's own.
+    Returns:
+      `variables` with other singular vectors in "spectral"; the same ones if there are none.
+    """
+    if "spectral" not in variables:
+        return variables
+    return {**variables, "spectral": _converged(model, variables, x, model.bits if bits is None else bits)}
+
+
+@partial(jax.jit, static_argnames="model")
+def _converged(model, variables, x, bits):
+    return model.apply(variables, x, bits=bits, power_iterations=200, mutable=["spectral"])[1]["spectral"]
 
 
 def replace_clips(variables: dict, observed: dict) -> dict:
@@ -60,7 +87,7 @@ def replace_clips(variables: dict, observed: dict) -> dict:
 
     Args:
       variables: of a network.
-      observed: collection "observed" whose records are clips, or parts of it; blocks left out keep theirs.
+      observed: collection "observed" whose records are clips; where they are None, or left out, the old ones stay.
     Returns:
       `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
     """
@@ -72,6 +99,6 @@ def replace_clips(variables: dict, observed: dict) -> dict:
     def replaced(tree, new):
         if isinstance(new, dict):
             return {**tree, **{k: replaced(tree[k], v) for k, v in new.items()}}
-        return packed(new)
+        return tree if any(record is None for record in new) else packed(new)
 
     return {**variables, "params": replaced(variables["params"], observed)}
