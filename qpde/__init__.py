@@ -1,12 +1,13 @@
 """qpde: networks that survive quantization, built as partial differential equations, in JAX.
 
 Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` hold one idea each, as pure functions; `models`
-assembles them; `calibration` and `equalization` quantize trained ones; `stability`, `diagnostics` and `plots`
-measure and show; `datasets` reads real data.
+assembles them; `calibration` and `equalization` quantize trained ones; `stability`, `certificate`, `diagnostics` and
+`plots` measure and show; `datasets` reads real data.
 """
 
 from qpde import (
     calibration,
+    certificate,
     datasets,
     diagnostics,
     equalization,
@@ -23,6 +24,7 @@ from qpde.bits import Bits
 __all__ = [
     "Bits",
     "calibration",
+    "certificate",
     "datasets",
     "diagnostics",
     "equalization",

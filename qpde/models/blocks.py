@@ -199,6 +199,24 @@ class Block(abc.ABC):
             step_size = STEP_BOUND / call.spectral_norm(linear, adjoint, scale) ** 2
         return scale, step_size
 
+    def factors(self, variables: dict, step_size: Any, bits: Bits) -> tuple[dict, dict, Any]:
+        """What the step multiplies by in evaluation: its rounded kernels, the scale D of every norm, and h.
+
+        Args:
+          variables, step_size, bits: as for a call.
+        Returns:
+          Kernels by name (HWIO), scales (C,) by norm, step size.
+        """
+        call = _Call(self, variables, bits, Mode(), None)
+        kernels, stats = call.kernels(), variables["batch_stats"]
+        scales = {
+            n: call.params[n]["scale"] * jax.lax.rsqrt(s["var"] + NORM_EPSILON) for n, s in stats.items() if "var" in s
+        }
+        if self.symmetric and self.norm != "separate":
+            var = stats["norm1"].get("var")
+            scales["norm1"], step_size = self._tied_scale(*self.linear_pair(kernels), var, step_size, call)
+        return kernels, scales, step_size
+
     def __call__(
         self,
         variables: dict,

@@ -161,6 +161,19 @@ class Network(nn.Module):
         )
         return self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
 
+    def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
+        """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with."""
+        found = []
+        for s, blocks in enumerate(self.stages):
+            for name, block, _, count in groups(blocks):
+                step_size = block.step_size if isinstance(block.step_size, float) else 1.0
+                stacked = {k: v[f"stage{s}"][name] for k, v in variables.items() if name in v.get(f"stage{s}", {})}
+                for i in range(count):
+                    own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                    strength = _smoothing_strength(block.smoothing, len(found), 1)
+                    found.append((block, own, step_size, strength[1]))
+        return found
+
     @property
     def total_stride(self) -> int:
         """Of all blocks together: the smallest image side."""
