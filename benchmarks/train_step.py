@@ -89,28 +89,30 @@ def compiled_step(net, symmetric, images, labels, **options):
     import jax.numpy as jnp
 
     import qpde
-    from train.config import Optimizer
+    from train.config import Loss, Optimizer
     from train.optimizer import create_optimizer
     from train.state import create_state
-    from train.step import make_train_step
+    from train.step import make_loss, make_train_step
 
     model = qpde.models.create(net, num_classes=10, symmetric=symmetric, weight_bits=4, act_bits=4, **options)
     key = jax.random.key(0, impl="rbg")
     variables = jax.jit(model.init)(key, images)
     optimizer = create_optimizer(Optimizer(learning_rate=1e-3, weight_decay=1e-4), variables["params"], steps=10**6)
-    step = make_train_step(model, optimizer, lambda key, images: images)
+    prepare = lambda key, images, labels: (images, jax.nn.one_hot(labels, 10))  # noqa: E731
+    step = make_train_step(make_loss(model, Loss()), optimizer, prepare)
     first = create_state(variables, optimizer, key)
     batch = (jnp.asarray(images), jnp.asarray(labels, jnp.int32))
-    return (first, batch, key), jax.jit(step, donate_argnums=0).lower(first, batch, key).compile()
+    arguments = (first, batch, key, None)
+    return arguments, jax.jit(step, donate_argnums=0).lower(*arguments).compile()
 
 
 def qpde_step(net, symmetric, images, labels):
     """A callable that trains one step further."""
-    (state, batch, key), step = compiled_step(net, symmetric, images, labels)
+    (state, *others), step = compiled_step(net, symmetric, images, labels)
 
     def advance():
         nonlocal state
-        state, metrics = step(state, batch, key)
+        state, metrics = step(state, *others)
         return metrics
 
     return advance

@@ -13,10 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jraph
 import numpy as np
 from jaxtyping import Float
 
-# Images, or images with labels.
+# Images or a graph, alone or with labels.
 Batch = Any
 
 # From 16 bits on a quantizer clips and does not round.
@@ -30,7 +31,7 @@ class Faithfulness:
     Below a and z are the twin's block outputs and logits, a_q and z_q those of the quantized network.
 
     Attributes:
-      samples: number of inputs.
+      samples: number of inputs: images, or nodes.
       accuracy, accuracy_twin: of the quantized network and of the twin; None without labels.
       agreement: fraction of inputs with the same argmax.
       margin: mean gap between the two largest of z, the yardstick for the logits' error.
@@ -89,10 +90,11 @@ def compare(
 
     Args:
       model: `apply(variables, x, train=False, return_states=True, bits=...) -> (logits, states)` with logits
-        (N, classes) and a tuple of block outputs (N, ...), as every model of `qpde.models`.
+        (N, classes) and a tuple of block outputs (N, ...), as every model of `qpde.models`; N counts images or nodes.
       variables: of the quantized network.
       batches: images (N, H, W, C) float32, or pairs of these and integer labels (N,) in 0 .. classes - 1; read
-        once.
+        once. Or a `jraph.GraphsTuple`, or pairs of one and labels of its nodes, -1 where a node does not count: the
+        labels of one split make it the set that is measured.
       bits: `qpde.Bits` of the quantized network, its activations not None. The twin's weights have the same.
       twin: variables of the twin if they differ, for instance from an earlier `reestimate_statistics`.
       statistics_batches: batches, best of the training set, from which the twin's batch statistics are
@@ -116,20 +118,25 @@ def compare(
 
     samples, longest, labelled, sums = 0, 0, None, {}
     for index, batch in enumerate(batches):
-        images, labels = _split(batch, index)
+        x, labels = _split(batch, index)
         if labelled is None:
             labelled = labels is not None
         if labelled != (labels is not None):
             raise ValueError(f"batch {index} has {'no ' if labelled else ''}labels, unlike those before it")
-        count = len(images)
+        is_graph = isinstance(x, jraph.GraphsTuple)
+        count = _size(x)
         longest = max(longest, count)
-        padded = _pad(images, longest)
+        padded = x if is_graph else _pad(x, longest)
         exact = _evaluate(model, twin, padded, twin_bits)
         quantized = _evaluate(model, variables, padded, bits)
         measured = {k: v[:count] for k, v in jax.device_get(_difference(exact, quantized)).items()}
         _check_finite(measured, index)
         if labelled:
-            _check_labels(labels, measured["prediction"], classes=exact[0].shape[-1], index=index)
+            classes = exact[0].shape[-1]
+            _check_labels(labels, measured["prediction"], smallest=-1 if is_graph else 0, classes=classes, index=index)
+            if is_graph:
+                measured, labels = {k: v[labels >= 0] for k, v in measured.items()}, labels[labels >= 0]
+                count = len(labels)
             measured["accuracy"] = measured["prediction_q"] == labels
             measured["accuracy_twin"] = measured["prediction"] == labels
         measured["agreement"] = measured.pop("prediction") == measured.pop("prediction_q")
@@ -137,7 +144,7 @@ def compare(
         for name, values in measured.items():
             sums[name] = sums.get(name, 0.0) + values.sum(axis=0, dtype=np.float64)
     if samples == 0:
-        raise ValueError("`batches` is empty: there is nothing to compare")
+        raise ValueError("`batches` is empty, or no label counts: there is nothing to compare")
 
     mean = {name: total / samples for name, total in sums.items()}
     sizes = np.array([a[0].size for a in exact[1]])
@@ -225,11 +232,17 @@ def _exact(width):
 
 
 def _split(batch, index):
-    """Images and labels (or None) of a batch."""
-    images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-    if len(images) == 0:
+    """Images or graph, and labels (or None), of a batch."""
+    is_pair = isinstance(batch, tuple | list) and not isinstance(batch, jraph.GraphsTuple)
+    x, labels = batch if is_pair else (batch, None)
+    if _size(x) == 0:
         raise ValueError(f"batch {index} holds no images")
-    return images, None if labels is None else np.asarray(labels)
+    return x, None if labels is None else np.asarray(labels)
+
+
+def _size(x):
+    """The number of images, or of nodes."""
+    return x.nodes.shape[0] if isinstance(x, jraph.GraphsTuple) else len(x)
 
 
 def _pad(images, length):
@@ -245,20 +258,20 @@ def _check_finite(measured, index):
     if not finite.all():
         raise ValueError(
             f"activations of block {np.argmin(finite)} (of 0 to {len(finite) - 1}) are NaN or infinite "
-            f"in batch {index}; look for NaN in the images, then in the weights and batch statistics"
+            f"in batch {index}; look for NaN in the input, then in the weights and batch statistics"
         )
     if not np.isfinite(measured["logit_error"]).all():
         raise ValueError(f"logits are NaN or infinite in batch {index}, the blocks are not; look for NaN in the head")
 
 
-def _check_labels(labels, predictions, *, classes, index):
+def _check_labels(labels, predictions, *, smallest, classes, index):
     if labels.shape != predictions.shape or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"labels of batch {index} are {labels.dtype} of shape {labels.shape}; they must be integers, "
-            f"one for each of its {len(predictions)} images"
+            f"one for each of its {len(predictions)} images or nodes"
         )
-    if labels.min() < 0 or labels.max() >= classes:
+    if labels.min() < smallest or labels.max() >= classes:
         raise ValueError(
             f"labels of batch {index} run from {labels.min()} to {labels.max()}; "
-            f"they must lie in 0 to {classes - 1}, the network's classes"
+            f"they must lie in {smallest} to {classes - 1}, the network's classes"
         )

@@ -16,6 +16,8 @@ of the edges and are reproducible; on GPUs XLA needs the flag --xla_gpu_determin
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +37,7 @@ __all__ = [
     "laplacian",
     "largest_eigenvalue_bound",
     "max_stable_step",
+    "nonlinear_laplacian",
     "normalize",
     "total_variation",
     "tv_step",
@@ -124,7 +127,8 @@ def gradient(
     scale = normalize(graph) if scale is None else scale
     if kind == "normalized":
         x = x * _along(scale, x)
-    difference = _at(graph.senders, x) - _at(graph.receivers, x)
+    # The negative of the nodes, not of the edges: of those there are more, and the backward pass turns them, too.
+    difference = _at(graph.senders, x) + _at(graph.receivers, -x)
     return difference if kind == "normalized" else difference * _along(_edge_weight(graph, scale), difference)
 
 
@@ -167,6 +171,43 @@ def laplacian(
     """
     scale = normalize(graph) if scale is None else scale
     return -divergence(graph, gradient(graph, x, kind=kind, scale=scale), kind=kind, scale=scale)
+
+
+def nonlinear_laplacian(
+    graph: jraph.GraphsTuple,
+    x: Float[Array | np.ndarray, "nodes *channels"],
+    flux: Callable[[Array], Array],
+    *,
+    kind: str = "normalized",
+    scale: Float[Array, " nodes"] | None = None,
+) -> Float[Array, "nodes *channels"]:
+    """G^T s(G x) for a flux s, edge by edge: the right side of diffusion with a nonlinearity, or with rounding.
+
+    No field on the edges is stored, neither here nor for the gradient, which takes G x and s of it once more. Its
+    form is the same, G^T (s'(G x) G c) for a cotangent c, and like this one it runs over blocks of edges that stay in
+    the cache.
+
+    Args:
+      graph, x, kind, scale: as for `gradient`.
+      flux: s, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
+        may close over traced numbers, and gradients flow to those that are floating point; reverse mode only.
+    Returns:
+      Node field like x.
+    Raises:
+      ValueError: as for `gradient`.
+    """
+    _check(graph, kind, x)
+    x = jnp.asarray(x)
+    scale = normalize(graph) if scale is None else scale
+    blocks = _edge_blocks(graph, rows=max(1, _BLOCK_SIZE // max(1, math.prod(x.shape[1:]))))
+    if kind == "normalized":
+        weight, x = None, x * _along(scale, x)
+    else:
+        weight = scale
+    a_block = jax.ShapeDtypeStruct((blocks[0].shape[1], *x.shape[1:]), x.dtype)
+    flux, closed_over = jax.closure_convert(flux, a_block)
+    total = _through_flux(flux, blocks, weight, x, closed_over)
+    return total * _along(scale, total) if kind == "normalized" else total
 
 
 def dirichlet_energy(
@@ -288,6 +329,63 @@ def _sum_at(index, p, graph):
     """Sums the rows of p by node."""
     zeros = jnp.zeros((_num_nodes(graph), *p.shape[1:]), p.dtype)
     return zeros.at[index].add(p, mode="promise_in_bounds")
+
+
+# Numbers in a block of edges: half a MiB of float32, so that a few of them fit a core's cache.
+_BLOCK_SIZE = 2**17
+
+
+def _edge_blocks(graph, rows):
+    """Senders and receivers, (blocks, rows). Loops at node 0 fill the last block: there G x = 0."""
+    edges = len(graph.senders)
+    rows = max(1, min(rows, edges))
+    fill = (0, -edges % rows)
+    return tuple(jnp.pad(ends, fill).reshape(-1, rows) for ends in (graph.senders, graph.receivers))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _through_flux(flux, blocks, weight, x, closed_over):
+    def add_block(total, ends):
+        p = flux(_difference(x, ends, weight), *closed_over)
+        return _add_adjoint(total, ends, p, weight), None
+
+    return jax.lax.scan(add_block, jnp.zeros_like(x), blocks)[0]
+
+
+def _through_flux_forward(flux, blocks, weight, x, closed_over):
+    return _through_flux(flux, blocks, weight, x, closed_over), (blocks, weight, x, closed_over)
+
+
+def _through_flux_backward(flux, residuals, cotangent):
+    blocks, weight, x, closed_over = residuals
+
+    def add_block(sums, ends):
+        total, of_closed_over = sums
+        _, pullback = jax.vjp(flux, _difference(x, ends, weight), *closed_over)
+        p, *more = pullback(_difference(cotangent, ends, weight))
+        return (_add_adjoint(total, ends, p, weight), jax.tree.map(jnp.add, of_closed_over, more)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (x, list(closed_over)))
+    (total, of_closed_over), _ = jax.lax.scan(add_block, zeros, blocks)
+    return None, None, total, of_closed_over
+
+
+_through_flux.defvjp(_through_flux_forward, _through_flux_backward)
+
+
+def _difference(x, ends, weight):
+    """G x on some edges, up to the weight of the nodes."""
+    i, j = ends
+    difference = _at(i, x) - _at(j, x)
+    return difference if weight is None else difference * _along(_at(i, weight) * _at(j, weight), difference)
+
+
+def _add_adjoint(total, ends, p, weight):
+    i, j = ends
+    if weight is not None:
+        p = p * _along(_at(i, weight) * _at(j, weight), p)
+    total = total.at[i].add(p, mode="promise_in_bounds")
+    return total.at[j].subtract(p, mode="promise_in_bounds")
 
 
 def _edge_weight(graph, scale):

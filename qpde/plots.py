@@ -39,11 +39,6 @@ def layer_error_figure(
       ValueError: no curves, more than there are colours, or a curve that is not a row of finite numbers >= 0.
       ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("qpde.plots needs matplotlib: pip install 'qpde[train]'") from error
-
     panels = [("Absolute error", "rms difference from the high-precision twin", _checked(curves))]
     if relative is not None:
         panels.append(("Relative error", "divided by the rms of the twin's output", _checked(relative)))
@@ -52,17 +47,80 @@ def layer_error_figure(
     if len(names) > len(COLOURS):
         raise ValueError(f"{len(names)} curves are more than the {len(COLOURS)} colours; draw fewer in one figure")
 
-    figure = Figure(figsize=(5.4 * len(panels), 4.2), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
-    for axes, (heading, unit, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure, subplots = _figure(len(panels), title)
+    for axes, (heading, unit, rows) in zip(subplots, panels, strict=True):
         _draw(axes, rows, names, stages)
-        axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=18 if stages else 8)
-        axes.set_ylabel(unit, fontsize=10, color=_INK)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK)
+        _label(axes, heading, "block", unit, pad=18 if stages else 8)
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def over_smoothing_figure(
+    families: Mapping[str, Mapping[int, tuple[Sequence[float] | ArrayLike, Sequence[float] | ArrayLike]]],
+    path: str | os.PathLike | None = None,
+    *,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Over-smoothing: the energy of the states along the layers of the deepest network, and accuracy against depth.
+
+    Args:
+      families: by kind of network, by depth: the Dirichlet energy of each layer's state relative to its square, and
+        the accuracies of one or several seeds, in [0, 1].
+      path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
+      title: above the panels.
+    Returns:
+      The figure, for `savefig` or more changes.
+    Raises:
+      ValueError: no families, more than there are colours, or numbers that are not finite and >= 0.
+      ImportError: matplotlib is missing.
+    """
+    deepest = _checked({name: depths[max(depths)][0] for name, depths in families.items()})
+    if len(families) > len(COLOURS):
+        raise ValueError(f"{len(families)} kinds are more than the {len(COLOURS)} colours; draw fewer in one figure")
+    figure, (energies, accuracies) = _figure(2, title)
+    for i, (name, row) in enumerate(deepest.items()):
+        style = {"color": COLOURS[i], "linewidth": 1.8, "clip_on": False, "zorder": 3}
+        energies.plot(np.arange(1, len(row) + 1), np.maximum(row, np.finfo(np.float32).tiny), **style)
+        depths = sorted(families[name])
+        scores = [100 * np.asarray(families[name][depth][1], np.float64) for depth in depths]
+        mean, spread = [s.mean() for s in scores], [s.std(ddof=1) if s.size > 1 else 0.0 for s in scores]
+        mark = {"marker": _MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        accuracies.errorbar(depths, mean, spread, label=name, capsize=2.5, elinewidth=1, **style, **mark)
+    energies.set_yscale("log")
+    every = sorted({depth for depths in families.values() for depth in depths})
+    accuracies.set_xscale("log", base=2)
+    accuracies.set_xticks(every, labels=[str(depth) for depth in every])
+    accuracies.minorticks_off()
+    _label(energies, "Energy along the deepest network", "layer", "Dirichlet energy / squared norm")
+    _label(accuracies, "Accuracy", "hidden layers", "test accuracy, %")
+    accuracies.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _figure(panels, title):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("qpde.plots needs matplotlib: pip install 'qpde[train]'") from error
+    figure = Figure(figsize=(5.4 * panels, 4.2), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _label(axes, heading, x, y, *, pad=8):
+    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=pad)
+    axes.set_xlabel(x, fontsize=10, color=_INK)
+    axes.set_ylabel(y, fontsize=10, color=_INK)
+    axes.tick_params(colors=_INK, labelsize=9.5, length=3)
+    axes.grid(axis="y", color=_PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
 
 
 def _checked(curves):
@@ -99,13 +157,7 @@ def _draw(axes, rows, names, stages):
         axes.plot(1.03, height, markersize=7.5, transform=axes.transAxes, **mark)
         text = f"{name}\nmean {np.mean(row):.3g}"
         axes.text(1.055, height, text, transform=axes.transAxes, color=_INK, va="center", linespacing=1.25)
-    axes.set_xlabel("block", fontsize=10, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
-    axes.tick_params(colors=_INK, labelsize=9.5, length=3)
-    axes.grid(axis="y", color=_PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
 
 
 def _mark_stages(axes, stages, depth):

@@ -1,5 +1,6 @@
 """Datasets: what is read equals what was written, splits are sound, and bad files are refused by name."""
 
+import dataclasses
 import os
 import pickle
 
@@ -77,6 +78,24 @@ def test_random_split_refuses_more_nodes_than_there_are():
         random_split(graph, seed=0, labels_per_class=5, validation=50, test=26)
     with pytest.raises(ValueError, match="test=0"):
         random_split(graph, seed=0, test=0)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_graph_refuses_a_node_in_a_split_whose_label_is_none(part, label):
+    graph = toy_graph()
+    labels = np.where(np.arange(100) == 7, label, graph.labels).astype(np.int32)
+    outside = dataclasses.replace(graph, labels=labels)  # in no split, so nobody asks
+    with pytest.raises(ValueError, match=f"{part} node 7 has the label {label}.*0 to 2"):
+        dataclasses.replace(outside, **{part: np.array([6, 7], np.int32)})
+
+
+def test_an_edge_or_a_feature_that_is_none_is_refused_before_it_reaches_a_network():
+    graph, one = toy_graph(), np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match="node 100, outside the graph's nodes 0 to 99"):
+        dataclasses.replace(graph, senders=one, receivers=one + 100).to_jraph()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        dataclasses.replace(graph, features=SparseRows(one, one, np.float32([np.nan]))).to_jraph()
 
 
 def toy_graph():
@@ -515,6 +534,22 @@ def test_parts_that_do_not_fit_are_refused(planetoid_folder, planetoid_parts, pa
     assert f"{planetoid_folder}/ind.cora." in str(caught.value) or "cora:" in str(caught.value)
 
 
+@pytest.mark.parametrize(("part", "row", "message"), [("ally", 20, "validation node 20"), ("ty", 0, "test node")])
+def test_a_node_in_a_split_must_have_a_label_and_any_other_may_have_none(
+    planetoid_folder, planetoid_parts, part, row, message
+):
+    ally = planetoid_parts[0]["ally"].copy()
+    ally[525] = 0  # in no split
+    write_part(planetoid_folder, "ally", ally)
+    assert load_planetoid("cora", planetoid_folder).labels[525] == -1
+    assert 525 not in load_planetoid("cora", planetoid_folder, split="full").train
+    labels = (ally if part == "ally" else planetoid_parts[0][part]).copy()
+    labels[row] = 0
+    write_part(planetoid_folder, part, labels)
+    with pytest.raises(ValueError, match=f"cora: {message}.* has no label"):
+        load_planetoid("cora", planetoid_folder)
+
+
 @pytest.mark.parametrize("text", ["", "530 x", "12\n531", "531\n531", "531\n9999999"])
 def test_a_bad_test_index_is_refused(planetoid_folder, text):
     path = planetoid_folder / "ind.cora.test.index"
@@ -528,10 +563,10 @@ def test_planetoid_refuses_unknown_names_splits_and_missing_files(planetoid_fold
         load_planetoid("reddit", planetoid_folder)
     with pytest.raises(ValueError, match="'geom'"):
         load_planetoid("cora", planetoid_folder, split="geom")
-    with pytest.raises(FileNotFoundError, match=r"citeseer.*planetoid/raw.*github"):
+    with pytest.raises(FileNotFoundError, match=r"citeseer.*planetoid/raw.*download_planetoid.*github"):
         load_planetoid("citeseer", planetoid_folder)
     (planetoid_folder / "ind.cora.tx").unlink()
-    with pytest.raises(FileNotFoundError, match=r"ind\.cora\.tx"):
+    with pytest.raises(FileNotFoundError, match=r"lacks ind\.cora\.tx; get it from.*download_planetoid"):
         load_planetoid("cora", planetoid_folder)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpde import models
+from qpde import graphs, models
 from qpde.bits import Bits
 from qpde.diagnostics import compare, reestimate_statistics
 
@@ -279,3 +279,38 @@ def test_real_network_is_compared_block_by_block():
     assert np.all(rough.layer_error > fine.layer_error)
     assert np.all(fine.layer_error > 0)
     assert exact.mean_layer_error == exact.kl == 0
+
+
+def graph_and_labels(labels):
+    edges = np.array([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 5, 5]])
+    features = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    return graphs.from_edges(*edges, num_nodes=6, nodes=features), np.array(labels)
+
+
+GRAPH_MODEL = models.create("pde_gcn", num_classes=2, layers=2, width=4)
+
+
+def test_on_a_graph_nodes_are_the_samples_and_the_label_minus_one_does_not_count():
+    graph, labels = graph_and_labels([0, 1, -1, -1, 1, -1])
+    variables = GRAPH_MODEL.init(jax.random.key(0), graph)
+    result = compare(GRAPH_MODEL, variables, [(graph, labels)], BITS)
+    counted = np.flatnonzero(labels >= 0)
+    logits, states = GRAPH_MODEL.apply(variables, graph, return_states=True, bits=Bits(4, 32))
+    logits_q, states_q = GRAPH_MODEL.apply(variables, graph, return_states=True, bits=BITS)
+    assert result.samples == 3
+    assert result.accuracy == np.mean(np.argmax(logits_q, 1)[counted] == labels[counted])
+    assert result.agreement == np.mean((np.argmax(logits_q, 1) == np.argmax(logits, 1))[counted])
+    error = [np.sqrt(np.mean(np.square(a - b)[counted])) for a, b in zip(states, states_q, strict=True)]
+    np.testing.assert_allclose(result.layer_error, error, rtol=1e-5)
+    everything = compare(GRAPH_MODEL, variables, [graph], BITS)
+    assert everything.samples == 6
+    assert everything.accuracy is None
+
+
+def test_labels_of_nodes_outside_the_classes_are_refused():
+    graph, labels = graph_and_labels([0, 1, -1, -1, 2, -1])
+    variables = GRAPH_MODEL.init(jax.random.key(0), graph)
+    with pytest.raises(ValueError, match="run from -1 to 2; they must lie in -1 to 1"):
+        compare(GRAPH_MODEL, variables, [(graph, labels)], BITS)
+    with pytest.raises(ValueError, match="no label counts"):
+        compare(GRAPH_MODEL, variables, [(graph, np.full(6, -1))], BITS)

@@ -22,6 +22,7 @@ from qpde.quantizers import ACTIVATION_CLIP
 NODES, FEATURES, WIDTH, CLASSES, DEPTH = 10, 6, 8, 3, 4
 SEEDS = st.integers(0, 2**31 - 1)
 BUILDERS = {name: getattr(graph_networks, name) for name in ("pde_gcn", "gcn", "gcnii", "gat")}
+SMALL = {"num_classes": CLASSES, "layers": DEPTH, "width": WIDTH, "loop": "scan"}  # one layer to compile, not four
 
 
 def random_graph(seed=0, nodes=NODES, edges=20):
@@ -32,7 +33,7 @@ def random_graph(seed=0, nodes=NODES, edges=20):
 
 
 def make(name="pde_gcn", **options):
-    model = BUILDERS[name](**({"num_classes": CLASSES, "layers": DEPTH, "width": WIDTH} | options))
+    model = BUILDERS[name](**SMALL | options)
     structure = {k: v for k, v in options.items() if k in STRUCTURE}
     return model, initial(name, **structure)
 
@@ -43,7 +44,7 @@ STRUCTURE = ("layers", "width", "heads", "symmetric", "kernel_init", "dynamics")
 
 @functools.cache
 def initial(name, **structure):
-    model = BUILDERS[name](**({"num_classes": CLASSES, "layers": DEPTH, "width": WIDTH} | structure))
+    model = BUILDERS[name](**SMALL | structure)
     return jax.jit(model.init)(jax.random.key(0), random_graph())
 
 
@@ -164,6 +165,33 @@ def test_an_attention_layer_is_that_of_gat():
     close(states[1], np.where(out > 0, out, np.expm1(out)), 3e-5)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_nodes_without_edges_learn_from_themselves_alone(name):
+    """Isolated nodes beside others, and a graph without any edge."""
+    model, variables = make(name, layers=1)
+    graph = graphs.from_edges([0, 1], [1, 2], num_nodes=5, nodes=random_graph().nodes[:5])
+    alone = graphs.from_edges([], [], num_nodes=5, nodes=graph.nodes)
+
+    @jax.jit
+    def logits_and_gradient(graph):
+        gradient = jax.grad(lambda v: jnp.sum(jnp.square(model.apply(v, graph, bits=qpde.Bits(4, 4)))))(variables)
+        return model.apply(variables, graph), gradient
+
+    (some, first), (none, second) = logits_and_gradient(graph), logits_and_gradient(alone)
+    close(some[3:], none[3:])
+    assert float(jnp.abs(some[:3] - none[:3]).max()) > 1e-3
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((first, second)))
+
+
+def test_nan_in_a_node_reaches_as_many_neighbours_as_there_are_layers():
+    model, variables = make(nonlinearity="tanh", layers=2)
+    features = jnp.asarray(random_graph().nodes[:6])
+    path = graphs.from_edges(np.arange(5), np.arange(1, 6), num_nodes=6, nodes=features)
+    broken = path._replace(nodes=features.at[0].set(jnp.nan))
+    logits = jax.jit(model.apply, static_argnames="bits")(variables, broken, bits=qpde.Bits(4, 4))
+    assert np.isnan(logits).any(axis=1).tolist() == [True, True, True, False, False, False]
+
+
 @functools.cache
 def hidden_layers(**options):
     """The hidden layers alone: the opening is the identity, its ReLU harmless for positive features."""
@@ -280,16 +308,43 @@ def test_renaming_nodes_padding_and_batching_change_nothing(name):
         close(run(pad(jraph.batch([other, graph])), bits)[6 : 6 + NODES], logits, tolerance)
 
 
-def test_sparse_features_give_what_dense_ones_give():
-    model, variables = make()
+@pytest.mark.parametrize("block_size", [1, 7 * WIDTH, 100 * WIDTH])
+def test_sparse_features_give_what_dense_ones_give(monkeypatch, block_size):
+    monkeypatch.setattr(graph_networks, "_BLOCK_SIZE", block_size)
+    model, variables = make("gcn", layers=1)
     graph = random_graph()
     sparse = graph._replace(nodes=BCOO.fromdense(jnp.where(jnp.abs(graph.nodes) > 1, graph.nodes, 0.0)))
     dense = graph._replace(nodes=sparse.nodes.todense())
-    close(jax.jit(model.apply)(variables, sparse), model.apply(variables, dense))
-    # Dropout of a sparse matrix: entries that are there are kept or scaled, and none is added.
-    first, second = (model.apply(variables, sparse, train=True, rngs={"dropout": jax.random.key(i)}) for i in range(2))
-    assert bool(jnp.isfinite(first).all())
-    assert float(jnp.abs(first - second).max()) > 0
+
+    @jax.jit
+    def loss_and_gradient(variables, graph):
+        return jax.value_and_grad(lambda variables: jnp.sum(jnp.square(model.apply(variables, graph))))(variables)
+
+    results = [jax.tree.leaves(loss_and_gradient(variables, g)) for g in (sparse, dense)]
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1000, 33), (32_999,)])
+@pytest.mark.parametrize("rate", [0.7, 0.01])
+def test_dropout_drops_at_its_rate_and_keeps_the_expectation(shape, rate):
+    y = np.asarray(graph_networks._dropout(jax.random.key(0), rate, jnp.ones(shape))).ravel()
+    deviation = (rate * (1 - rate) / y.size) ** 0.5
+    assert abs(np.mean(y == 0) - rate) < 4 * deviation
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-4)
+    first, second = (y == 0)[: y.size // 2], (y == 0)[-(y.size // 2) :]
+    assert abs(np.mean(first & second) - rate**2) < 4 * deviation  # one random number decides on an entry of each
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_entry_between_two_layers_is_dropped_once(name):
+    model, variables = make(name, layers=1, dropout=0.5)
+    graph = random_graph()
+    graph = graph._replace(nodes=BCOO.fromdense(graph.nodes))
+    program = jax.make_jaxpr(lambda key: model.apply(variables, graph, train=True, rngs={"dropout": key}))
+    # Features, input of the hidden layer, input of the closing one; of the features only the entries that are there.
+    assert str(program(jax.random.key(0))).count("= random_bits") == 3
+    assert f"u32[{graph.nodes.nse // 2}]" in str(program(jax.random.key(0)))
 
 
 @functools.cache
@@ -333,7 +388,7 @@ def test_every_parameter_learns_in_low_bits(name, options):
 
 @pytest.mark.parametrize(("name", "options"), [("pde_gcn", MIXED), ("gcn", {})])
 def test_scan_unroll_and_remat_agree(name, options):
-    scanned = low_bit_gradient(name, **options)  # "auto" at this depth
+    scanned = low_bit_gradient(name, **options)
     unrolled = low_bit_gradient(name, loop="unroll", remat=True, **options)
     # Sums in another order; a rounding tie may flip single codes, hence not float32's full precision.
     for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):

@@ -95,6 +95,56 @@ def test_divergence_is_minus_the_adjoint_of_the_gradient(seed, kind):
     np.testing.assert_allclose(left, right, atol=1e-6 * EDGES * CHANNELS)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 4 edges: the 14 edges fill three, and half of a fourth."""
+    monkeypatch.setattr(graphs, "_BLOCK_SIZE", 4 * CHANNELS)
+
+
+@pytest.mark.parametrize("kind", KIND_LIST)
+def test_nonlinear_laplacian_and_its_gradients_are_those_of_the_fields_on_the_edges(small_blocks, kind):
+    graph, x, cotangent = random_graph(4), jnp.asarray(field(4)), jnp.asarray(field(5))
+    g = dense_gradient(graph, kind)
+
+    def by_blocks(x, a):
+        return graphs.nonlinear_laplacian(graph, x, lambda z: jnp.tanh(a * z), kind=kind)
+
+    def by_fields(x, a):
+        return jnp.float32(g.T) @ jnp.tanh(a * (jnp.float32(g) @ x))
+
+    def pulled_back(f):
+        return jax.jit(lambda x, a: (f(x, a), *jax.vjp(f, x, a)[1](cotangent)))(x, jnp.float32(1.5))
+
+    for blocks, fields in zip(pulled_back(by_blocks), pulled_back(by_fields), strict=True):
+        close(blocks, fields, scale=10)
+
+
+def test_nonlinear_laplacian_has_second_derivatives(small_blocks):
+    graph, x, v = random_graph(4), jnp.asarray(field(4)), jnp.asarray(field(5))
+    g = jnp.float32(dense_gradient(graph, "normalized"))
+
+    def curvature(f):  # of a scalar, along v
+        return jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(f(x) ** 2))(x) * v)))(x)
+
+    blocks = curvature(lambda x: graphs.nonlinear_laplacian(graph, x, jnp.tanh))
+    close(blocks, curvature(lambda x: g.T @ jnp.tanh(g @ x)), scale=10)
+
+
+def test_nonlinear_laplacian_stores_no_field_on_the_edges(small_blocks):
+    many = random_graph(0, nodes=60, edges=1500)
+    x = jnp.ones((60, CHANNELS))
+
+    def temporary_numbers(f):
+        compiled = jax.jit(jax.grad(lambda x: jnp.sum(f(x)))).lower(x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 4
+
+    def by_fields(x):
+        return -graphs.divergence(many, jnp.tanh(graphs.gradient(many, x)))
+
+    assert temporary_numbers(lambda x: graphs.nonlinear_laplacian(many, x, jnp.tanh)) < 1500 * CHANNELS
+    assert temporary_numbers(by_fields) >= 1500 * CHANNELS
+
+
 @given(seed=SEEDS)
 def test_normalized_laplacian_is_that_of_the_graph_with_self_loops(seed):
     graph, x = random_graph(seed), field(seed)
@@ -245,6 +295,7 @@ def test_eager_jit_and_vmap_agree(kind):
         "gradient": lambda x: graphs.gradient(graph, x, kind=kind),
         "divergence": lambda x: graphs.divergence(graph, x[0, 0] * jnp.asarray(ps), kind=kind),
         "laplacian": lambda x: graphs.laplacian(graph, x, kind=kind),
+        "nonlinear_laplacian": lambda x: graphs.nonlinear_laplacian(graph, x, jnp.tanh, kind=kind),
         "tv_step": lambda x: graphs.tv_step(graph, x, gamma2=0.05, eps=0.1, kind=kind),
         "dirichlet_energy": lambda x: graphs.dirichlet_energy(graph, x, kind=kind),
     }
@@ -297,6 +348,7 @@ def test_graphs_without_edges_are_allowed():
     x = jnp.ones((3, 2))
     assert graphs.gradient(graph, x).shape == (0, 2)
     np.testing.assert_array_equal(graphs.laplacian(graph, x), jnp.zeros((3, 2)))
+    np.testing.assert_array_equal(graphs.nonlinear_laplacian(graph, x, jnp.tanh), jnp.zeros((3, 2)))
     assert np.isinf(graphs.max_stable_step(graph))
     assert graph.nodes.shape == (3, 0)
 
@@ -333,6 +385,7 @@ def test_bad_graphs_are_refused(arguments, message):
         (lambda g, x: graphs.gradient(g, x, kind="mean"), "unknown kind 'mean': choose one of normalized, gcn"),
         (lambda g, x: graphs.gradient(g, x[:-1]), "8 rows, the graph has 9 nodes"),
         (lambda g, x: graphs.divergence(g, x), "9 rows, the graph has 14 edges"),
+        (lambda g, x: graphs.nonlinear_laplacian(g, x[:-1], jnp.tanh), "8 rows, the graph has 9 nodes"),
         (lambda g, x: graphs.tv_step(g, x, gamma2=0.11, eps=0.1), "0.11.*within .0, 0.1."),
         (lambda g, x: graphs.tv_step(g, x, gamma2=-0.1, eps=0.1), "-0.1"),
         (lambda g, x: graphs.tv_step(g, x, gamma2=0.0, eps=0.0), "eps"),

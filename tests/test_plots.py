@@ -1,4 +1,4 @@
-"""The layer-wise error figure: what it shows, where it goes, and what it refuses."""
+"""The figures: what they show, where they go, and what they refuse."""
 
 import itertools
 import sys
@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qpde.plots import COLOURS, layer_error_figure
+from qpde.plots import COLOURS, layer_error_figure, over_smoothing_figure
 
 ABSOLUTE = {"plain": np.array([0.1, 0.2, 0.4]), "symmetric": [0.1, 0.05, 0.06]}
 RELATIVE = {"plain": np.array([0.1, 0.1, 0.1]), "symmetric": [0.1, 0.12, 0.2]}
@@ -98,3 +98,33 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"qpde\[train\]"):
         layer_error_figure(ABSOLUTE)
+
+
+FAMILIES = {
+    "symmetric": {2: ([0.5, 0.2], [0.8, 0.82]), 4: ([0.5, 0.2, 0.1, 0.05], [0.81, 0.85])},
+    "plain": {2: ([0.4, 0.3], [0.7, 0.7])},
+}
+
+
+def test_over_smoothing_shows_the_deepest_energies_and_the_mean_accuracies(tmp_path):
+    figure = over_smoothing_figure(FAMILIES, tmp_path / "a.png", title="cora")
+    energies, accuracies = figure.axes
+    np.testing.assert_allclose(energies.lines[0].get_ydata(), FAMILIES["symmetric"][4][0])
+    assert len(energies.lines[1].get_ydata()) == 2
+    means = [bars.lines[0].get_ydata(orig=False) for bars in accuracies.containers]
+    np.testing.assert_allclose(means[0], [81, 83])
+    assert [text.get_text() for text in accuracies.get_legend().get_texts()] == ["symmetric", "plain"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("families", "message"),
+    [
+        ({}, "no curves"),
+        ({"a": {1: ([np.nan], [0.5])}}, "finite"),
+        ({str(i): {1: ([1.0], [0.5])} for i in range(8)}, "8"),
+    ],
+)
+def test_over_smoothing_of_nothing_or_too_much_is_refused(families, message):
+    with pytest.raises(ValueError, match=message):
+        over_smoothing_figure(families)

@@ -3,13 +3,16 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from qpde.bits import Bits
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, read_best
 from train.cli import COMMANDS, load_recipes, main
+from train.optimizer import path_name
 from train.progress import Display
 
 CONFIG = """
@@ -100,7 +103,7 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
         mine = [line for line in lines if line["variant"] == name]
         best = max(mine, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
         with Checkpoints(run / "checkpoints" / name) as checkpoints:
-            assert (checkpoints.last_epoch, checkpoints.best_epoch) == (3, best["epoch"])
+            assert (checkpoints.last_step, checkpoints.best_step) == (15, best["step"])
         assert result["best_epoch"] == best["epoch"]
 
     # The same run, cut off in the second epoch of each variant: five steps an epoch, so at the steps 8 and 16.
@@ -122,7 +125,7 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
         file.write(json.dumps(lines[1]) + '\n{"variant": "symmet')  # logged, never saved; and a line cut short
     statuses = [main(["run", config, "--name", "cut"]) for _ in range(2)]
     assert sorted(statuses) == [0, 130]
-    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert "going on after step 5 of 15" in capsys.readouterr().out
     assert _summary(tmp_path, "cut") == whole
     again = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
     without_time = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
@@ -148,11 +151,85 @@ def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(
     assert not (tmp_path / "runs" / "exact" / "layer_error.png").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(config, tmp_path, capsys):
+def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_last_ones(
+    config, tmp_path, monkeypatch, capsys
+):
+    import train.experiment as application
+
+    traced, reestimated = [], []
+    make_train_step, reestimate = application.make_train_step, application.reestimate_statistics
+
+    def counted(*arguments):
+        step = make_train_step(*arguments)
+        return lambda *inner: traced.append(1) or step(*inner)
+
+    def noted(model, variables, batches, bits):
+        reestimated.append(bits)
+        return reestimate(model, variables, batches, bits)
+
+    monkeypatch.setattr(application, "make_train_step", counted)
+    monkeypatch.setattr(application, "reestimate_statistics", noted)
+    annealing = "--annealing.weights.schedule staircase --annealing.weights.start 5 --annealing.weights.every 1"
+    annealing += " --annealing.activations.schedule listed --annealing.activations.widths 8 6"
+    annealing += " --annealing.activations.every 1 --annealing.reestimate"
+    command = ["run", config, "--only", "symmetric", *annealing.split()]
+    assert main(command) == 0
+    assert len(traced) == 1
+    assert reestimated == [Bits(4, 6), Bits(4, 4), Bits(4, 4)]  # the last one before the test images
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["weight_bits"], line["act_bits"]) for line in lines] == [(5, 8), (4, 6), (4, 4)]
+    assert _summary(tmp_path)["symmetric"]["best_epoch"] == 3
+    assert main([*command, "--name", "short", "--epochs", "2"]) == 2
+    assert "annealing.activations ends at 6 bits after 2 epochs" in capsys.readouterr().err
+
+
+def test_a_network_is_distilled_and_then_tuned_by_similarity_alone_to_a_target(config, tmp_path, capsys):
+    common = ["run", config, "--only", "symmetric"]
+    options = "--loss.name distillation --loss.label-smoothing 0.1 --data.mixup 0.2 --optimizer.averaging 0.9"
+    assert main([*common, "--epochs", "2", *options.split()]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["train_similarity"] > 0 for line in lines)
+    assert 0 < _summary(tmp_path)["symmetric"]["agreement"] <= 1
+
+    options = "--loss.name similarity --optimizer.schedule constant --optimizer.learning-rate 0.01"
+    tune = [*common, "--name", "tuned", *options.split(), "--loss.similarity-target", "1e9"]
+    assert main(tune) == 2
+    assert "tunes a trained network: give --start-from RUN" in capsys.readouterr().err
+    assert main([*tune, "--start-from", "runs/tiny"]) == 0
+    (line,) = (tmp_path / "runs" / "tuned" / "metrics.jsonl").read_text().splitlines()  # the target is met at once
+    assert json.loads(line)["train_loss"] == pytest.approx(1e-5 * 256 * json.loads(line)["train_similarity"], rel=1e-4)
+    assert _summary(tmp_path, "tuned")["symmetric"]["best_epoch"] == 1
+
+    refused = {
+        "is no folder of a run": ["--start-from", "absent"],
+        "has another network: batch_stats/stage0/": ["--start-from", "runs/tiny", "--model.norm", "tied"],
+        "give the model act_bits": ["--loss.name", "distillation", "--model.act-bits", "None"],
+    }
+    for message, more in refused.items():
+        assert main([*common, "--name", "other", *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_training_starts_from_a_network_in_full_precision_with_clips_read_off_a_batch(config, tmp_path):
+    assert main(["run", config, "--recipe", "full_precision"]) == 0
+    options = "--only plain --start-from runs/exact --epochs 1 --optimizer.learning-rate 1e-12"
+    assert main(["run", config, *options.split()]) == 0
+    before, after = (read_best(tmp_path / "runs" / name / "checkpoints" / "plain")[0] for name in ("exact", "tiny"))
+    before, after = ({path_name(k): v for k, v in jax.tree.leaves_with_path(s["params"])} for s in (before, after))
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        if name.endswith("clips"):
+            assert np.all(np.asarray(value) != np.asarray(before[name]))
+        else:
+            np.testing.assert_allclose(value, before[name], atol=1e-6)  # steps of nearly no length
+
+
+def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_clips(config, tmp_path, capsys):
     assert main(["run", config, "--only", "plain", "--optimizer.learning-rate", "1e30"]) == 1
     error = capsys.readouterr().err
-    assert "plain: the loss of step" in error
-    assert "(epoch 1) is not finite" in error
+    assert "plain: step" in error
+    assert "(epoch 1) broke down: the output of block" in error
+    assert "clips before it: stage0/block" in error
     assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
 
 
@@ -212,7 +289,7 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     printed = capsys.readouterr().out
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
-    assert "choose from ['run']" in capsys.readouterr().err
+    assert "choose from ['run', 'replay']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0

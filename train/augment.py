@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 
 def random_crop(key: Key[Array, ""], images: UInt8[Array, "n h w c"], *, padding: int) -> UInt8[Array, "n h w c"]:
@@ -24,3 +24,18 @@ def random_flip(key: Key[Array, ""], images: UInt8[Array, "n h w c"]) -> UInt8[A
     """Each image mirrored left to right, or not, with equal chance."""
     mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1, :], images)
+
+
+def mixup(
+    key: Key[Array, ""], x: Float[Array, "n h w c"], targets: Float[Array, "n classes"], *, strength: float
+) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
+    """Each image and its target mixed with another's of the batch (Zhang et al., 2018).
+
+    x_i <- s x_i + (1 - s) x_p(i), targets alike, p a random permutation, s one draw for the batch from
+    Beta(strength, strength); the larger of s and 1 - s goes to the image itself.
+    """
+    share_key, order_key = jax.random.split(key)
+    share = jax.random.beta(share_key, strength, strength)
+    share = jnp.maximum(share, 1 - share)
+    order = jax.random.permutation(order_key, len(x))
+    return tuple(share * values + (1 - share) * values[order] for values in (x, targets))

@@ -5,26 +5,32 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import tyro
 from rich.console import Console
 
+from train.checkpoints import CheckpointError
 from train.config import Experiment
-from train.experiment import Job, prepare_job
+from train.interrupt import Interrupted
+from train.jobs import KINDS, prepare_job
+from train.nodes.config import GraphExperiment
+from train.replay import Replay, prepare_replay
 
 _PROGRAM = "python -m train"
 
+E = TypeVar("E", Experiment, GraphExperiment)
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[E]):
     """Train the variants of an experiment and compare each with its high-precision twin.
 
     Writes RUNS_DIR/NAME: config.json, metrics.jsonl, checkpoints, summary.json and pictures. The same command
     takes up an interrupted run; a finished one is never overwritten silently.
     """
 
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    experiment: Annotated[E, tyro.conf.arg(name="")]
     recipe: str
     """Which of the file's recipes."""
     data_dir: Path | None = None
@@ -33,9 +39,12 @@ class Run:
     """Where the run's folder goes."""
     overwrite: bool = False
     """Delete what the run's folder holds and start anew."""
+    resume_changed: bool = False
+    """Go on with an unfinished run though some options differ from those it was started with. They are listed, and
+    recorded in config_history.jsonl."""
 
 
-def parse_run(arguments: Sequence[str]) -> Run:
+def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment]:
     """The options of `run`; the defaults are those of the file and recipe that the arguments name.
 
     Raises:
@@ -49,12 +58,14 @@ def parse_run(arguments: Sequence[str]) -> Run:
     recipe = _value_of("--recipe", arguments) or next(iter(recipes))
     if recipe not in recipes:
         raise ValueError(f"{paths[0]} has no recipe {recipe!r}: choose from {list(recipes)}")
-    default = Run(experiment=recipes[recipe], recipe=recipe)
+    kind, default = type(recipes[recipe]), Run(experiment=recipes[recipe], recipe=recipe)
     program = f"{_PROGRAM} run {paths[0]}"
-    return tyro.cli(Run, default=default, args=list(arguments[1:]), prog=program, config=(tyro.conf.SuppressFixed,))
+    return tyro.cli(
+        Run[kind], default=default, args=list(arguments[1:]), prog=program, config=(tyro.conf.SuppressFixed,)
+    )
 
 
-def prepare_run(arguments: Sequence[str]) -> Job:
+def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     """The job that the arguments of `run` describe, everything about it checked."""
     options = parse_run(arguments)
     return prepare_job(
@@ -62,7 +73,13 @@ def prepare_run(arguments: Sequence[str]) -> Job:
         data_dir=options.data_dir,
         runs_dir=options.runs_dir,
         overwrite=options.overwrite,
+        resume_changed=options.resume_changed,
     )
+
+
+def parse_replay(arguments: Sequence[str]) -> Callable[[Console], int]:
+    """The repetition that the arguments of `replay` describe, everything about it checked."""
+    return prepare_replay(tyro.cli(Replay, args=list(arguments), prog=f"{_PROGRAM} replay"))
 
 
 @dataclass(frozen=True)
@@ -70,22 +87,29 @@ class Command:
     """A row of the table.
 
     Attributes:
-      prepare: arguments -> what `main` then calls with a console; raises ValueError or OSError for bad input.
+      prepare: arguments -> what `main` then calls with a console, which returns None or an exit status; raises
+        ValueError or OSError for bad input.
       usage, summary: its line in the help.
     """
 
-    prepare: Callable[[Sequence[str]], Callable[[Console], None]]
+    prepare: Callable[[Sequence[str]], Callable[[Console], int | None]]
     usage: str
     summary: str
 
 
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
+    "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status is 0 done, 1 training broke down, 2 bad input or 130 interrupted."""
+    """Runs one command.
+
+    Returns:
+      The exit status: 0 done, 1 training broke down or a replay differs, 2 bad input, 130 interrupted by Ctrl-C, 143 by
+      SIGTERM.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -98,15 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     try:
-        work(Console())
-    except FloatingPointError as error:
+        return work(Console()) or 0
+    except (FloatingPointError, CheckpointError) as error:
         return _fail(str(error), status=1)
+    except Interrupted as interrupted:
+        return _fail(str(interrupted), status=interrupted.exit_status)
     except KeyboardInterrupt:
-        return _fail("interrupted: the same command goes on after the last saved epoch", status=130)
-    return 0
+        return _fail("interrupted: the same command goes on after the last saved step", status=130)
 
 
-def load_recipes(path: Path) -> dict[str, Experiment]:
+def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperiment]:
     """The recipes that a file of configs/ defines, the default first.
 
     Raises:
@@ -115,8 +140,9 @@ def load_recipes(path: Path) -> dict[str, Experiment]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no experiment file {path}: see configs/")
     recipes = runpy.run_path(str(path)).get("recipes")
-    if not (isinstance(recipes, dict) and recipes and all(isinstance(r, Experiment) for r in recipes.values())):
-        raise ValueError(f"{path} must define `recipes`, a dictionary from names to train.config.Experiment")
+    if not (isinstance(recipes, dict) and recipes and all(type(r) in KINDS for r in recipes.values())):
+        kinds = " or ".join(kind.__name__ for kind in KINDS)
+        raise ValueError(f"{path} must define `recipes`, a dictionary from names to {kinds}")
     return recipes
 
 

@@ -27,10 +27,13 @@ class Data:
     """Each training image is padded by so many pixels and cropped back at random. 0 turns it off."""
     flip: bool = True
     """Mirror half of the training images. Off for digits, whose mirror images are other signs."""
+    mixup: float = 0.0
+    """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
 
     def __post_init__(self):
         check_at_least("data.size", self.size, 1)
         check_at_least("data.crop_padding", self.crop_padding, 0)
+        _check_not_negative("data.mixup", self.mixup)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Optimizer:
 
     learning_rate: float = 0.1
     """Peak of the schedule."""
-    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Shape of the learning rate over the run."""
     momentum: float = 0.9
     """Share of the last step kept in the next."""
@@ -108,12 +111,17 @@ class Optimizer:
     """Look ahead along the momentum."""
     weight_decay: float = 1e-4
     """Added to the gradient, times the parameter."""
+    averaging: float = 0.0
+    """Share that the moving average of parameters keeps a step, near 1. The average is what is evaluated. 0 turns it
+    off."""
     rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
     """Exceptions by parameter path; the first match counts."""
 
     def __post_init__(self):
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"optimizer.learning_rate (={self.learning_rate}) must be positive and finite")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"optimizer.averaging (={self.averaging}) must lie in [0, 1)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum (={self.momentum}) must lie in [0, 1)")
         if self.nesterov and self.momentum == 0:
@@ -139,6 +147,57 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class BitSchedule:
+    """Widths of weights or of activations over the epochs; they end at the model's."""
+
+    schedule: Literal["constant", "staircase", "listed"] = "constant"
+    """The model's width throughout; a bit less after every so many epochs; or the widths of a list."""
+    start: int = 16
+    """First width of the staircase."""
+    every: int = 10
+    """Epochs at each width."""
+    widths: tuple[int, ...] = ()
+    """The list, from the first width on, without the model's."""
+
+    def __post_init__(self):
+        check_at_least("every", self.every, 1)
+        outside = [width for width in (self.start, *self.widths) if not 2 <= width <= 32]
+        if outside:
+            raise ValueError(f"a bit schedule holds {outside[0]}: widths are 2 to 32")
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How widths change over a run. Only epochs at the model's own widths can be the best."""
+
+    weights: BitSchedule = field(default_factory=BitSchedule)
+    activations: BitSchedule = field(default_factory=BitSchedule)
+    reestimate: bool = False
+    """Estimate batch statistics again after each change, from training images at the new widths."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised, see `train.losses`."""
+
+    name: Literal["cross_entropy", "distillation", "similarity"] = "cross_entropy"
+    """Cross entropy; that of the network and of its high-precision twin, and their similarity; or this alone, which
+    needs no labels, to tune a trained network (start_from)."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    similarity_weight: float = 1e-5
+    """c, the weight of the similarity, which is a sum over the images of a batch."""
+    similarity_target: float = 0.0
+    """The loss "similarity" stops after the epoch whose mean similarity of an image is at most this."""
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing (={self.label_smoothing}) must lie in [0, 1)")
+        _check_not_negative("loss.similarity_weight", self.similarity_weight)
+        _check_not_negative("loss.similarity_target", self.similarity_target)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One or several variants of a network, trained alike and compared."""
 
@@ -149,13 +208,21 @@ class Experiment:
     """Train only the variants of these names."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    annealing: Annealing = field(default_factory=Annealing)
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step. The images left over at the end of an epoch are dropped."""
     clip_start: str = "rms"
     """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
+    start_from: str | None = None
+    """Folder of another run: its best states, of the variants of the same names, are where training starts. Clips that
+    were not trained there, because the network was not quantized, are read off a batch."""
+    checkpoint_every: int = 0
+    """Steps between saves. The end of each epoch is saved anyway, and so is the step that SIGTERM or Ctrl-C ends; only
+    what a harder end would cost depends on this."""
     seed: int = 0
     """Initial weights, order and variation of the images follow from it."""
 
@@ -164,6 +231,7 @@ class Experiment:
         check_variants(self.variants, self.only, Model)
         check_at_least("epochs", self.epochs, 1)
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
         check_at_least("seed", self.seed, 0)
 
     @property

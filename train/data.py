@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 import qpde.datasets
 from qpde.datasets import Images, Split
-from train.augment import random_crop, random_flip
+from train.augment import mixup, random_crop, random_flip
 from train.config import Data
 from train.losses import IGNORED
 
@@ -30,22 +30,43 @@ def load_images(config: Data, data_dir: Path | None) -> Images:
     """
     if config.name == "digits":
         return qpde.datasets.load_digits(size=config.size)
+    return qpde.datasets.load_cifar10(data_root(config.name, data_dir))
+
+
+def data_root(name: str, data_dir: Path | None) -> Path:
+    """`data_dir`, or the environment's; ValueError where the data set of that name has neither."""
     root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not root:
-        raise ValueError(f"{config.name} is read from files: give --data-dir or set {DATA_DIR_VARIABLE}")
-    return qpde.datasets.load_cifar10(Path(root))
+        raise ValueError(f"{name} is read from files: give --data-dir or set {DATA_DIR_VARIABLE}")
+    return Path(root)
 
 
-def make_prepare(config: Data, images: Images):
-    """`prepare(key, images) -> x`: the configured variation, then normalisation."""
+def make_vary(config: Data, images: Images):
+    """`vary(key, images) -> x`: the configured variation of each image, then normalisation."""
 
-    def prepare(key: Key[Array, ""], x: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    def vary(key: Key[Array, ""], x: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         crop_key, flip_key = jax.random.split(key)
         if config.crop_padding:
             x = random_crop(crop_key, x, padding=config.crop_padding)
         if config.flip:
             x = random_flip(flip_key, x)
         return images.normalize(x)
+
+    return vary
+
+
+def make_prepare(config: Data, images: Images):
+    """`prepare(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
+    vary = make_vary(config, images)
+
+    def prepare(
+        key: Key[Array, ""], x: UInt8[Array, "n h w c"], labels: Int[Array, " n"]
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
+        targets = jax.nn.one_hot(labels, images.num_classes)
+        if not config.mixup:
+            return vary(key, x), targets
+        vary_key, mix_key = jax.random.split(key)
+        return mixup(mix_key, vary(vary_key, x), targets, strength=config.mixup)
 
     return prepare
 

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -15,16 +16,29 @@ import qpde.models
 from qpde.bits import Bits
 from qpde.datasets import Images
 from qpde.diagnostics import compare, reestimate_statistics
+from train import twin
+from train.annealing import is_annealed, widths_of
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Variant
-from train.data import load_images, make_prepare, normalized_batches, stack_batches
-from train.loop import fit
+from train.data import load_images, make_prepare, make_vary, normalized_batches, stack_batches
+from train.guards import make_explain
+from train.loop import Plan, fit
+from train.losses import LOSSES
 from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import write_report
 from train.rundir import RunDirectory, open_run
+from train.start import Start, read_start
 from train.state import TrainState, create_state
-from train.step import make_epoch_step, make_evaluate, make_train_step
+from train.step import (
+    empty_totals,
+    epoch_order,
+    make_epoch_step,
+    make_evaluate,
+    make_loss,
+    make_select,
+    make_train_step,
+)
 
 _RANDOM = "rbg"
 """XLA's own generator: it compiles faster than JAX's default one."""
@@ -33,7 +47,14 @@ _STATISTICS_BATCHES = 32
 """Training batches over which batch statistics are estimated again at the end."""
 
 
-def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path, overwrite: bool = False) -> "Job":
+def prepare_job(
+    experiment: Experiment,
+    *,
+    data_dir: Path | None,
+    runs_dir: Path,
+    overwrite: bool = False,
+    resume_changed: bool = False,
+) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
     Args:
@@ -41,6 +62,7 @@ def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path
       data_dir: root of the data, for data sets in files; None takes the environment's.
       runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
       overwrite: delete what the run's folder holds.
+      resume_changed: take it up though the experiment differs.
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
     """
@@ -49,7 +71,8 @@ def prepare_job(experiment: Experiment, *, data_dir: Path | None, runs_dir: Path
     if count < experiment.batch_size:
         raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
     trainings = [Training.create(experiment, variant, images) for variant in experiment.chosen]
-    return Job(experiment, trainings, open_run(runs_dir, experiment, overwrite=overwrite))
+    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
+    return Job(experiment, trainings, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +88,31 @@ class Job:
 
         Raises:
           FloatingPointError: training broke down.
+          Interrupted: by SIGTERM or SIGINT, after the state was saved.
+          CheckpointError: the saved state is of another network.
         """
         with self.run as run:
+            for change in run.changes:
+                console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
             results = {}
             for training in self.trainings:
                 name = training.variant.name
                 state = training.fit(run, console)
-                results[name] = training.evaluate(state) | _history(run.lines(name))
+                results[name] = training.evaluate(state) | _history(run.lines(name), int(state.step))
             stages = [len(blocks) for blocks in self.trainings[0].model.stages]
             write_report(run, self.experiment, results, console, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A variant with its data, network and optimizer: checked, nothing computed yet."""
+    """A variant with its data, network, optimizer and start (None: random): checked, nothing computed yet."""
 
     experiment: Experiment
     variant: Variant
     images: Images
     model: nn.Module
     optimizer: optax.GradientTransformation
+    start: Start | None
 
     @classmethod
     def create(cls, experiment: Experiment, variant: Variant, images: Images) -> "Training":
@@ -99,42 +127,63 @@ class Training:
         sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.train.images.shape[1:]), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=_RANDOM), sample)
+        start = None
+        if experiment.start_from is not None:
+            start = read_start(Path(experiment.start_from), variant.name, shapes)
+        _check_loss(experiment, model.bits)
+        widths_of(experiment.annealing, model.bits, experiment.epochs)
         steps = experiment.epochs * (len(images.train.labels) // experiment.batch_size)
-        optimizer = create_optimizer(experiment.optimizer, shapes["params"], steps=steps)
-        return cls(experiment, variant, images, model, optimizer)
+        params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
+        optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
+        return cls(experiment, variant, images, model, optimizer, start)
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
         experiment, images = self.experiment, self.images
         steps_per_epoch = len(images.train.labels) // experiment.batch_size
-        train_step = make_train_step(self.model, self.optimizer, make_prepare(experiment.data, images))
-        epoch_step = make_epoch_step(train_step, steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
+        loss, prepare = make_loss(self.model, experiment.loss), make_prepare(experiment.data, images)
+        row = LOSSES[experiment.loss.name]
+        select = make_select(steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
+        explain = make_explain(self.model, loss, prepare)
         validation = stack_batches(images.validation, experiment.batch_size)
+        train_step = make_train_step(loss, self.optimizer, prepare, averaging=experiment.optimizer.averaging)
+        epoch_step = make_epoch_step(train_step, select)
+        annealing = experiment.annealing
+        # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
+        traced = (lambda bits: bits) if is_annealed(annealing) else (lambda bits: None)
+        train_images, labels = jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)
+
+        def batches(state):
+            order = epoch_order(state, count=len(labels), steps_per_epoch=steps_per_epoch)
+            return [(train_images, labels, order)] * (steps_per_epoch - int(state.step) % steps_per_epoch)
+
+        plan = Plan(
+            variant=self.variant.name,
+            epochs=experiment.epochs,
+            steps_per_epoch=steps_per_epoch,
+            checkpoint_every=experiment.checkpoint_every,
+            bits=widths_of(annealing, self.model.bits, experiment.epochs),
+            enter=self._reestimated if annealing.reestimate else lambda state, bits: state,
+            step=lambda state, totals, bits, *data: epoch_step(state, totals, traced(bits), *data),
+            totals=empty_totals(*row.logged),
+            batches=batches,
+            evaluate=lambda variables, bits: self._scores(variables, *validation, traced(bits)),
+            score=_by_accuracy if row.labels else _by_similarity,
+            reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
+            explain=lambda state, bits, *data: explain(state, *select(state, *data), traced(bits)),
+            chance=float(np.bincount(images.validation.labels).max() / len(images.validation.labels)),
+        )
         with (
             Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,
             Display(
-                console,
-                self.variant.name,
-                steps=experiment.epochs * steps_per_epoch,
-                done=checkpoints.last_epoch * steps_per_epoch,
+                console, self.variant.name, steps=experiment.epochs * steps_per_epoch, done=checkpoints.last_step
             ) as display,
         ):
-            return fit(
-                self._first_state(),
-                epoch_step,
-                lambda variables: self._scores(variables, *validation),
-                (jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)),
-                variant=self.variant.name,
-                epochs=experiment.epochs,
-                steps_per_epoch=steps_per_epoch,
-                run=run,
-                checkpoints=checkpoints,
-                display=display,
-            )
+            return fit(self._first_state(), plan, run=run, checkpoints=checkpoints, display=display)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
-        model, size = self.model, self.experiment.batch_size
+        model, size, state = self.model, self.experiment.batch_size, state.averaged
         statistics = list(self._training_batches(limit=_STATISTICS_BATCHES))
         variables = reestimate_statistics(model, state.variables, statistics, model.bits)
         results = {"parameters": qpde.models.summary(model, self.images.train.images.shape[1:]).parameters}
@@ -142,15 +191,46 @@ class Training:
             scores = self._scores(variables, *stack_batches(self.images.test, size))
             return results | {"accuracy": scores["accuracy"]}
         test = normalized_batches(self.images, self.images.test, batch_size=size)
-        faithfulness = compare(model, variables, test, model.bits, statistics_batches=statistics)
+        faithfulness = compare(
+            model, variables, test, model.bits, twin=state.twin_variables, statistics_batches=statistics
+        )
         return results | faithfulness.as_dict()
 
+    def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
+        """The state with the batch statistics of these widths."""
+        statistics = self._training_batches(limit=_STATISTICS_BATCHES)
+        variables = reestimate_statistics(self.model, state.variables, statistics, bits)
+        return state.replace(model_state={name: variables[name] for name in state.model_state})
+
     def _first_state(self) -> TrainState:
-        """Random weights, and clips that fit them and the first training images."""
-        init_key, key = jax.random.split(jax.random.key(self.experiment.seed, impl=_RANDOM))
+        """Random weights or those of another run, and clips that fit them and the first training images."""
+        experiment = self.experiment
+        init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=_RANDOM))
+        if self.start is None:
+            ((x, _),) = self._training_batches(limit=1)
+            variables = jax.jit(partial(_first_variables, self.model, method=experiment.clip_start))(init_key, x)
+        else:
+            variables = self._started(self.start)
+        params = variables["params"]
+        if not LOSSES[experiment.loss.name].twin:
+            params = twin.low(params)
+        elif not twin.has_twin(params):
+            params = twin.add_twin(params)
+        averaging = experiment.optimizer.averaging > 0
+        return create_state({**variables, "params": params}, self.optimizer, key, averaging=averaging)
+
+    def _started(self, start: Start) -> dict[str, Any]:
+        """The start's variables; where it was not quantized, with clips and statistics for the widths of the model."""
+        untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, start.bits, strict=True)))
+        if untrained == Bits(None, None):
+            return start.variables
         ((x, _),) = self._training_batches(limit=1)
-        first_variables = partial(_first_variables, self.model, method=self.experiment.clip_start)
-        return create_state(jax.jit(first_variables)(init_key, x), self.optimizer, key)
+        variables = {**start.variables, "params": twin.low(start.variables["params"])}
+        variables = qpde.models.calibrate_clips(
+            self.model, variables, x, method=self.experiment.clip_start, bits=untrained
+        )
+        statistics = self._training_batches(limit=_STATISTICS_BATCHES)
+        return reestimate_statistics(self.model, variables, statistics, self.model.bits)
 
     @cached_property
     def _scores(self):
@@ -161,11 +241,11 @@ class Training:
         distribution than the network learned on, and lower its accuracy.
         """
         size, train = self.experiment.batch_size, self.images.train
-        prepare = jax.jit(make_prepare(self.experiment.data, self.images))
+        vary = jax.jit(make_vary(self.experiment.data, self.images))
         for i in range(min(limit, len(train.labels) // size)):
             part = slice(i * size, (i + 1) * size)
             key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=_RANDOM), i)
-            yield prepare(key, jnp.asarray(train.images[part])), jnp.asarray(train.labels[part], jnp.int32)
+            yield vary(key, jnp.asarray(train.images[part])), jnp.asarray(train.labels[part], jnp.int32)
 
 
 def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]:
@@ -175,8 +255,24 @@ def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]
     return qpde.models.calibrate_clips(model, variables, x, method=method, train=True)
 
 
-def _history(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    best = max(lines, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))
+def _check_loss(experiment: Experiment, bits: Bits) -> None:
+    name = experiment.loss.name
+    if LOSSES[name].twin and bits.activations is None:
+        raise ValueError(f"loss.name (={name!r}) compares with the high-precision twin: give the model act_bits")
+    if not LOSSES[name].labels and experiment.start_from is None:
+        raise ValueError(f"loss.name (={name!r}) tunes a trained network: give --start-from RUN")
+
+
+def _by_accuracy(line: dict[str, Any]) -> dict[str, float]:
+    return {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
+
+
+def _by_similarity(line: dict[str, Any]) -> dict[str, float]:
+    return {"accuracy": 0.0, "loss": line["train_similarity"]}
+
+
+def _history(lines: list[dict[str, Any]], best_step: int) -> dict[str, Any]:
+    (best,) = [line for line in lines if line["step"] == best_step]
     return {
         "best_epoch": best["epoch"],
         "validation_accuracy": best["validation_accuracy"],

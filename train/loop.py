@@ -1,77 +1,206 @@
-"""Epochs: train, evaluate, log, save; and take up where an interrupted run was left."""
+"""Epochs: train, evaluate, log, save; and take up where an interrupted run was left, at any step.
 
+What a step computes is determined by the state it starts from: the order of the images and every random draw follow
+from the state's key and step.  So the position in the data is the step, and a run that was stopped at any step and
+goes on from its checkpoint ends with the same parameters and the same metrics as one that was never stopped, bit for
+bit on the same machine.  A checkpoint therefore holds the state and the sums of the epoch so far, nothing else.
+"""
+
+import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
+from qpde.bits import Bits
 from train.checkpoints import Checkpoints
+from train.guards import SMALLEST_CLIP
+from train.interrupt import Interrupted, StopRequest
 from train.progress import Display
 from train.rundir import RunDirectory
 from train.state import TrainState
-from train.step import empty_totals, epoch_order
+
+_NEAR_CHANCE = 1.1
+"""Up to this multiple of the accuracy of guessing, a network has learned nothing."""
+
+_STATISTICS_SETTLE = 100
+"""Steps after which running batch statistics, which keep 0.9 of themselves a step, have forgotten their start and the
+first large steps."""
+
+_KNOWN_SUMS = ("loss", "correct", "count", "collapsed_clips", "broken")
 
 
-def fit(
-    state: TrainState,
-    epoch_step: Callable,
-    evaluate: Callable[[dict[str, Any]], dict[str, float]],
-    train_split: tuple[jax.Array, jax.Array],
-    *,
-    variant: str,
-    epochs: int,
-    steps_per_epoch: int,
-    run: RunDirectory,
-    checkpoints: Checkpoints,
-    display: Display,
-) -> TrainState:
-    """Trains to the end of the last epoch and returns the state of the best one.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The training of one variant.
 
-    Each epoch ends with a line in metrics.jsonl, then a saved state: an interruption costs one epoch at most.
+    Attributes:
+      variant: its name.
+      epochs, steps_per_epoch: its length.
+      checkpoint_every: steps between saves; 0 saves at the end of epochs only.
+      bits: epoch, from 1 on -> its `Bits`, of Python integers or None.
+      enter: (state, bits) -> state, called before an epoch whose widths are not those of the epoch before.
+      step: (state, totals, bits, *batch) -> (state, totals), as `make_epoch_step` makes it; donates the state.
+      totals: sums before the first batch of an epoch.
+      batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
+        end of its epoch.
+      evaluate: (variables, bits) -> {"accuracy", "loss"} on the validation images.
+      score: line of metrics -> {"accuracy", "loss"} by which the best epoch is chosen.
+      reached: line of metrics -> whether training is to end with that epoch.
+      explain: (state, bits, *batch) -> what breaks down in the step from that state.
+      chance: validation accuracy of guessing.
+    """
+
+    variant: str
+    epochs: int
+    steps_per_epoch: int
+    checkpoint_every: int
+    bits: Callable[[int], Bits]
+    enter: Callable[[TrainState, Bits], TrainState]
+    step: Callable[..., tuple[TrainState, Any]]
+    totals: Any
+    batches: Callable[[TrainState], Iterable[tuple]]
+    evaluate: Callable[[dict[str, Any], Bits], dict[str, float]]
+    score: Callable[[dict[str, Any]], dict[str, float]]
+    reached: Callable[[dict[str, Any]], bool]
+    explain: Callable[..., str]
+    chance: float
+
+
+def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display) -> TrainState:
+    """Trains to the end of the last epoch and returns the state of the best one among those at the last one's widths.
+
+    Each epoch ends with a line in metrics.jsonl, then a save.  SIGTERM and SIGINT end the current step and save.
 
     Args:
       state: the first state; if the run has saved ones, only its shapes are used.
-      epoch_step: of `make_epoch_step`.
-      evaluate: variables -> {"accuracy", "loss"} on the validation images.
-      train_split: images (n, H, W, C) uint8 and labels (n,) int32, on the device.
     Raises:
-      FloatingPointError: a loss was not finite; names the step.  The states saved so far stay.
+      Interrupted: by one of these signals; the state is saved.
+      FloatingPointError: a step broke down; names it, the layer and the clips.  The states saved so far stay.
     """
-    images, labels = train_split
-    done = checkpoints.last_epoch
-    run.forget_after(variant, done)
-    if done:
-        state = checkpoints.load(done, state)
-        display.line(f"{variant}: going on after epoch {done} of {epochs}")
-    for epoch in range(done + 1, epochs + 1):
-        start = time.perf_counter()
-        order = epoch_order(state, count=len(images), steps_per_epoch=steps_per_epoch)
-        totals = empty_totals()
-        for _ in range(steps_per_epoch):
-            state, totals = epoch_step(state, totals, images, labels, order)
-            display.step()
-        totals = jax.device_get(totals)
-        if totals["broken_step"] >= 0:
-            raise FloatingPointError(
-                f"{variant}: the loss of step {totals['broken_step']} (epoch {epoch}) is not finite; "
-                "try a smaller --optimizer.learning-rate"
+    name, last = plan.variant, plan.epochs * plan.steps_per_epoch
+    for folder in checkpoints.damaged:
+        display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
+    # Restored arrays are committed to their device.  New ones are not, and to jit a mixture is another program.
+    state, empty = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), (state, plan.totals))
+    step, totals = checkpoints.last_step, empty
+    run.forget_after(name, step // plan.steps_per_epoch)
+    if step:
+        state, totals = checkpoints.load(step, (state, totals))
+    if step or checkpoints.damaged:
+        display.line(f"{name}: going on after step {step} of {last}")
+
+    with StopRequest() as stop:
+        ended = any(_ended(line, plan) for line in run.lines(name)[-1:])
+        while step < last and not ended:
+            epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
+            bits = plan.bits(epoch)
+            if step % plan.steps_per_epoch == 0 and epoch > 1 and bits != plan.bits(epoch - 1):
+                state = plan.enter(state, bits)
+            for batch in plan.batches(state):
+                before = totals
+                state, totals = plan.step(state, totals, bits, *batch)
+                # One step is prepared while one runs: further ahead, stopping would wait for all that is queued.
+                jax.block_until_ready(before)
+                step += 1
+                display.step()
+                due = plan.checkpoint_every and step % plan.checkpoint_every == 0
+                if step % plan.steps_per_epoch and (due or stop.signal_number):
+                    _check_finite(state, totals, plan)
+                    checkpoints.save(step, (state, totals))
+                if stop.signal_number:
+                    break
+            if step % plan.steps_per_epoch == 0:
+                line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
+                run.log(**line)
+                totals = empty
+                final = bits == plan.bits(plan.epochs)
+                checkpoints.save(step, (state, totals), plan.score(line) if final else None)
+                display.line(
+                    f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits)}, "
+                    f"loss {line['train_loss']:.4g}, "
+                    f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
+                )
+                ended = _ended(line, plan)
+                for warning in _warnings(line, plan):
+                    display.line(f"{name}: warning: {warning}")
+            if stop.signal_number:
+                raise Interrupted(
+                    f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
+                    stop.signal_number,
+                )
+    return checkpoints.load(checkpoints.best_step, (state, totals))[0]
+
+
+def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:
+    """The epoch's line of metrics."""
+    _check_finite(state, totals, plan)
+    bits = plan.bits(epoch)
+    validation = plan.evaluate(state.averaged.variables, bits)
+    if not math.isfinite(validation["loss"]):
+        raise FloatingPointError(
+            f"{plan.variant}: the validation loss after epoch {epoch} is not finite though the training loss is: the "
+            "batch statistics are far from the batches'; try a smaller --optimizer.learning-rate"
+        )
+    sums = jax.device_get(totals)
+    return {
+        "variant": plan.variant,
+        "epoch": epoch,
+        "step": epoch * plan.steps_per_epoch,
+        "weight_bits": bits.weights,
+        "act_bits": bits.activations,
+        "train_loss": float(sums["loss"] / sums["count"]),
+        "train_accuracy": float(sums["correct"] / sums["count"]),
+        **{f"train_{name}": float(value / sums["count"]) for name, value in sums.items() if name not in _KNOWN_SUMS},
+        "collapsed_clips": int(sums["collapsed_clips"]),
+        "validation_loss": validation["loss"],
+        "validation_accuracy": validation["accuracy"],
+        "seconds": round(seconds(), 3),
+    }
+
+
+def _ended(line: dict[str, Any], plan: Plan) -> bool:
+    """Whether training ends with the line's epoch before its time; the line says so to a resumed run, too."""
+    return Bits(line["weight_bits"], line["act_bits"]) == plan.bits(plan.epochs) and plan.reached(line)
+
+
+def _at(bits: Bits) -> str:
+    weights, activations = ("32" if width is None else str(width) for width in bits)
+    return f" at {weights} and {activations} bits"
+
+
+def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:
+    """What is suspicious about an epoch, though training can go on."""
+    warnings = []
+    if line["collapsed_clips"]:
+        warnings.append(
+            f"clips that fell below {SMALLEST_CLIP} and were raised to it: {line['collapsed_clips']}; try a smaller "
+            "learning rate for clips (a rule of the optimizer)"
+        )
+    first_tenth = max(1, math.ceil(plan.epochs / 10))
+    guess = _NEAR_CHANCE * plan.chance
+    if line["epoch"] == first_tenth and line["validation_accuracy"] <= guess:
+        found = (
+            f"a validation accuracy of {line['validation_accuracy']:.1%} after a tenth of the run is that of guessing"
+        )
+        if line["train_accuracy"] <= guess:
+            warnings.append(f"{found}: try a smaller --optimizer.learning-rate, more bits or another --clip-start")
+        elif line["step"] >= _STATISTICS_SETTLE:
+            warnings.append(
+                f"{found}, though that on the training images is {line['train_accuracy']:.1%}: the running batch "
+                "statistics do not follow; try a smaller --optimizer.learning-rate or a larger --batch-size"
             )
-        validation = evaluate(state.variables)
-        seconds = time.perf_counter() - start
-        run.log(
-            variant=variant,
-            epoch=epoch,
-            step=epoch * steps_per_epoch,
-            train_loss=float(totals["loss"] / totals["count"]),
-            train_accuracy=float(totals["correct"] / totals["count"]),
-            validation_loss=validation["loss"],
-            validation_accuracy=validation["accuracy"],
-            seconds=round(seconds, 3),
+    return warnings
+
+
+def _check_finite(state, totals, plan: Plan) -> None:
+    if totals["broken"]:
+        step = int(state.step)
+        epoch = step // plan.steps_per_epoch + 1
+        why = plan.explain(state, plan.bits(epoch), *next(iter(plan.batches(state))))
+        raise FloatingPointError(
+            f"{plan.variant}: step {step} (epoch {epoch}) broke down: {why}. Try a smaller "
+            "--optimizer.learning-rate; what was saved before stays"
         )
-        checkpoints.save(epoch, state, validation)
-        display.line(
-            f"{variant}: epoch {epoch} of {epochs}, loss {totals['loss'] / totals['count']:.4f}, "
-            f"validation accuracy {validation['accuracy']:.1%}, {seconds:.1f} s"
-        )
-    return checkpoints.load(checkpoints.best_epoch, state)

@@ -37,9 +37,9 @@ class Display:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def step(self) -> None:
-        """One more step was started."""
-        self._bar.advance(self._task)
+    def step(self, count: int = 1) -> None:
+        """So many more steps were started."""
+        self._bar.advance(self._task, count)
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the bar."""

@@ -1,10 +1,11 @@
 """The folder of a run: created once, gone on with after an interruption, never overwritten silently.
 
-config.json     the experiment, as given
-metrics.jsonl   one line an epoch and variant
-checkpoints/    the last and the best state of each variant
-summary.json    the results; its presence says that the run is finished
-*.png           pictures
+config.json           the experiment, as given
+config_history.jsonl  what --resume-changed changed in it, and after how many lines of metrics
+metrics.jsonl         one line an epoch and variant
+checkpoints/          the last two and the best state of each variant
+summary.json          the results; its presence says that the run is finished
+*.png                 pictures
 """
 
 import fcntl
@@ -17,12 +18,18 @@ from train.config import Experiment
 from train.nodes.config import GraphExperiment
 from train.stored import from_json, to_json
 
+CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
+
 
 class RunDirectory:
-    """The folder `runs_dir / experiment.name`, held by this process alone during the `with` statement."""
+    """The folder `runs_dir / experiment.name`, held by this process alone during the `with` statement.
 
-    def __init__(self, path: Path, lock):
-        self.path, self._lock = path, lock
+    Attributes:
+      path: of the folder.   changes: what differs from the configuration that it was held under before.
+    """
+
+    def __init__(self, path: Path, lock, changes: list[str]):
+        self.path, self._lock, self.changes = path, lock, changes
 
     def __enter__(self) -> Self:
         return self
@@ -32,48 +39,64 @@ class RunDirectory:
 
     def checkpoints(self, variant: str) -> Path:
         """Where the states of a variant are kept."""
-        return self.path / "checkpoints" / variant
+        return self.path / CHECKPOINTS / variant
 
     def log(self, **line: Any) -> None:
         """Appends one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.path / METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self, variant: str) -> list[dict[str, Any]]:
         """The lines of a variant."""
-        return [line for line in _read_lines(self.path / "metrics.jsonl") if line["variant"] == variant]
+        return [line for line in _read_lines(self.path / METRICS) if line["variant"] == variant]
 
     def forget_after(self, variant: str, epoch: int) -> None:
         """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         kept = [line for line in _read_lines(path) if line["variant"] != variant or line["epoch"] <= epoch]
         _write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: from now on the run is finished."""
-        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
-def open_run(runs_dir: Path, experiment: Experiment | GraphExperiment, *, overwrite: bool = False) -> RunDirectory:
+def open_run(
+    runs_dir: Path,
+    experiment: Experiment | GraphExperiment,
+    *,
+    overwrite: bool = False,
+    resume_changed: bool = False,
+) -> RunDirectory:
     """Creates the run's folder, or takes up an interrupted run of the same experiment.
 
+    Args:
+      runs_dir, experiment: the folder is `runs_dir / experiment.name`.
+      overwrite: delete what a run's folder holds.
+      resume_changed: take up an unfinished run though its configuration differs, as far as its steps stay the same
+        steps; config_history.jsonl records the change.
     Raises:
       FileExistsError: the folder holds a finished run, a run of another experiment or anything else, or
         another process is at work in it; nothing is changed.
     """
     path = runs_dir / experiment.name
-    other = "choose another --name, or --overwrite to delete it"
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is not a folder: choose another --name")
-    is_run = (path / "config.json").is_file()
+    changed: dict[str, tuple[Any, Any]] = {}
+    is_run = (path / CONFIG).is_file()
     if path.is_dir() and not is_run and any(entry.name != _LOCK for entry in path.iterdir()):
         raise FileExistsError(f"{path} holds something that is not a run: choose another --name")
     if is_run and not overwrite:
-        if (path / "summary.json").exists():
-            raise FileExistsError(f"{path} holds a finished run: {other}")
-        changed = _difference(path / "config.json", experiment)
-        if changed:
-            raise FileExistsError(f"{path} holds an unfinished run of another experiment ({changed}): {other}")
+        if (path / SUMMARY).exists():
+            raise FileExistsError(f"{path} holds a finished run: {_OTHER}")
+        changed = _differences(path, experiment)
+        shown = "; ".join(_describe(changed))
+        if changed and not resume_changed:
+            raise FileExistsError(
+                f"{path} holds an unfinished run of another experiment ({shown}): {_OTHER}, or --resume-changed"
+            )
+        if any(field.startswith(_MEANING_OF_A_STEP) for field in changed):
+            raise FileExistsError(f"{path} cannot be resumed with other steps ({shown}): {_OTHER}")
 
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
@@ -81,12 +104,22 @@ def open_run(runs_dir: Path, experiment: Experiment | GraphExperiment, *, overwr
         for entry in path.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    if not (path / "config.json").exists():
-        _write(path / "config.json", to_json(experiment))
-    return RunDirectory(path, lock)
+    if changed:
+        lines = len(_read_lines(path / METRICS))
+        change = {field: {"before": before, "now": now} for field, (before, now) in changed.items()}
+        with open(path / "config_history.jsonl", "a") as file:
+            file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
+    if changed or not (path / CONFIG).exists():
+        _write(path / CONFIG, to_json(experiment))
+    return RunDirectory(path, lock, _describe(changed))
 
 
 _LOCK = ".lock"
+
+_OTHER = "choose another --name, or --overwrite to delete it"
+
+_MEANING_OF_A_STEP = ("kind", "data.", "batch_size")
+"""Fields without which a number of steps does not say where a run stands."""
 
 
 def _lock(path: Path):
@@ -100,18 +133,19 @@ def _lock(path: Path):
     return file
 
 
-def _difference(path: Path, experiment: Experiment | GraphExperiment) -> str:
-    """The first field in which the experiment stored at `path` differs from `experiment`, "" if none."""
+def _differences(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[Any, Any]]:
+    """The fields in which the stored experiment and `experiment` differ, with both values."""
     try:
-        stored = _flat(json.loads(to_json(from_json(path.read_text()))))
+        stored = _flat(json.loads(to_json(from_json((path / CONFIG).read_text()))))
     except ValueError as error:
-        return f"unreadable config.json: {error}"
+        raise FileExistsError(f"{path} holds a run whose config.json is unreadable ({error}): {_OTHER}") from error
     given = _flat(json.loads(to_json(experiment)))
-    for field in sorted(stored.keys() | given.keys()):
-        before, now = stored.get(field), given.get(field)
-        if before != now:
-            return f"{field}: {before!r} there, {now!r} now"
-    return ""
+    fields = sorted(stored.keys() | given.keys())
+    return {f: (stored.get(f), given.get(f)) for f in fields if stored.get(f) != given.get(f)}
+
+
+def _describe(changed: dict[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{field}: {before!r} there, {now!r} now" for field, (before, now) in changed.items()]
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

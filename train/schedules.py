@@ -29,7 +29,16 @@ def cosine(peak: float, steps: int) -> Schedule:
     return lambda step: _half_cosine(peak, 0.0, step.astype(jnp.float32) / steps)
 
 
-SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {"one_cycle": one_cycle, "cosine": cosine}
+def constant(peak: float, steps: int) -> Schedule:
+    """peak, for tuning a trained network."""
+    return lambda step: jnp.full_like(step, peak, jnp.float32)
+
+
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
+    "one_cycle": one_cycle,
+    "cosine": cosine,
+    "constant": constant,
+}
 
 
 def _half_cosine(start: float, end: float, part: Float[Array, ""]) -> Float[Array, ""]:

@@ -10,73 +10,131 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from train.losses import classification_sums
-from train.state import TrainState
+from qpde.bits import Bits
+from train import twin
+from train.config import Loss
+from train.guards import all_finite, choose, hold_clips
+from train.losses import LOSSES, Outputs, classification_sums
+from train.state import TrainState, update_averages
 
 Batch = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
 Metrics = dict[str, Float[Array, ""]]
 
+_EXACT_BITS = 32  # of the twin: activations are clipped and not rounded
 
-def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    prepare: Callable[[Key[Array, ""], UInt8[Array, "n h w c"]], Float[Array, "n h w c"]],
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch, key) -> (state, metrics)`: one step down the mean cross entropy's gradient.
+
+def make_loss(
+    model: nn.Module, config: Loss
+) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
+    """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
     Args:
-      model: called as `model.apply(variables, x, train=True, mutable=...)`.
-      optimizer: its state is `state.opt_state`.
-      prepare: (key, images) -> the model's input: variation and normalisation.
+      model: called as `model.apply(variables, x, train=True, bits=bits, return_states=..., mutable=...)`.
+      config: names the row of `train.losses.LOSSES`.
     Returns:
-      A pure function.  Its batch is (images, labels), its metrics are those of `classification_sums`.
+      A function of the network's input x, the targets (N, classes) and the widths, traced, or None for the network's
+      own.  Logits and batch statistics are those of the quantized network, not of its twin.
+    """
+    row = LOSSES[config.name]
+
+    def forward(params, model_state, x, bits):
+        outputs, updated = model.apply(
+            {"params": params, **model_state},
+            x,
+            train=True,
+            bits=bits,
+            return_states=row.twin,
+            mutable=list(model_state),
+        )
+        return Outputs(*outputs) if row.twin else Outputs(outputs, ()), {**model_state, **updated}
+
+    def loss(params, model_state, x, targets, bits):
+        low, updated = forward(twin.low(params), model_state, x, bits)
+        high, act_bits = None, None
+        if row.twin:
+            widths = model.bits if bits is None else bits
+            high, _ = forward(twin.high(params), model_state, x, widths._replace(activations=_EXACT_BITS))
+            act_bits = widths.activations
+        terms = row.formula(low, high, targets, act_bits, config)
+        return terms["loss"], (terms, low.logits, updated)
+
+    return loss
+
+
+def make_train_step(
+    loss: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    prepare: Callable[..., tuple[Array, Array]],
+    *,
+    averaging: float = 0.0,
+) -> Callable[[TrainState, Batch, Key[Array, ""], Bits | None], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
+
+    Args:
+      loss: of `make_loss`.
+      optimizer: its state is `state.opt_state`.
+      prepare: (key, images, labels) -> the model's input and the targets, as `train.data.make_prepare` makes it.
+      averaging: share that moving averages keep; 0 for a state without them.
+    Returns:
+      A pure function.  Its batch is (images, labels); its sums over the images are the loss's terms, "correct", "count"
+      and "collapsed_clips", the clips that had to be held up (`train.guards.hold_clips`).
     """
 
-    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
-        x = prepare(key, images)
-
-        def mean_loss(params):
-            logits, model_state = model.apply(
-                {"params": params, **state.model_state}, x, train=True, mutable=list(state.model_state)
-            )
-            sums = classification_sums(logits, labels)
-            return sums["loss"] / sums["count"], (sums, model_state)
-
-        grads, (sums, model_state) = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            model_state={**state.model_state, **model_state},
-            opt_state=opt_state,
+        x, targets = prepare(key, images, labels)
+        grads, (terms, logits, model_state) = jax.grad(loss, has_aux=True)(
+            state.params, state.model_state, x, targets, bits
         )
-        return state, sums
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
+        state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+        if averaging:
+            state = update_averages(state, averaging)
+        counts = classification_sums(logits, labels)
+        sums = counts | {name: value * counts["count"] for name, value in terms.items()}
+        return state, sums | {"collapsed_clips": collapsed}
 
     return train_step
 
 
-def make_epoch_step(train_step, *, steps_per_epoch: int, batch_size: int):
-    """`epoch_step(state, totals, images, labels, order) -> (state, totals)`: the epoch's next batch, jitted.
-
-    `state` and `totals` are donated.  Nothing waits for the device: `totals` is read once an epoch, and a call costs
-    2 ms, so the loop over steps is in Python; a scan over ten steps of resnet20 took the same time, within noise.
+def make_select(*, steps_per_epoch: int, batch_size: int):
+    """`select(state, images, labels, order) -> (batch, key)`: of the step that the state stands at.
 
     Args:
-      train_step: of `make_train_step`.
       steps_per_epoch: at most (number of images) // batch_size.
       batch_size: images a step.
     """
 
-    def epoch_step(state: TrainState, totals: Metrics, images, labels, order) -> tuple[TrainState, Metrics]:
-        step = state.step
-        start = step % steps_per_epoch * batch_size
+    def select(state: TrainState, images, labels, order):
+        start = state.step % steps_per_epoch * batch_size
         chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-        key = jax.random.fold_in(_keys(state)[1], step)
-        state, sums = train_step(state, (images[chosen], labels[chosen]), key)
-        return state, _add(totals, sums, step)
+        return (images[chosen], labels[chosen]), jax.random.fold_in(_keys(state)[1], state.step)
 
-    return jax.jit(epoch_step, donate_argnums=(0, 1))
+    return select
+
+
+def make_epoch_step(train_step, select):
+    """`epoch_step(state, totals, bits, *data) -> (state, totals)`: the next step of an epoch, its sums added, jitted.
+
+    `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
+    Python; a scan over ten steps of resnet20 took the same time, within noise.
+
+    A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.guards`).
+
+    Args:
+      train_step: of `make_train_step`.
+      select: (state, *data) -> (batch, key), as `make_select` makes it.
+    """
+
+    def epoch_step(state: TrainState, totals: Metrics, bits: Bits | None, *data) -> tuple[TrainState, Metrics]:
+        after, sums = train_step(state, *select(state, *data), bits)
+        good = all_finite((after, sums)) & ~totals["broken"]
+        added = {name: totals[name] + value for name, value in sums.items()}
+        state, kept = choose(good, (after, added), (state, {name: totals[name] for name in sums}))
+        return state, kept | {"broken": ~good}
+
+    return jax.jit(epoch_step, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "steps_per_epoch"))
@@ -89,10 +147,10 @@ def epoch_order(state: TrainState, *, count: int, steps_per_epoch: int) -> Int[A
     return jax.random.permutation(epoch_key, count)
 
 
-def empty_totals() -> Metrics:
-    """Sums before the first batch; "broken_step" is the first step whose loss was not finite, -1 for none."""
-    zero = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
-    return zero | {"broken_step": jnp.int32(-1)}
+def empty_totals(*more: str) -> Metrics:
+    """Sums before the first batch, with those of these names too; "broken" says whether a step broke down."""
+    zero = {name: jnp.float32(0) for name in ("loss", "correct", "count", "collapsed_clips", *more)}
+    return zero | {"broken": jnp.bool_(False)}
 
 
 def _keys(state: TrainState) -> Key[Array, "2"]:
@@ -100,26 +158,23 @@ def _keys(state: TrainState) -> Key[Array, "2"]:
     return jax.random.split(state.key)
 
 
-def _add(totals: Metrics, sums: Metrics, step) -> Metrics:
-    broken = (totals["broken_step"] < 0) & ~jnp.isfinite(sums["loss"])
-    added = {name: totals[name] + sums[name] for name in sums}
-    return added | {"broken_step": jnp.where(broken, step, totals["broken_step"])}
+def make_evaluate(model: nn.Module, normalize) -> Callable[..., dict[str, float]]:
+    """`evaluate(variables, images, labels, bits=None) -> {"loss", "accuracy"}` over the batches of `stack_batches`.
 
-
-def make_evaluate(model: nn.Module, normalize) -> Callable[[dict[str, Any], Any, Any], dict[str, float]]:
-    """`evaluate(variables, images, labels) -> {"loss", "accuracy"}` over the batches of `stack_batches`."""
+    The widths are traced; None takes the model's own.
+    """
 
     @jax.jit
-    def sums_of(variables, images, labels):
+    def sums_of(variables, images, labels, bits):
         def add(totals, batch):
-            logits = model.apply(variables, normalize(batch[0]), train=False)
+            logits = model.apply(variables, normalize(batch[0]), train=False, bits=bits)
             return jax.tree.map(jnp.add, totals, classification_sums(logits, batch[1])), None
 
         zero = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
         return jax.lax.scan(add, zero, (images, labels))[0]
 
-    def evaluate(variables, images, labels):
-        sums = jax.device_get(sums_of(variables, images, labels))
+    def evaluate(variables, images, labels, bits=None):
+        sums = jax.device_get(sums_of(variables, images, labels, bits))
         return {
             "loss": float(sums["loss"] / sums["count"]),
             "accuracy": float(sums["correct"] / sums["count"]),

@@ -1,13 +1,15 @@
 """Real data in, plain NumPy arrays out: images with labels, label maps, and graphs with labelled nodes.
 
 Every loader checks what it reads and refuses, by name, what it cannot trust. Splits are deterministic: the same
-arguments give the same images in the same order. Nothing is downloaded and nothing is written.
+arguments give the same images in the same order. Nothing is downloaded and nothing is written, except by
+`download_planetoid`.
 """
 
 from qpde.datasets.camvid import load_camvid
 from qpde.datasets.cifar10 import load_cifar10
 from qpde.datasets.containers import Images, NodeGraph, SparseRows, Split, random_split
 from qpde.datasets.digits import load_digits, load_digits_graph
+from qpde.datasets.download import download_planetoid
 from qpde.datasets.planetoid import load_planetoid
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "NodeGraph",
     "SparseRows",
     "Split",
+    "download_planetoid",
     "load_camvid",
     "load_cifar10",
     "load_digits",

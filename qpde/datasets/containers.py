@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import jraph
 import numpy as np
+from jax.experimental.sparse import BCOO
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt8
+
+from qpde.graphs import from_edges
 
 
 class Split(NamedTuple):
@@ -68,7 +72,7 @@ class NodeGraph:
     senders, receivers: each edge once with sender < receiver, sorted; no self-loops.
     features: sparse (nodes, num_features).
     labels: class of each node, -1 where it is unknown.
-    train, validation, test: disjoint sorted node indices, all labelled.
+    train, validation, test: disjoint sorted node indices, all labelled; ValueError for one that is not.
     """
 
     senders: Int32[np.ndarray, " edges"]
@@ -81,9 +85,27 @@ class NodeGraph:
     num_features: int
     num_classes: int
 
+    def __post_init__(self):
+        for part in ("train", "validation", "test"):
+            nodes = getattr(self, part)
+            unknown = nodes[(self.labels[nodes] < 0) | (self.labels[nodes] >= self.num_classes)]
+            if unknown.size:
+                raise ValueError(
+                    f"{part} node {unknown[0]} has the label {self.labels[unknown[0]]}; "
+                    f"labels inside the splits must lie in 0 to {self.num_classes - 1}"
+                )
+
     @property
     def num_nodes(self) -> int:
         return len(self.labels)
+
+    def to_jraph(self) -> jraph.GraphsTuple:
+        """What the networks take: every edge once, `nodes` being the features as a BCOO matrix (nodes, features)."""
+        features = self.features
+        index = jnp.stack([jnp.asarray(features.row), jnp.asarray(features.column)], axis=1)
+        shape = (self.num_nodes, self.num_features)
+        nodes = BCOO((jnp.asarray(features.value), index), shape=shape, indices_sorted=True, unique_indices=True)
+        return from_edges(self.senders, self.receivers, num_nodes=self.num_nodes, nodes=nodes)
 
     def dense_features(self) -> Float32[np.ndarray, "nodes features"]:
         """The features as an ordinary matrix; Pubmed's has 40 MB."""

@@ -17,6 +17,7 @@ from qpde.datasets.containers import NodeGraph, SparseRows, find_folder, random_
 
 NAMES = ("cora", "citeseer", "pubmed")
 VALIDATION_NODES = 500  # Planetoid's protocol: the nodes right after the training nodes
+_SOURCE = "qpde.datasets.download_planetoid(name, root), or https://github.com/kimiyoung/planetoid (data/)"
 
 
 def load_planetoid(
@@ -55,12 +56,15 @@ def load_planetoid(
         (".", "raw", "planetoid/raw"),
         f"ind.{name}.*",
         what=f"the citation graph {name}",
-        source="https://github.com/kimiyoung/planetoid (data/)",
+        source=_SOURCE,
     )
-    path = {part: folder / f"ind.{name}.{part}" for part in ("y", "allx", "ally", "tx", "ty", "graph")}
+    path = {part: folder / f"ind.{name}.{part}" for part in ("y", "allx", "ally", "tx", "ty", "graph", "test.index")}
+    missing = [file.name for file in path.values() if not file.exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; get it from {_SOURCE}")
     known_rows, test_rows = (_read_matrix(path[part]) for part in ("allx", "tx"))
     known_labels, test_labels = (_read_labels(path[part]) for part in ("ally", "ty"))
-    test_nodes = _read_indices(folder / f"ind.{name}.test.index", first=len(known_labels))
+    test_nodes = _read_indices(path["test.index"], first=len(known_labels))
     num_train = len(_read_labels(path["y"]))
     _require(path["allx"], known_rows.shape[0] == len(known_labels), f"{len(known_labels)} rows, as ally has")
     _require(path["tx"], test_rows.shape == (len(test_nodes), known_rows.shape[1]), "as many rows as test.index")

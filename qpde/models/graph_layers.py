@@ -49,13 +49,18 @@ ROUNDINGS = ("branch", "state")
 KERNEL_INITS = ("identity", "orthogonal")
 STEP_BOUND = 1.9  # of h |K|^2 |G|^2; the diffusion step is non-expansive up to 2
 
+
+def _identity(z: jax.Array) -> jax.Array:
+    return z
+
+
 # "relu" is the published form, which lists every edge in both directions: the two rectified halves z and -z enter G^T
 # with opposite signs, and relu(z) - relu(-z) = z. What is left of it is that its activations are unsigned.
 NONLINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "identity": lambda z: z,
+    "identity": _identity,
     "tanh": jnp.tanh,
     "huber": lambda z: jnp.clip(z, -1.0, 1.0),
-    "relu": lambda z: z,
+    "relu": _identity,
 }
 
 
@@ -218,11 +223,15 @@ class PDELayer(GraphLayer):
         if self.rounding == "state":
             state = jax.tree.map(rounded, state)
 
+        is_linear = NONLINEARITIES[self.nonlinearity] is _identity and q.bits.activations is None
+
         def f(x, _):
             x = x if self.rounding == "state" else rounded(x)
-            z = graphs.gradient(call.graph, x @ kernel, kind=self.kind, scale=call.scale)
-            z = self._edge_activation(NONLINEARITIES[self.nonlinearity](z), q)
-            return -graphs.divergence(call.graph, z, kind=self.kind, scale=call.scale) @ adjoint
+            if is_linear:  # G^T (G x K) K^T, in any order
+                return graphs.laplacian(call.graph, x, kind=self.kind, scale=call.scale) @ (kernel @ adjoint)
+            x = x @ kernel
+            flux = self._flux(x, q, call)
+            return graphs.nonlinear_laplacian(call.graph, x, flux, kind=self.kind, scale=call.scale) @ adjoint
 
         if self.dynamics == "diffusion":
             return self._smooth(euler(f, state, None, step_size), call)
@@ -235,11 +244,20 @@ class PDELayer(GraphLayer):
             after, before = x + a * (x - before) - strength * f(x, None), x
         return self._smooth(after, call), before
 
-    def _edge_activation(self, z, q):
-        if self.nonlinearity != "relu":
-            return q.activation(z, 1, signed=True)
-        clip = q.act_clip(jnp.abs(z), 1, signed=False)
-        return q.activation(jax.nn.relu(z), 1, clip=clip) - q.activation(jax.nn.relu(-z), 1, clip=clip)
+    def _flux(self, x, q, call):
+        """Q_2(s(.)), a function of values on any edges."""
+        s, signed = NONLINEARITIES[self.nonlinearity], self.nonlinearity != "relu"
+        edges = None
+        if call.observe is not None:  # only then is the whole field G x needed
+            edges = jnp.abs(s(graphs.gradient(call.graph, x, kind=self.kind, scale=call.scale)))
+        clip = q.act_clip(edges, 1, signed=signed)
+
+        def rounded(z):
+            return q.activation(z, 1, signed=signed, clip=clip)
+
+        if signed:
+            return lambda z: rounded(s(z))
+        return lambda z: rounded(jax.nn.relu(z)) - rounded(jax.nn.relu(-z))
 
     def _stable_step(self, kernel):
         norm = spectral_norm(lambda v: v @ kernel, (self.width,), key=jax.random.key(0))
@@ -348,7 +366,7 @@ class _Quantized:
         clip = self._clip("weight_clips", index, kernel, bits, signed=True)
         return quantizers.quantize_weight(kernel, clip, bits, levels=self.layer.levels)
 
-    def act_clip(self, x: jax.Array, index: int, *, signed: bool) -> jax.Array:
+    def act_clip(self, x: jax.Array | None, index: int, *, signed: bool) -> jax.Array:
         """The clip of that index, chosen by who observes x when the call is observed."""
         return self._clip("act_clips", index, x, self.bits.activations, signed=signed)
 

@@ -66,12 +66,20 @@ class GraphModel:
 
 
 @dataclass(frozen=True)
+class GraphVariant(Variant):
+    """One network of an experiment: a name, and what differs from the shared `model` and `optimizer`."""
+
+    optimizer: Adam | None = None
+    """Instead of the shared one, for another kind of network."""
+
+
+@dataclass(frozen=True)
 class GraphExperiment:
     """Variants of a graph network, each trained from several seeds, in full precision and in few bits."""
 
     name: str
     """The run lives in the folder of this name."""
-    variants: tyro.conf.Fixed[tuple[Variant, ...]]
+    variants: tyro.conf.Fixed[tuple[GraphVariant, ...]]
     only: tuple[str, ...] = ()
     """Train only the variants of these names."""
     data: GraphData = field(default_factory=GraphData)
@@ -113,10 +121,14 @@ class GraphExperiment:
             raise ValueError(f"tune_learning_rate (={self.tune_learning_rate}) must lie in (0, 1]")
 
     @property
-    def chosen(self) -> tuple[Variant, ...]:
+    def chosen(self) -> tuple[GraphVariant, ...]:
         """The variants to train, in their order."""
         return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
 
-    def model_of(self, variant: Variant) -> GraphModel:
+    def model_of(self, variant: GraphVariant) -> GraphModel:
         """The shared model with the variant's changes."""
         return dataclasses.replace(self.model, **variant.changes)
+
+    def optimizer_of(self, variant: GraphVariant) -> Adam:
+        """The variant's own optimizer, or the shared one."""
+        return variant.optimizer or self.optimizer

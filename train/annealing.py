@@ -1,0 +1,69 @@
+"""Widths over a run: functions from the epoch, 1 for the first, to the bits of weights and activations.
+
+A network that starts with many bits and loses them one after the other reaches a better minimum than one that starts
+with few (Ben-Yair et al., 2022, section 5).  Widths are traced in the training step, so all of them share one compiled
+program; and they follow from the epoch, so a resumed run needs no record of them.
+"""
+
+from collections.abc import Callable
+
+from qpde.bits import Bits
+from train.config import Annealing, BitSchedule
+
+Widths = Callable[[int], int]
+
+
+def constant(schedule: BitSchedule, target: int) -> Widths:
+    """`target` throughout."""
+    return lambda epoch: target
+
+
+def staircase(schedule: BitSchedule, target: int) -> Widths:
+    """max(target, start - floor((epoch - 1) / every)): one bit less after every `every` epochs."""
+    return lambda epoch: max(target, schedule.start - (epoch - 1) // schedule.every)
+
+
+def listed(schedule: BitSchedule, target: int) -> Widths:
+    """The widths of the list, each for `every` epochs, then `target`."""
+    widths = [*schedule.widths, target]
+    return lambda epoch: widths[min((epoch - 1) // schedule.every, len(widths) - 1)]
+
+
+BIT_SCHEDULES: dict[str, Callable[[BitSchedule, int], Widths]] = {
+    "constant": constant,
+    "staircase": staircase,
+    "listed": listed,
+}
+
+
+def is_annealed(annealing: Annealing) -> bool:
+    """Whether any width changes with the epoch."""
+    return (annealing.weights.schedule, annealing.activations.schedule) != ("constant", "constant")
+
+
+def widths_of(annealing: Annealing, target: Bits, epochs: int) -> Callable[[int], Bits]:
+    """The epoch's `Bits`, of Python integers or None.
+
+    Args:
+      annealing: the schedules.   target: widths of the model, reached in the last epoch at the latest.
+      epochs: length of the run.
+    Raises:
+      ValueError: a schedule for a part that is not quantized, or one that is not at its target by the last epoch.
+    """
+
+    def part(name: str) -> Callable[[int], int | None]:
+        schedule, bits = getattr(annealing, name), getattr(target, name)
+        if schedule.schedule == "constant":
+            return lambda epoch: bits
+        if bits is None:
+            raise ValueError(f"annealing.{name} has no target: give the model a width of {name}, not None")
+        widths = BIT_SCHEDULES[schedule.schedule](schedule, bits)
+        if widths(epochs) != bits:
+            raise ValueError(
+                f"annealing.{name} ends at {widths(epochs)} bits after {epochs} epochs, not at the model's {bits}: "
+                "give more --epochs, or less to start from or to hold (start, every, widths)"
+            )
+        return widths
+
+    weights, activations = part("weights"), part("activations")
+    return lambda epoch: Bits(weights(epoch), activations(epoch))

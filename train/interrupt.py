@@ -1,0 +1,52 @@
+"""SIGINT (Ctrl-C) and SIGTERM become a request that the training loop answers after its current step."""
+
+import signal
+import threading
+from typing import Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Training stopped on request, its state saved.
+
+    Attributes:
+      exit_status: 128 + the signal's number, as a shell reports it: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
+class StopRequest:
+    """Notes the first signal inside a `with` statement; the second one acts as it would have without it.
+
+    A signal that the process ignores, as a background job of a shell ignores SIGINT, stays ignored.  Outside the main
+    thread, where Python receives no signals, nothing is noted.
+
+    Attributes:
+      signal_number: of the signal, None before it.
+    """
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._before = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _note(self, number, _) -> None:
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
