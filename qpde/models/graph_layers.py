@@ -224,6 +224,7 @@ class PDELayer(GraphLayer):
             state = jax.tree.map(rounded, state)
 
         is_linear = NONLINEARITIES[self.nonlinearity] is _identity and q.bits.activations is None
+        is_linear &= call.observe is None  # who observes sees the edges too
 
         def f(x, _):
             x = x if self.rounding == "state" else rounded(x)
