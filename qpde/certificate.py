@@ -40,7 +40,7 @@ from qpde.models.blocks import Block, InvertedBlock, StableBlock, is_depthwise
 from qpde.models.layers import NORM_EPSILON, Mode, normalize
 from qpde.models.network import Network
 
-__all__ = ["Certificate", "StepBound", "certify", "step_bounds"]
+__all__ = ["Certificate", "StepBound", "certify", "step_bound", "step_bounds"]
 
 # From 16 bits on a quantizer clips and does not round.
 _EXACT_BITS = 32
@@ -130,25 +130,30 @@ def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bi
     found = []
     for index, (block, own, step_size, _) in enumerate(model.steps(variables)):
         widths = Bits(*(v if v is None or np.ndim(v) == 0 else v[index] for v in bits))
-        kernels, scales, step_size = jax.device_get(jax.jit(block.factors, static_argnums=2)(own, step_size, widths))
-        clips = np.asarray(own["params"]["act_clips"])
-        radii = [_rounding(clip, widths.activations, block, i) for i, clip in enumerate(clips)]
-        found.append(_step_bound(block, kernels, scales, float(step_size), radii, size))
+        found.append(step_bound(block, own, step_size, widths, size))
         size = block.output_size(*size)
     return found
 
 
-def _step_bound(block: Block, kernels, scales, h, radii, size) -> StepBound:
-    """The table of the module's docstring, and the rounding errors of the quantizers carried through the step.
+def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: tuple[int, int]) -> StepBound:
+    """The table of the module's docstring, and the rounding errors of the quantizers carried through one step.
 
     `first` and `second` bound |Q_1(x) - clip(x)| and |Q_2(z) - clip(z)|. With L' the constant of xc -> xc - h f(xc),
     rounding the shortcut as well gives L' first + h |B| second for the branch h B s(A x) of the step.
+
+    Args:
+      block, variables, step_size: of `Network.steps`.   bits: scalars, activations not None.
+      size: height and width of the step's input.
     """
+    factors = jax.jit(block.factors)(variables, jnp.float32(step_size), bits)
+    kernels, scales, h = jax.tree.map(np.asarray, factors)
+    clips = np.asarray(variables["params"]["act_clips"])
+    radii = [_rounding(clip, bits.activations, block, i) for i, clip in enumerate(clips)]
     pixels = math.prod(size)
     first = radii[0] * math.sqrt(pixels * block.width_in)
     keeps_rounding = block.residual == "rounded"
     if block.symmetric:
-        forward, back, step, hidden = _symmetric_norms(block, kernels, scales, h, size)
+        forward, back, step, hidden = _symmetric_norms(block, kernels, scales, float(h), size)
         second = radii[1] * math.sqrt(hidden)
         branch = h * back * (forward * first + second)
         lipschitz = step
