@@ -145,8 +145,7 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
       block, variables, step_size: of `Network.steps`.   bits: scalars, activations not None.
       size: height and width of the step's input.
     """
-    factors = jax.jit(block.factors)(variables, jnp.float32(step_size), bits)
-    kernels, scales, h = jax.tree.map(np.asarray, factors)
+    kernels, scales, h = jax.tree.map(np.asarray, _factors(block, variables, jnp.float32(step_size), bits))
     clips = np.asarray(variables["params"]["act_clips"])
     radii = [_rounding(clip, bits.activations, block, i) for i, clip in enumerate(clips)]
     pixels = math.prod(size)
@@ -183,6 +182,11 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
         if block.stride == 2:
             lipschitz, injected = lipschitz / 2, injected / 2
     return StepBound(lipschitz, injected)
+
+
+@partial(jax.jit, static_argnames="block")
+def _factors(block, variables, step_size, bits):
+    return block.factors(variables, step_size, bits)
 
 
 def _symmetric_norms(block, kernels, scales, h, size):

@@ -59,9 +59,8 @@ def equalize(model: nn.Module, variables: dict, batches: Iterable[Array]) -> dic
         stage = f"stage{s}"
         params[stage], stats[stage] = dict(params[stage]), dict(stats[stage])
         for name, block, _, _ in groups(blocks):
-            rescale = jax.vmap(partial(_rescaled, block))
-            params[stage][name], stats[stage][name] = rescale(
-                params[stage][name], stats[stage][name], ranges[stage][name]["act_clips"]
+            params[stage][name], stats[stage][name] = _rescaled(
+                block, params[stage][name], stats[stage][name], ranges[stage][name]["act_clips"]
             )
     return {**variables, "params": params, "batch_stats": stats}
 
@@ -74,8 +73,13 @@ def _largest_activations(model, variables, x):
     return model.apply(variables, x, bits=Bits(), observe=largest, mutable=["observed"])[1]["observed"]
 
 
+@partial(jax.jit, static_argnames="block")
 def _rescaled(block: Block, params: dict, stats: dict, ranges: list[Array]) -> tuple[dict, dict]:
-    """Parameters and statistics of one block with its free scales chosen."""
+    """Parameters and statistics of equal blocks with their free scales chosen."""
+    return jax.vmap(partial(_rescaled_block, block))(params, stats, ranges)
+
+
+def _rescaled_block(block, params, stats, ranges):
     params, stats = dict(params), dict(stats)
     for scaling in block.scalings:
         kernel = params[scaling.kernel]

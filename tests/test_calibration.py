@@ -142,11 +142,9 @@ def test_the_mse_clip_of_a_stream_is_never_worse_than_its_maximum(seed, bits):
 KINDS = [
     ("resnet20", {"symmetric": False}),
     ("resnet20", {"symmetric": True}),
-    ("resnet20", {"norm": "tied", "step_size": "auto"}),
     ("resnet20", {"norm": "tied", "smoothing": models.Smoothing()}),
     ("stablenet20", {"norm": "spectral", "residual": "precise"}),
     ("mobilenetv2", {"symmetric": False}),
-    ("mobilenetv2", {"symmetric": True}),
 ]
 
 
@@ -214,9 +212,7 @@ def test_scales_that_are_not_free_are_left_alone():
 # Networks.
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [KINDS[0], ("resnet20", {"norm": "spectral", "residual": "precise"}), KINDS[5]]
-)
+@pytest.mark.parametrize(("name", "options"), [KINDS[0], KINDS[4]])
 def test_32_bits_mean_the_function_that_was_trained(name, options):
     model, variables = trained(name, **options)
     x = images(4, seed=3)

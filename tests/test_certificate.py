@@ -70,10 +70,11 @@ NETWORKS = {
     "separate": ("resnet20", {"symmetric": True}),
     "plain": ("resnet20", {"symmetric": False}),
     "mobile, plain": ("mobilenetv2", {"symmetric": False}),
-    "mobile, tied": ("mobilenetv2", {"norm": "tied", "residual": "precise", "signed_inputs": True}),
     "mobile, spectral": ("mobilenetv2", {"norm": "spectral", "signed_inputs": True}),
-    "smoothed": ("stablenet20", {"norm": "spectral", "smoothing": models.Smoothing(output=True)}),
-    "powers of two": ("stablenet20", {"norm": "spectral", "levels": "pot"}),
+    "smoothed, powers of two": (
+        "stablenet20",
+        {"norm": "spectral", "levels": "pot", "smoothing": models.Smoothing(output=True)},
+    ),
 }
 COLLECTIONS = ["batch_stats", "spectral"]
 
@@ -141,7 +142,7 @@ def check(model, variables, x, bits, window=1):
     return certificate, difference, (logits, logits_twin)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", list(NETWORKS)[1:])  # more of the first one below
 @settings(max_examples=4)
 @given(seed=SEEDS, weights=st.integers(2, 8), activations=st.sampled_from([2, 3, 4, 6, 8]))
 def test_no_input_moves_by_more_than_its_bound(kind, seed, weights, activations):
@@ -154,11 +155,11 @@ def test_over_all_steps_the_bound_is_the_difference():
     model, init = network("spectral, precise")
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
     tightness = []
-    for window in (1, 2, 4):
+    for window in (1, 4):
         certificate, difference, _ = check(model, variables, x, Bits(4, 4), window)
         tightness.append(float(np.median(certificate.bound[difference > 0] / difference[difference > 0])))
-    assert tightness[0] > tightness[1] > tightness[2]
-    np.testing.assert_allclose(tightness[2], 1, rtol=1e-3)
+    assert tightness[0] > 1.5 * tightness[1]
+    np.testing.assert_allclose(tightness[1], 1, rtol=1e-3)
 
 
 def test_the_estimate_is_close_at_eight_bits():

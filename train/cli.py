@@ -15,6 +15,7 @@ from train.config import Experiment
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.quantize import Quantize, prepare_quantize
 from train.replay import Replay, prepare_replay
 
 _PROGRAM = "python -m train"
@@ -82,6 +83,11 @@ def parse_replay(arguments: Sequence[str]) -> Callable[[Console], int]:
     return prepare_replay(tyro.cli(Replay, args=list(arguments), prog=f"{_PROGRAM} replay"))
 
 
+def parse_quantize(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The job that the arguments of `quantize` describe, everything about it checked."""
+    return prepare_quantize(tyro.cli(Quantize, args=list(arguments), prog=f"{_PROGRAM} quantize"))
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table.
@@ -99,6 +105,7 @@ class Command:
 
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
+    "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }
 
