@@ -32,10 +32,11 @@ def conv(
     """Convolution K x (cross-correlation, as everywhere in deep learning).
 
     y[n, i, j, o] = sum_{a, b, c} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, c, o], with x zero outside,
-    stride s, padding p and dilation d. Sums are kept in float32 whatever the dtype of x.
+    stride s, padding p and dilation d. Products are those of the kernel's dtype: a bfloat16 kernel rounds x, and y, to
+    bfloat16 too. Sums are kept in float32 whatever it is.
 
     Args:
-      x: images.   kernel: in x's dtype, kh and kw odd.
+      x: images.   kernel: kh and kw odd.
       stride: 1 or more.   dilation: distance of the kernel's taps, 1 or more.
       padding: zeros on each side of both axes, 0 or more; None is d (k - 1) / 2 on each axis, which keeps the size
         at stride 1 and is the usual padding=1 of a 3x3 kernel at stride 2 (XLA's "SAME" differs there).
@@ -45,7 +46,7 @@ def conv(
       ValueError: an even kernel; a stride, padding or dilation out of range; a kernel larger than the padded image.
     """
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
-    return _conv(form, x, kernel)
+    return _in_kernel_dtype(_conv, form, x, kernel)
 
 
 def conv_adjoint(
@@ -72,7 +73,7 @@ def conv_adjoint(
       ValueError: as `conv`; a missing `size` at a stride above 1; a `size` that `conv` does not map to y's.
     """
     form = _adjoint_form(y.shape[1:3], kernel, stride, padding, dilation, size)
-    return _conv_adjoint(form, y, kernel)
+    return _in_kernel_dtype(_conv_adjoint, form, y, kernel)
 
 
 def depthwise(
@@ -90,7 +91,7 @@ def depthwise(
     Args, Returns, Raises: as `conv`.
     """
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
-    return _depthwise(form, x, kernel)
+    return _in_kernel_dtype(_depthwise, form, x, kernel)
 
 
 def depthwise_adjoint(
@@ -107,7 +108,12 @@ def depthwise_adjoint(
     With padding=0 it is the full correlation: the image grows back to the size that `depthwise` shrank.
     """
     form = _adjoint_form(y.shape[1:3], kernel, stride, padding, dilation, size)
-    return _depthwise_adjoint(form, y, kernel)
+    return _in_kernel_dtype(_depthwise_adjoint, form, y, kernel)
+
+
+def _in_kernel_dtype(f, form, x, kernel):
+    """Cast outside the custom rules, so that the narrow x is what the backward pass keeps."""
+    return f(form, x.astype(kernel.dtype), kernel).astype(x.dtype)
 
 
 class _Form(NamedTuple):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import qpde
 from qpde import models
@@ -333,3 +334,36 @@ def test_bad_input_is_refused_by_name():
         model.apply(variables, jnp.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match="6 blocks"):
         model.apply(variables, images(), bits=qpde.Bits(4, jnp.full(9, 4)))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
+def test_in_bfloat16_every_convolution_and_nothing_else_is_narrow(name):
+    model = models.create(name, num_classes=3, norm="spectral", weight_bits=4, act_bits=4, compute_dtype="bfloat16")
+    model = model.clone(stages=model.stages[:1])
+    x = images(2)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def gradient(variables, x):
+        def loss(params):
+            (logits, states), updated = model.apply(
+                variables | {"params": params}, x, train=True, return_states=True, mutable=["batch_stats", "spectral"]
+            )
+            return jnp.sum(logits), (states, updated)
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    program, shapes = jax.make_jaxpr(gradient, return_shape=True)(variables, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, shapes))} == {jnp.dtype("float32")}
+    convolutions = [eqn for eqn in _equations(program.jaxpr) if eqn.primitive.name == "conv_general_dilated"]
+    assert len(convolutions) > 10
+    assert {v.aval.dtype for eqn in convolutions for v in eqn.invars} == {jnp.dtype("bfloat16")}
+    rounding = [eqn for eqn in _equations(program.jaxpr) if eqn.primitive.name in ("round", "rsqrt", "reduce_sum")]
+    assert {v.aval.dtype for eqn in rounding for v in eqn.invars} <= {jnp.dtype("float32")}
+
+
+def _equations(jaxpr):
+    """Every equation of a program, those inside loops and functions too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _equations(inner)

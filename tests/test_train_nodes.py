@@ -108,6 +108,15 @@ def test_epochs_in_a_scan_are_the_loop_written_out():
         np.testing.assert_allclose(states.best_accuracy[i], max(scores)[0])
 
 
+def test_epochs_move_nothing_between_host_and_device():
+    bits = jax.device_put(Bits(np.float32(4), np.float32(4)))
+    states, others = started(bits), started(bits)
+    with jax.transfer_guard("disallow"):
+        steps.train_seeds(MODEL, OPTIMIZER, states, TASK, bits, epochs=3, at_once=1)
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
+        steps.train_seeds(MODEL, OPTIMIZER, others, TASK, Bits(np.float32(4), np.float32(4)), epochs=3, at_once=1)
+
+
 @pytest.mark.parametrize("bits", [EXACT, Bits(jnp.float32(4), jnp.float32(4))])
 def test_seeds_side_by_side_are_the_seeds_one_after_another(bits):
     one, apart = steps.train_seeds(MODEL, OPTIMIZER, started(bits), TASK, bits, epochs=3, at_once=1)

@@ -142,16 +142,27 @@ def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_las
 
     traced, reestimated = [], []
     make_train_step, reestimate = application.make_train_step, application.reestimate_statistics
+    make_epoch_step = application.make_epoch_step
 
     def counted(*arguments, **options):
         step = make_train_step(*arguments, **options)
         return lambda *inner: traced.append(1) or step(*inner)
+
+    def guarded(*arguments, **options):
+        step = make_epoch_step(*arguments, **options)
+
+        def call(*inner):
+            with jax.transfer_guard("disallow"):
+                return step(*inner)
+
+        return call
 
     def noted(model, variables, batches, bits):
         reestimated.append(bits)
         return reestimate(model, variables, batches, bits)
 
     monkeypatch.setattr(application, "make_train_step", counted)
+    monkeypatch.setattr(application, "make_epoch_step", guarded)  # the widths lie on the device, too
     monkeypatch.setattr(application, "reestimate_statistics", noted)
     annealing = "--annealing.weights.schedule staircase --annealing.weights.start 5 --annealing.weights.every 1"
     annealing += " --annealing.activations.schedule listed --annealing.activations.widths 8 6"

@@ -4,7 +4,7 @@ A state is any pytree of arrays and random keys.  Orbax copies it and writes in 
 meanwhile; a kill at any moment leaves the states that were complete before.  Before a written folder gets its final
 name, SHA256SUMS is added to it (`sha256sum --check SHA256SUMS` reads it): a checkpoint without the file, or whose files
 differ from it, is damaged.  Opening the folder sets damaged ones aside, and what is left is used as if they had never
-been.
+been.  Of several processes each writes a part; when all have, the first one adds the file.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from train.processes import from_first
 
 Tree = TypeVar("Tree")
 
@@ -33,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
-        self.damaged = _set_aside_damaged(self._directory)
+        self.damaged = from_first(lambda: _set_aside_damaged(self._directory))
         keep_best = preservation_policy.BestN(get_metric_fn=_quality, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), keep_best]),
@@ -92,13 +94,15 @@ class Checkpoints:
         return jax.tree.map(_typed_like, like, stored)
 
     def _seal(self) -> None:
-        """Called in the thread that writes, when the files are complete and before the folder gets its final name."""
+        """Called in the first process, in the thread that writes, when all files are complete, of every process, and
+        before the folder gets its final name.
+        """
         for folder in self._directory.glob("*" + ocp.utils.TMP_DIR_SUFFIX + "*"):
             seal(folder)
 
 
 def read_best(directory: Path):
-    """The best state of another run, as plain dictionaries and arrays.
+    """The best state of another run, as plain dictionaries and arrays on one device, whichever it was saved from.
 
     Raises:
       FileNotFoundError: there is none, or none that was validated.   ValueError: a checkpoint there is damaged.
@@ -109,10 +113,16 @@ def read_best(directory: Path):
             raise ValueError(f"{path} is damaged ({harm}): train that run again")
     options = ocp.CheckpointManagerOptions(best_fn=_quality, create=False)
     if steps:
-        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        handlers = ocp.StandardCheckpointHandler()
+        with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
             best = manager.best_step()
             if manager.metrics(best)["validated"]:
-                return manager.restore(best, args=ocp.args.StandardRestore())
+                here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                template = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                    manager.item_metadata(best).tree,
+                )
+                return manager.restore(best, args=ocp.args.StandardRestore(template))
     raise FileNotFoundError(f"{directory} holds no state at the end of an epoch: run that experiment first")
 
 

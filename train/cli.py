@@ -15,6 +15,7 @@ from train.config import Experiment
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.processes import is_first, join
 from train.quantize import Quantize, prepare_quantize
 from train.replay import Replay, prepare_replay
 
@@ -43,6 +44,14 @@ class Run(Generic[E]):
     resume_changed: bool = False
     """Go on with an unfinished run though some options differ from those it was started with. They are listed, and
     recorded in config_history.jsonl."""
+    distributed: str | None = None
+    """Train together with the other processes started with the same command, one a host, over a folder that all see:
+    "auto" where they find each other (SLURM, Open MPI, Kubernetes, Cloud TPU), or HOST:PORT of the first one, with
+    --processes and --process. --devices 0 then takes the devices of all."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is: 0, the one that writes and speaks, or 1, 2, ..."""
 
 
 def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment]:
@@ -69,6 +78,8 @@ def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment
 def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     """The job that the arguments of `run` describe, everything about it checked."""
     options = parse_run(arguments)
+    if options.distributed is not None:
+        join(options.distributed, options.processes, options.process)
     return prepare_job(
         options.experiment,
         data_dir=options.data_dir,
@@ -129,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     try:
-        return work(Console()) or 0
+        return work(Console(quiet=not is_first())) or 0
     except (FloatingPointError, CheckpointError) as error:
         return _fail(str(error), status=1)
     except Interrupted as interrupted:
@@ -170,7 +181,9 @@ def _help() -> str:
         "Trains the quantized networks of qpde and reports how faithful they stay in few bits.\n\n"
         f"commands:\n{commands}\n\n"
         f"`{_PROGRAM} run configs/digits.py` is the place to start: it needs no data and takes minutes.\n"
-        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults."
+        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults.\n"
+        "Compiled programs are kept in the user's cache: JAX_COMPILATION_CACHE_DIR moves them,\n"
+        "JAX_ENABLE_COMPILATION_CACHE=false turns that off."
     )
 
 

@@ -69,6 +69,8 @@ class Model:
     """How the equal blocks of a stage are run."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions; parameters, quantizers, norms and sums stay float32. The narrow one is for GPUs and TPUs."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,13 @@ class Experiment(Comparison):
     epochs: int = 10
     """Passes over the training images. 0 evaluates what training would start from."""
     batch_size: int = 128
-    """Images a step. The images left over at the end of an epoch are dropped."""
+    """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are computed one after the other and averaged, where the whole one needs too
+    much memory. Batch norms then see one part at a time: its statistics normalise it and move the running ones."""
+    devices: int = 1
+    """Devices that share each batch; 0 is all there are, as runs of several processes need. The result depends on it
+    by the rounding of sums alone."""
     clip_start: str = "rms"
     """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
     start_from: str | None = None
@@ -292,6 +300,10 @@ class Experiment(Comparison):
             if self.calibration is not None:
                 raise ValueError("calibration quantizes a trained network: give --start-from RUN")
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        check_at_least("accumulate", self.accumulate, 1)
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(f"accumulate (={self.accumulate}) leaves less than 2 of {self.batch_size} images a part")
+        check_at_least("devices", self.devices, 0)
         check_at_least("checkpoint_every", self.checkpoint_every, 0)
         check_at_least("seed", self.seed, 0)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 import qpde.models
@@ -20,11 +21,12 @@ from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
 from train.annealing import is_annealed, widths_of
 from train.checkpoints import Checkpoints
-from train.config import Experiment, Variant
+from train.config import Experiment, Loss, Variant
 from train.data import load_images, make_prepare, make_vary, normalized_batches, stack_batches
 from train.guards import make_explain
 from train.loop import Plan, fit
 from train.losses import LOSSES
+from train.mesh import check_divides, local, make_mesh, put, replicated, stacked_sharding
 from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import check_drawable, write_report
@@ -52,14 +54,16 @@ def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "T
     if count < experiment.batch_size:
         raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
     check_drawable(experiment.chosen)
-    trainings = {variant.name: Training.create(experiment, variant, images) for variant in experiment.chosen}
+    mesh = make_mesh(experiment.devices)
+    check_divides(experiment.batch_size, mesh, experiment.accumulate)
+    trainings = {variant.name: Training.create(experiment, variant, images, mesh) for variant in experiment.chosen}
     stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
     return trainings, partial(write_report, experiment, stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A variant with its data, network, optimizer and start (None: random): checked, nothing computed yet.
+    """A variant with its data, network, optimizer, start (None: random) and devices: checked, nothing computed yet.
 
     Attributes:
       exact: the network without quantizers.
@@ -72,9 +76,10 @@ class Training:
     exact: nn.Module
     optimizer: optax.GradientTransformation
     start: Start | None
+    mesh: Mesh
 
     @classmethod
-    def create(cls, experiment: Experiment, variant: Variant, images: Images) -> "Training":
+    def create(cls, experiment: Experiment, variant: Variant, images: Images, mesh: Mesh) -> "Training":
         """Builds the variant and traces its first batch, so that unusable options are found.
 
         Raises:
@@ -99,7 +104,7 @@ class Training:
         steps = experiment.epochs * (len(images.train.labels) // experiment.batch_size)
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
-        return cls(experiment, variant, images, model, exact, optimizer, start)
+        return cls(experiment, variant, images, model, exact, optimizer, start, mesh)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains, or goes on with training, and evaluates the best state; its results and the history."""
@@ -108,19 +113,27 @@ class Training:
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
-        experiment, images = self.experiment, self.images
+        experiment, images, mesh = self.experiment, self.images, self.mesh
+        everywhere = partial(put, sharding=replicated(mesh))
         steps_per_epoch = len(images.train.labels) // experiment.batch_size
-        loss, prepare = make_loss(self.model, experiment.loss), make_prepare(experiment.data, images)
+        loss = make_loss(self.model, _for_parts(experiment.loss, experiment.accumulate))
+        prepare = make_prepare(experiment.data, images)
         row = LOSSES[experiment.loss.name]
         select = make_select(steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
         explain = make_explain(self.model, loss, prepare)
-        validation = stack_batches(images.validation, experiment.batch_size)
-        train_step = make_train_step(loss, self.optimizer, prepare, averaging=experiment.optimizer.averaging)
-        epoch_step = make_epoch_step(train_step, select)
+        validation = put(stack_batches(images.validation, experiment.batch_size), stacked_sharding(mesh))
+        averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
+        train_step = make_train_step(loss, self.optimizer, prepare, averaging=averaging, accumulate=accumulate)
+        epoch_step = make_epoch_step(train_step, select, mesh=mesh)
         annealing = experiment.annealing
         # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
-        traced = (lambda bits: bits) if is_annealed(annealing) else (lambda bits: None)
-        train_images, labels = jnp.asarray(images.train.images), jnp.asarray(images.train.labels, jnp.int32)
+        traced = partial(jax.tree.map, np.int32) if is_annealed(annealing) else (lambda bits: None)
+        # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
+        # gathered without asking the other devices.
+        train_images, labels = everywhere((images.train.images, images.train.labels.astype(np.int32)))
+
+        def enter(state, bits):
+            return everywhere(self._reestimated(local(state), bits))
 
         def batches(state):
             order = epoch_order(state, count=len(labels), steps_per_epoch=steps_per_epoch)
@@ -132,9 +145,9 @@ class Training:
             steps_per_epoch=steps_per_epoch,
             checkpoint_every=experiment.checkpoint_every,
             bits=widths_of(annealing, self.model.bits, experiment.epochs),
-            enter=self._reestimated if annealing.reestimate else lambda state, bits: state,
-            step=lambda state, totals, bits, *data: epoch_step(state, totals, traced(bits), *data),
-            totals=empty_totals(*row.logged),
+            enter=enter if annealing.reestimate else lambda state, bits: state,
+            step=lambda state, totals, bits, *data: epoch_step(state, totals, everywhere(traced(bits)), *data),
+            totals=everywhere(empty_totals(*row.logged)),
             batches=batches,
             evaluate=lambda variables, bits: self._scores(variables, *validation, traced(bits)),
             score=_by_accuracy if row.labels else _by_similarity,
@@ -148,7 +161,8 @@ class Training:
                 console, self.variant.name, steps=experiment.epochs * steps_per_epoch, done=checkpoints.last_step
             ) as display,
         ):
-            return fit(self._first_state(), plan, run=run, checkpoints=checkpoints, display=display)
+            first = everywhere(self._first_state())
+            return local(fit(first, plan, run=run, checkpoints=checkpoints, display=display))
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
@@ -257,6 +271,11 @@ def _check_loss(experiment: Experiment, bits: Bits) -> None:
         raise ValueError(f"loss.name (={name!r}) compares with the high-precision twin: give the model act_bits")
     if not LOSSES[name].labels and experiment.start_from is None:
         raise ValueError(f"loss.name (={name!r}) tunes a trained network: give --start-from RUN")
+
+
+def _for_parts(loss: Loss, accumulate: int) -> Loss:
+    """The similarity is a sum over images: the average over parts of a batch is that much smaller than the whole."""
+    return dataclasses.replace(loss, similarity_weight=accumulate * loss.similarity_weight)
 
 
 def _by_accuracy(line: dict[str, Any]) -> dict[str, float]:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 import train.experiment
 import train.nodes.experiment
 from train.config import Experiment
 from train.nodes.config import GraphExperiment
+from train.processes import is_first
 from train.rundir import RunDirectory, open_run
 
 _PREPARE = {Experiment: train.experiment.prepare, GraphExperiment: train.nodes.experiment.prepare}
@@ -38,6 +40,8 @@ def prepare_job(
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
     """
+    if jax.process_count() > 1 and not isinstance(experiment, Experiment):
+        raise ValueError(f"{experiment.name} trains on one graph, which several processes cannot share: start one")
     trainings, report = _PREPARE[type(experiment)](experiment, data_dir)
     run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
     return Job(trainings, report, run)
@@ -69,4 +73,5 @@ class Job:
             for change in run.changes:
                 console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
             results = {name: training(run, console) for name, training in self.trainings.items()}
-            self.report(run, results, console)
+            if is_first():
+                self.report(run, results, console)

@@ -18,6 +18,7 @@ from qpde.bits import Bits
 from train.checkpoints import Checkpoints
 from train.guards import SMALLEST_CLIP
 from train.interrupt import Interrupted, StopRequest
+from train.processes import largest
 from train.progress import Display
 from train.rundir import RunDirectory
 from train.state import TrainState
@@ -85,9 +86,7 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
         return _evaluated(state, plan, run=run, checkpoints=checkpoints)
     for folder in checkpoints.damaged:
         display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
-    # Restored arrays are committed to their device.  New ones are not, and to jit a mixture is another program.
-    state, empty = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), (state, plan.totals))
-    step, totals = checkpoints.last_step, empty
+    step, totals = checkpoints.last_step, plan.totals
     run.forget_after(name, step // plan.steps_per_epoch)
     if step:
         state, totals = checkpoints.load(step, (state, totals))
@@ -109,15 +108,16 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                 step += 1
                 display.step()
                 due = plan.checkpoint_every and step % plan.checkpoint_every == 0
-                if step % plan.steps_per_epoch and (due or stop.signal_number):
+                stopped = largest(stop.signal_number or 0)  # a signal to one process ends the same step in all
+                if step % plan.steps_per_epoch and (due or stopped):
                     _check_finite(state, totals, plan)
                     checkpoints.save(step, (state, totals))
-                if stop.signal_number:
+                if stopped:
                     break
             if step % plan.steps_per_epoch == 0:
                 line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
                 run.log(**line)
-                totals = empty
+                totals = plan.totals
                 final = bits == plan.bits(plan.epochs)
                 checkpoints.save(step, (state, totals), plan.score(line) if final else None)
                 display.line(
@@ -128,10 +128,10 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                 ended = _ended(line, plan)
                 for warning in _warnings(line, plan):
                     display.line(f"{name}: warning: {warning}")
-            if stop.signal_number:
+            if stopped or (stopped := largest(stop.signal_number or 0)):
                 raise Interrupted(
                     f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
-                    stop.signal_number,
+                    stopped,
                 )
     return checkpoints.load(checkpoints.best_step, (state, totals))[0]
 

@@ -16,26 +16,30 @@ from typing import Any, Self
 
 from train.config import Experiment
 from train.nodes.config import GraphExperiment
+from train.processes import from_first, is_first
 from train.stored import from_json, to_json
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
 
 
 class RunDirectory:
-    """The folder `runs_dir / experiment.name`, held by this process alone during the `with` statement.
+    """The folder `runs_dir / experiment.name`, held by this run alone during the `with` statement.
+
+    Of several processes that train together the first one writes, and the others read what it reads.
 
     Attributes:
       path: of the folder.   changes: what differs from the configuration that it was held under before.
     """
 
-    def __init__(self, path: Path, lock, changes: list[str]):
-        self.path, self._lock, self.changes = path, lock, changes
+    def __init__(self, path: Path, locks: list, changes: list[str]):
+        self.path, self._locks, self.changes = path, locks, changes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     def checkpoints(self, variant: str) -> Path:
         """Where the states of a variant are kept."""
@@ -43,18 +47,20 @@ class RunDirectory:
 
     def log(self, **line: Any) -> None:
         """Appends one line to metrics.jsonl."""
-        with open(self.path / METRICS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if is_first():
+            with open(self.path / METRICS, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def lines(self, variant: str) -> list[dict[str, Any]]:
         """The lines of a variant."""
-        return [line for line in _read_lines(self.path / METRICS) if line["variant"] == variant]
+        return from_first(lambda: [line for line in _read_lines(self.path / METRICS) if line["variant"] == variant])
 
     def forget_after(self, variant: str, epoch: int) -> None:
         """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
         path = self.path / METRICS
         kept = [line for line in _read_lines(path) if line["variant"] != variant or line["epoch"] <= epoch]
-        _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        if is_first():
+            _write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: from now on the run is finished."""
@@ -79,6 +85,19 @@ def open_run(
       FileExistsError: the folder holds a finished run, a run of another experiment or anything else, or
         another process is at work in it; nothing is changed.
     """
+    locks = []  # held where they were taken, in the first process
+
+    def claim():
+        path, lock, changes = _claim(runs_dir, experiment, overwrite, resume_changed)
+        locks.append(lock)
+        return path, changes
+
+    path, changes = from_first(claim)
+    return RunDirectory(path, locks, changes)
+
+
+def _claim(runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: bool, resume_changed: bool):
+    """The folder, the lock on it and what changed."""
     path = runs_dir / experiment.name
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is not a folder: choose another --name")
@@ -111,7 +130,7 @@ def open_run(
             file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
     if changed or not (path / CONFIG).exists():
         _write(path / CONFIG, to_json(experiment))
-    return RunDirectory(path, lock, _describe(changed))
+    return path, lock, _describe(changed)
 
 
 def read_experiment(path: Path) -> Experiment | GraphExperiment:

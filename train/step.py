@@ -8,13 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from qpde.bits import Bits
 from train import twin
 from train.config import Loss
 from train.guards import all_finite, choose, hold_clips
 from train.losses import LOSSES, Outputs, classification_sums
+from train.mesh import batch_sharding, replicated
 from train.state import TrainState, update_averages
 
 Batch = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
@@ -67,6 +69,7 @@ def make_train_step(
     prepare: Callable[..., tuple[Array, Array]],
     *,
     averaging: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Key[Array, ""], Bits | None], tuple[TrainState, Metrics]]:
     """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
 
@@ -75,6 +78,8 @@ def make_train_step(
       optimizer: its state is `state.opt_state`.
       prepare: (key, images, labels) -> the model's input and the targets, as `train.data.make_prepare` makes it.
       averaging: share that moving averages keep; 0 for a state without them.
+      accumulate: parts of the batch, a divisor of its size, whose gradients are averaged.  Batch norms normalise each
+        part by its own statistics, and running ones move after each; without batch norms the step is the same.
     Returns:
       A pure function.  Its batch is (images, labels); its sums over the images are the loss's terms, "correct", "count"
       and "collapsed_clips", the clips that had to be held up (`train.guards.hold_clips`).
@@ -83,17 +88,15 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
         x, targets = prepare(key, images, labels)
-        grads, (terms, logits, model_state) = jax.grad(loss, has_aux=True)(
-            state.params, state.model_state, x, targets, bits
-        )
+        model_state, grads, sums = gradients(state.params, state.model_state, (x, targets, labels), bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
         if averaging:
             state = update_averages(state, averaging)
-        counts = classification_sums(logits, labels)
-        sums = counts | {name: value * counts["count"] for name, value in terms.items()}
         return state, sums | {"collapsed_clips": collapsed}
+
+    gradients = _in_parts(loss, accumulate)
 
     return train_step
 
@@ -114,7 +117,7 @@ def make_select(*, steps_per_epoch: int, batch_size: int):
     return select
 
 
-def make_epoch_step(train_step, select):
+def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
     """`epoch_step(state, totals, bits, *data) -> (state, totals)`: the next step of an epoch, its sums added, jitted.
 
     `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
@@ -125,16 +128,20 @@ def make_epoch_step(train_step, select):
     Args:
       train_step: of `make_train_step`.
       select: (state, *data) -> (batch, key), as `make_select` makes it.
+      mesh: devices that share the batch and hold the state; None is the one that the arguments are on.
     """
 
     def epoch_step(state: TrainState, totals: Metrics, bits: Bits | None, *data) -> tuple[TrainState, Metrics]:
-        after, sums = train_step(state, *select(state, *data), bits)
+        batch, key = select(state, *data)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        after, sums = train_step(state, batch, key, bits)
         good = all_finite((after, sums)) & ~totals["broken"]
         added = {name: totals[name] + value for name, value in sums.items()}
         state, kept = choose(good, (after, added), (state, {name: totals[name] for name in sums}))
         return state, kept | {"broken": ~good}
 
-    return jax.jit(epoch_step, donate_argnums=0)
+    return jax.jit(epoch_step, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "steps_per_epoch"))
@@ -151,6 +158,31 @@ def empty_totals(*more: str) -> Metrics:
     """Sums before the first batch, with those of these names too; "broken" says whether a step broke down."""
     zero = {name: jnp.float32(0) for name in ("loss", "correct", "count", "collapsed_clips", *more)}
     return zero | {"broken": jnp.bool_(False)}
+
+
+def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[str, Any], PyTree, Metrics]]:
+    """`gradients(params, model_state, (x, targets, labels), bits) -> (model_state, gradients, sums of the images)`."""
+
+    def whole(params, model_state, batch, bits):
+        x, targets, labels = batch
+        grads, (terms, logits, model_state) = jax.grad(loss, has_aux=True)(params, model_state, x, targets, bits)
+        counts = classification_sums(logits, labels)
+        return model_state, grads, counts | {name: value * counts["count"] for name, value in terms.items()}
+
+    def in_parts(params, model_state, batch, bits):
+        def add(carry, part):
+            model_state, *found = whole(params, carry[0], part, bits)
+            return (model_state, *jax.tree.map(jnp.add, carry[1:], tuple(found))), None
+
+        # Every `parts`-th image, so that each part is spread over the devices as the batch is.
+        batch = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+        first = jax.tree.map(lambda a: a[0], batch)
+        _, *shapes = jax.eval_shape(whole, params, model_state, first, bits)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (model_state, grads, sums), _ = jax.lax.scan(add, (model_state, *zeros), batch)
+        return model_state, jax.tree.map(lambda g: g / parts, grads), sums
+
+    return whole if parts == 1 else in_parts
 
 
 def _keys(state: TrainState) -> Key[Array, "2"]:

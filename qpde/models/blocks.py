@@ -434,7 +434,7 @@ class _Call:
             self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
 
     def kernels(self) -> dict[str, jax.Array]:
-        """Q_w of every kernel; a depthwise kernel keeps 8 bits whatever the others have."""
+        """Q_w of every kernel, in the dtype to compute in; a depthwise kernel keeps 8 bits whatever the others have."""
         quantized = {}
         for i, name in enumerate(self.block.kernel_shapes()):
             kernel, bits = self.params[name], self.bits.weights
@@ -443,8 +443,8 @@ class _Call:
             if bits is not None and self.block.standardize:
                 kernel = quantizers.standardize_weight(kernel)
             self._observe("weight_clips", i, kernel, bits, signed=True)
-            clip = self.clips["weight_clips"][i]
-            quantized[name] = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels)
+            rounded = quantizers.quantize_weight(kernel, self.clips["weight_clips"][i], bits, levels=self.block.levels)
+            quantized[name] = rounded.astype(self.mode.compute_dtype)
         return quantized
 
     def _observe(self, name, index, x, bits, *, signed):

@@ -52,12 +52,14 @@ class Mode:
       momentum: share of the running statistics that is kept; 0 stores the batch's own.
       observe: sees what every quantizer rounds, or None.
       power_iterations: of each spectral norm in this call, from the carried vector on; at least 1.
+      compute_dtype: of the convolutions' products; everything between them is float32.
     """
 
     train: bool = False
     momentum: float = 0.9
     observe: Observe | None = None
     power_iterations: int = 1
+    compute_dtype: str = "float32"
 
 
 def he_normal(key: PRNGKeyArray, shape: tuple[int, int, int, int]) -> Float[Array, "kh kw c_in c_out"]:

@@ -134,6 +134,7 @@ class Network(nn.Module):
     act_bits: int | None
     loop: str
     remat: bool
+    compute_dtype: str = "float32"
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -213,10 +214,10 @@ class Network(nn.Module):
         """
         self._check_input(x)
         bits = self._checked_bits(self.bits if bits is None else bits)
-        mode = Mode(train, momentum, observe, power_iterations)
+        mode = Mode(train, momentum, observe, power_iterations, self.compute_dtype)
 
         opening = self.param("opening_kernel", he_normal, (3, 3, x.shape[-1], self.stages[0][0].width_in))
-        x = jax.nn.relu(Norm(name="opening_norm")(operators.conv(x, opening), mode))
+        x = jax.nn.relu(Norm(name="opening_norm")(self._conv(x, opening), mode))
         states, first = [], 0
         for i, blocks in enumerate(self.stages):
             stage = Stage(blocks, first, self.loop, self.remat, name=f"stage{i}")
@@ -224,9 +225,12 @@ class Network(nn.Module):
             states, first = states + new, first + len(blocks)
         if self.closing_width is not None:
             closing = self.param("closing_kernel", he_normal, (1, 1, x.shape[-1], self.closing_width))
-            x = jax.nn.relu(Norm(name="closing_norm")(operators.conv(x, closing), mode))
+            x = jax.nn.relu(Norm(name="closing_norm")(self._conv(x, closing), mode))
         logits = nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
         return (logits, tuple(states)) if return_states else logits
+
+    def _conv(self, x, kernel):
+        return operators.conv(x, kernel.astype(self.compute_dtype))
 
     def _check_input(self, x):
         if x.ndim != 4:

@@ -15,6 +15,7 @@ __all__ = ["ARCHITECTURES", "GRAPH_NETWORKS", "Architecture", "create", "image_n
 
 LOOPS = ("auto", "scan", "unroll")
 LEVELS = ("uniform", "pot", "apot")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def image_network(
     smoothing: Smoothing | None = None,
     loop: str = "auto",
     remat: bool = False,
+    compute_dtype: str = "float32",
 ) -> Network:
     """An image classifier of the table, as a Flax Linen module.
 
@@ -131,6 +133,8 @@ def image_network(
       smoothing: total-variation smoothing, or None.
       loop: over the equal blocks of a stage: "scan" (compiles fast), "unroll", or "auto".
       remat: recompute each block in the backward pass instead of keeping its intermediates.
+      compute_dtype: "float32", or "bfloat16" for the convolutions, their gradients and what they keep for them.
+        Parameters, quantizers, norms, sums and the head stay float32.
     Returns:
       Module with `init(key, x)` and `apply(variables, x, train=..., bits=..., return_states=...)`, see `Network`.
     Raises:
@@ -142,6 +146,7 @@ def image_network(
         ("residual", residual, RESIDUALS),
         ("levels", levels, LEVELS),
         ("loop", loop, LOOPS),
+        ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
     ):
         _known(option, value, dict.fromkeys(valid))
     if num_classes < 1:
@@ -182,6 +187,7 @@ def image_network(
         act_bits=act_bits,
         loop=loop,
         remat=remat,
+        compute_dtype=compute_dtype,
     )
 
 

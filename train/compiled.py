@@ -1,0 +1,30 @@
+"""Compiled programs are kept from one start of the program to the next: compiling is most of a short run.
+
+JAX does it, once it is told where.  Its own variables go before what is chosen here: JAX_COMPILATION_CACHE_DIR moves
+the folder, JAX_ENABLE_COMPILATION_CACHE=false turns it off.  The folder may be deleted at any time.  Like
+`train.memory` this is for a program, never for a library.
+"""
+
+import os
+from pathlib import Path
+
+
+def keep_compiled_programs() -> Path | None:
+    """Tells JAX to keep them in the user's cache folder.
+
+    Returns:
+      The folder; None where nothing was changed: JAX was told a folder or not to, or this one cannot be written.
+    """
+    import jax  # not before the allocator is set up, and this module is imported before
+
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return None
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qpde" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or not to be written
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
