@@ -330,7 +330,7 @@ def test_training_lowers_the_loss_and_compiles_once():
     assert not totals["broken"]
     assert float(totals["collapsed_clips"]) == 0
     assert len(traced) == 1
-    scores = make_evaluate(model, _normalize)(state.variables, data[0][None], data[1][None])
+    scores = make_evaluate(model, _normalize)(state.variables, [(data[0][None], data[1][None])])
     assert scores["accuracy"] > 0.9
 
 
@@ -473,8 +473,8 @@ def test_scores_do_not_depend_on_the_batch_size(batch_size):
     model, state, _, (images, labels), _ = _problem()
     evaluate = make_evaluate(model, _normalize)
     split = Split(np.asarray(images), np.asarray(labels))
-    scores = evaluate(state.variables, *stack_batches(split, batch_size))
-    whole = evaluate(state.variables, images[None], labels[None])
+    scores = evaluate(state.variables, [stack_batches(split, batch_size)])
+    whole = evaluate(state.variables, [(images[None], labels[None])])
     assert scores["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-6)
     assert scores["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 

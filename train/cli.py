@@ -15,6 +15,8 @@ from train.config import Experiment
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.prepare import parse_data
+from train.prepared import DataError
 from train.processes import is_first, join
 from train.quantize import Quantize, prepare_quantize
 from train.replay import Replay, prepare_replay
@@ -117,6 +119,7 @@ class Command:
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
     "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
+    "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }
 
@@ -141,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     try:
         return work(Console(quiet=not is_first())) or 0
-    except (FloatingPointError, CheckpointError) as error:
+    except (FloatingPointError, CheckpointError, DataError) as error:
         return _fail(str(error), status=1)
     except Interrupted as interrupted:
         return _fail(str(interrupted), status=interrupted.exit_status)

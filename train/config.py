@@ -19,10 +19,19 @@ from qpde.models import Smoothing
 class Data:
     """The images, and how each training batch is varied."""
 
-    name: Literal["digits", "cifar10"] = "digits"
-    """Data set. The digits come with scikit-learn; CIFAR-10 is read from the data folder."""
+    name: str = "digits"
+    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; or tfds/NAME, any
+    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012."""
+    test: str | None = None
+    """Test on the test images of another such set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
+    validation: float = 0.1
+    """Share of the training images held out to choose the best epoch. The digits have their own split."""
     size: int = 16
-    """Side of the digits' images in pixels. CIFAR-10 has 32."""
+    """Side in pixels of the digits, and of the squares that photographs are cropped to. Other images have their own."""
+    smallest_crop: float = 0.08
+    """Each training photograph is a random part, at least this share of its area, resized."""
+    streamed: bool | None = None
+    """Read images when a step needs them instead of keeping them on the device. None: photographs and what is large."""
     crop_padding: int = 4
     """Each training image is padded by so many pixels and cropped back at random. 0 turns it off."""
     flip: bool = True
@@ -31,6 +40,12 @@ class Data:
     """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
 
     def __post_init__(self):
+        _check_set("data.name", self.name, "digits", "cifar10")
+        if self.test is not None:
+            _check_set("data.test", self.test)
+        for name, value, limit in (("validation", self.validation, 0.5), ("smallest_crop", self.smallest_crop, 1.0)):
+            if not 0 < value <= limit:
+                raise ValueError(f"data.{name} (={value}) must be above 0 and at most {limit}")
         check_at_least("data.size", self.size, 1)
         check_at_least("data.crop_padding", self.crop_padding, 0)
         _check_not_negative("data.mixup", self.mixup)
@@ -288,11 +303,15 @@ class Experiment(Comparison):
     checkpoint_every: int = 0
     """Steps between saves. The end of each epoch is saved anyway, and so is the step that SIGTERM or Ctrl-C ends; only
     what a harder end would cost depends on this."""
+    workers: int = 0
+    """Processes that read images during training, where they are streamed. 0 reads in threads of this one. The images
+    of a step do not depend on it."""
     seed: int = 0
     """Initial weights, order and variation of the images follow from it."""
 
     def __post_init__(self):
         super().__post_init__()
+        check_at_least("workers", self.workers, 0)
         check_at_least("epochs", self.epochs, 0)
         if self.start_from is None:
             if self.epochs == 0:
@@ -312,6 +331,12 @@ def check_at_least(name: str, value: int, limit: int) -> None:
     """ValueError for a value below its limit."""
     if value < limit:
         raise ValueError(f"{name} (={value}) must be at least {limit}")
+
+
+def _check_set(name: str, value: str, *others: str) -> None:
+    if value not in others and not re.fullmatch(r"tfds/\w[\w./-]*", value):
+        known = ", ".join(repr(other) for other in (*others, "tfds/NAME"))
+        raise ValueError(f"{name} (={value!r}) is no set of images: choose {known}")
 
 
 def _check_not_negative(name: str, value: float) -> None:

@@ -1,36 +1,123 @@
-"""Images for training and evaluation: loaded once, kept on the device as bytes."""
+"""What training asks of a set of images, and the sets that answer by keeping all of them on the device as bytes."""
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-import qpde.datasets
 from qpde.datasets import Images, Split
 from train.augment import mixup, random_crop, random_flip
 from train.config import Data
 from train.losses import IGNORED
+from train.mesh import put, replicated, stacked_sharding
+from train.state import TrainState
+from train.step import epoch_order, make_select
 
 DATA_DIR_VARIABLE = "QPDE_DATA_DIR"
 
 
-def load_images(config: Data, data_dir: Path | None) -> Images:
-    """The data set as `qpde.datasets` returns it.
+class ImageSet(Protocol):
+    """The images of an experiment, in batches of its size, wherever they are.
 
-    Args:
-      config: which one.
-      data_dir: root of the data; None takes the environment's QPDE_DATA_DIR.
-    Raises:
-      ValueError: the data set lies in files and no folder is given.
-      FileNotFoundError: the files are not in the folder.
+    Attributes:
+      shape: (height, width, channels) of what the network sees.   num_classes: of the labels.
+      count: training images.   chance: validation accuracy of guessing the commonest class.
+      normalize: bytes -> the network's input, inside jit.
+      select: (state, *arguments) -> ((images, labels), key): the batch of the step that the state stands at.
     """
-    if config.name == "digits":
-        return qpde.datasets.load_digits(size=config.size)
-    return qpde.datasets.load_cifar10(data_root(config.name, data_dir))
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    count: int
+    chance: float
+    normalize: Callable
+    select: Callable
+
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
+        """`batches(state)`: `select`'s arguments, on the devices of the mesh, for the step that the state stands at and
+        those that follow, to the end of its epoch."""
+
+    def opening(self, *, limit: int) -> Iterator[Split]:
+        """The first training batches as they are stored, at most `limit`, all of them full."""
+
+    def in_order(self, part: str) -> Iterator[Split]:
+        """The batches of "validation" or "test", the last one smaller."""
+
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
+        """The same as stacks of equal batches on a leading axis, the last filled up with label `IGNORED`; can be gone
+        through again.  With a mesh, its devices share each batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """An `ImageSet` that keeps all images on the device.
+
+    Attributes:
+      images: the set.   batch_size: images a step.
+    """
+
+    images: Images
+    batch_size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.train.images.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        return self.images.num_classes
+
+    @property
+    def count(self) -> int:
+        return len(self.images.train.labels)
+
+    @property
+    def chance(self) -> float:
+        labels = self.images.validation.labels
+        return float(np.bincount(labels).max() / len(labels))
+
+    @property
+    def normalize(self) -> Callable:
+        return self.images.normalize
+
+    @property
+    def select(self) -> Callable:
+        return make_select(steps_per_epoch=self.count // self.batch_size, batch_size=self.batch_size)
+
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
+        # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
+        # gathered without asking the other devices.
+        train, steps = self.images.train, self.count // self.batch_size
+        everywhere = put((train.images, train.labels.astype(np.int32)), replicated(mesh))
+
+        def batches(state):
+            order = epoch_order(state, count=self.count, steps_per_epoch=steps)
+            return [(*everywhere, order)] * (steps - int(state.step) % steps)
+
+        return batches
+
+    def opening(self, *, limit: int) -> Iterator[Split]:
+        steps = min(limit, self.count // self.batch_size)
+        return self._cut(self.images.train, steps * self.batch_size)
+
+    def in_order(self, part: str) -> Iterator[Split]:
+        split = getattr(self.images, part)
+        return self._cut(split, len(split.labels))
+
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
+        return [stack_batches(getattr(self.images, part), self.batch_size, mesh)]
+
+    def _cut(self, split: Split, end: int) -> Iterator[Split]:
+        for start in range(0, end, self.batch_size):
+            part = slice(start, min(start + self.batch_size, end))
+            yield Split(split.images[part], split.labels[part])
 
 
 def data_root(name: str, data_dir: Path | None) -> Path:
@@ -41,7 +128,7 @@ def data_root(name: str, data_dir: Path | None) -> Path:
     return Path(root)
 
 
-def make_vary(config: Data, images: Images):
+def make_vary(config: Data, images: ImageSet):
     """`vary(key, images) -> x`: the configured variation of each image, then normalisation."""
 
     def vary(key: Key[Array, ""], x: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
@@ -55,7 +142,7 @@ def make_vary(config: Data, images: Images):
     return vary
 
 
-def make_prepare(config: Data, images: Images):
+def make_prepare(config: Data, images: ImageSet):
     """`prepare(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
     vary = make_vary(config, images)
 
@@ -71,25 +158,15 @@ def make_prepare(config: Data, images: Images):
     return prepare
 
 
-def stack_batches(split: Split, batch_size: int) -> Split:
-    """(images, labels) of a split as batches on a leading axis, the last filled up with label `IGNORED`."""
+def stack_batches(split: Split, batch_size: int, mesh: Mesh | None = None) -> Split:
+    """(images, labels) of a split as batches on a leading axis, the last filled up with label `IGNORED`.
+
+    With a mesh, its devices share each batch.
+    """
     count = len(split.labels)
     batches = -(-count // batch_size)
     fill = batches * batch_size - count
     images = np.concatenate([split.images, np.repeat(split.images[:1], fill, axis=0)])
     labels = np.concatenate([split.labels, np.full(fill, IGNORED)]).astype(np.int32)
-    return Split(
-        jnp.asarray(images.reshape(batches, batch_size, *images.shape[1:])),
-        jnp.asarray(labels.reshape(batches, batch_size)),
-    )
-
-
-def normalized_batches(
-    images: Images, split: Split, *, batch_size: int
-) -> Iterator[tuple[Float[Array, "n h w c"], Int[Array, " n"]]]:
-    """(network input, labels) of a split in order, the last batch smaller."""
-    normalize = jax.jit(images.normalize)
-    count = len(split.labels)
-    for start in range(0, count, batch_size):
-        part = slice(start, min(start + batch_size, count))
-        yield normalize(split.images[part]), jnp.asarray(split.labels[part], jnp.int32)
+    stack = Split(images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
+    return jax.tree.map(jnp.asarray, stack) if mesh is None else put(stack, stacked_sharding(mesh))

@@ -16,17 +16,17 @@ from rich.console import Console
 import qpde.models
 from qpde import calibration
 from qpde.bits import Bits
-from qpde.datasets import Images
 from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
 from train.annealing import is_annealed, widths_of
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Loss, Variant
-from train.data import load_images, make_prepare, make_vary, normalized_batches, stack_batches
+from train.data import ImageSet, make_prepare, make_vary
 from train.guards import make_explain
+from train.load import load_images
 from train.loop import Plan, fit
 from train.losses import LOSSES
-from train.mesh import check_divides, local, make_mesh, put, replicated, stacked_sharding
+from train.mesh import check_divides, local, make_mesh, put, replicated
 from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import check_drawable, write_report
@@ -35,11 +35,9 @@ from train.start import Start, check_rounding, read_model, read_start
 from train.state import RANDOM, TrainState, create_state
 from train.step import (
     empty_totals,
-    epoch_order,
     make_epoch_step,
     make_evaluate,
     make_loss,
-    make_select,
     make_train_step,
 )
 
@@ -49,10 +47,11 @@ _STATISTICS_BATCHES = 32
 
 def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
     """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
-    images = load_images(experiment.data, data_dir)
-    count = len(images.train.labels)
-    if count < experiment.batch_size:
-        raise ValueError(f"batch_size (={experiment.batch_size}) exceeds the {count} training images: choose less")
+    images = load_images(experiment.data, data_dir, batch_size=experiment.batch_size, workers=experiment.workers)
+    if images.count < experiment.batch_size:
+        raise ValueError(
+            f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
+        )
     check_drawable(experiment.chosen)
     mesh = make_mesh(experiment.devices)
     check_divides(experiment.batch_size, mesh, experiment.accumulate)
@@ -71,7 +70,7 @@ class Training:
 
     experiment: Experiment
     variant: Variant
-    images: Images
+    images: ImageSet
     model: nn.Module
     exact: nn.Module
     optimizer: optax.GradientTransformation
@@ -79,7 +78,7 @@ class Training:
     mesh: Mesh
 
     @classmethod
-    def create(cls, experiment: Experiment, variant: Variant, images: Images, mesh: Mesh) -> "Training":
+    def create(cls, experiment: Experiment, variant: Variant, images: ImageSet, mesh: Mesh) -> "Training":
         """Builds the variant and traces its first batch, so that unusable options are found.
 
         Raises:
@@ -90,7 +89,7 @@ class Training:
         create = partial(qpde.models.create, options.pop("name"), num_classes=images.num_classes)
         model = create(**options)
         exact = create(**options | {"weight_bits": None, "act_bits": None, "per_channel": False})
-        sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.train.images.shape[1:]), jnp.float32)
+        sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.shape), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)
         start = None
@@ -101,7 +100,7 @@ class Training:
             start = read_start(run, variant.name, jax.eval_shape(source.init, jax.random.key(0), sample))
         _check_loss(experiment, model.bits)
         widths_of(experiment.annealing, model.bits, experiment.epochs)
-        steps = experiment.epochs * (len(images.train.labels) // experiment.batch_size)
+        steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
         return cls(experiment, variant, images, model, exact, optimizer, start, mesh)
@@ -115,29 +114,21 @@ class Training:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
         experiment, images, mesh = self.experiment, self.images, self.mesh
         everywhere = partial(put, sharding=replicated(mesh))
-        steps_per_epoch = len(images.train.labels) // experiment.batch_size
+        steps_per_epoch = images.count // experiment.batch_size
         loss = make_loss(self.model, _for_parts(experiment.loss, experiment.accumulate))
         prepare = make_prepare(experiment.data, images)
         row = LOSSES[experiment.loss.name]
-        select = make_select(steps_per_epoch=steps_per_epoch, batch_size=experiment.batch_size)
         explain = make_explain(self.model, loss, prepare)
-        validation = put(stack_batches(images.validation, experiment.batch_size), stacked_sharding(mesh))
+        validation = images.stacks("validation", mesh)
         averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
         train_step = make_train_step(loss, self.optimizer, prepare, averaging=averaging, accumulate=accumulate)
-        epoch_step = make_epoch_step(train_step, select, mesh=mesh)
+        epoch_step = make_epoch_step(train_step, images.select, mesh=mesh)
         annealing = experiment.annealing
         # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
         traced = partial(jax.tree.map, np.int32) if is_annealed(annealing) else (lambda bits: None)
-        # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
-        # gathered without asking the other devices.
-        train_images, labels = everywhere((images.train.images, images.train.labels.astype(np.int32)))
 
         def enter(state, bits):
             return everywhere(self._reestimated(local(state), bits))
-
-        def batches(state):
-            order = epoch_order(state, count=len(labels), steps_per_epoch=steps_per_epoch)
-            return [(train_images, labels, order)] * (steps_per_epoch - int(state.step) % steps_per_epoch)
 
         plan = Plan(
             variant=self.variant.name,
@@ -148,12 +139,12 @@ class Training:
             enter=enter if annealing.reestimate else lambda state, bits: state,
             step=lambda state, totals, bits, *data: epoch_step(state, totals, everywhere(traced(bits)), *data),
             totals=everywhere(empty_totals(*row.logged)),
-            batches=batches,
-            evaluate=lambda variables, bits: self._scores(variables, *validation, traced(bits)),
+            batches=images.feed(mesh),
+            evaluate=lambda variables, bits: self._scores(variables, validation, traced(bits)),
             score=_by_accuracy if row.labels else _by_similarity,
             reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
-            explain=lambda state, bits, *data: explain(state, *select(state, *data), traced(bits)),
-            chance=float(np.bincount(images.validation.labels).max() / len(images.validation.labels)),
+            explain=lambda state, bits, *data: explain(state, *images.select(state, *data), traced(bits)),
+            chance=images.chance,
         )
         with (
             Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,
@@ -166,18 +157,21 @@ class Training:
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
-        model, size, state = self.model, self.experiment.batch_size, state.averaged
+        model, images, state = self.model, self.images, state.averaged
         statistics = list(self._training_batches(limit=_STATISTICS_BATCHES))
         variables = reestimate_statistics(model, state.variables, statistics, model.bits)
-        results = {"parameters": qpde.models.summary(model, self.images.train.images.shape[1:]).parameters}
+        results = {"parameters": qpde.models.summary(model, images.shape).parameters}
         if model.bits.activations is None:  # there is nothing to be faithful to
-            scores = self._scores(variables, *stack_batches(self.images.test, size))
+            scores = self._scores(variables, images.stacks("test"))
             return results | {"accuracy": scores["accuracy"]}
-        test = normalized_batches(self.images, self.images.test, batch_size=size)
-        faithfulness = compare(
-            model, variables, test, model.bits, twin=state.twin_variables, statistics_batches=statistics
-        )
-        results |= faithfulness.as_dict()
+        results |= compare(
+            model,
+            variables,
+            self._test_images(),
+            model.bits,
+            twin=state.twin_variables,
+            statistics_batches=statistics,
+        ).as_dict()
         if self.experiment.calibration is None:
             return results
         start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
@@ -192,7 +186,7 @@ class Training:
             return low.argmax(-1), full.argmax(-1)
 
         agree, right, count = 0, 0, 0
-        for x, labels in normalized_batches(self.images, self.images.test, batch_size=self.experiment.batch_size):
+        for x, labels in self._test_images():
             low, full = predictions(x)
             agree, right, count = agree + int((low == full).sum()), right + int((full == labels).sum()), count + len(x)
         return {"accuracy_start": right / count, "agreement_start": agree / count}
@@ -246,16 +240,19 @@ class Training:
     def _scores(self):
         return make_evaluate(self.model, self.images.normalize)
 
+    def _test_images(self):
+        """(network input, labels) in order."""
+        normalize = jax.jit(self.images.normalize)
+        return ((normalize(x), jnp.asarray(labels)) for x, labels in self.images.in_order("test"))
+
     def _training_batches(self, *, limit: int):
         """The first training batches, varied as in training: statistics of images without the variation are of another
         distribution than the network learned on, and lower its accuracy.
         """
-        size, train = self.experiment.batch_size, self.images.train
         vary = jax.jit(make_vary(self.experiment.data, self.images))
-        for i in range(min(limit, len(train.labels) // size)):
-            part = slice(i * size, (i + 1) * size)
+        for i, (x, labels) in enumerate(self.images.opening(limit=limit)):
             key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=RANDOM), i)
-            yield vary(key, jnp.asarray(train.images[part])), jnp.asarray(train.labels[part], jnp.int32)
+            yield vary(key, jnp.asarray(x)), jnp.asarray(labels, jnp.int32)
 
 
 def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]:

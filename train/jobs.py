@@ -68,6 +68,7 @@ class Job:
           FloatingPointError: training broke down.
           Interrupted: by SIGTERM or SIGINT, after the state was saved.
           CheckpointError: the saved state is of another network.
+          DataError: an image cannot be read.
         """
         with self.run as run:
             for change in run.changes:

@@ -117,6 +117,11 @@ def make_select(*, steps_per_epoch: int, batch_size: int):
     return select
 
 
+def select_given(state: TrainState, images, labels):
+    """The `select` of batches that are handed over one by one, and its key."""
+    return (images, labels), jax.random.fold_in(_keys(state)[1], state.step)
+
+
 def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
     """`epoch_step(state, totals, bits, *data) -> (state, totals)`: the next step of an epoch, its sums added, jitted.
 
@@ -127,7 +132,7 @@ def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
 
     Args:
       train_step: of `make_train_step`.
-      select: (state, *data) -> (batch, key), as `make_select` makes it.
+      select: (state, *data) -> (batch, key), of `make_select` or `select_given`.
       mesh: devices that share the batch and hold the state; None is the one that the arguments are on.
     """
 
@@ -191,7 +196,7 @@ def _keys(state: TrainState) -> Key[Array, "2"]:
 
 
 def make_evaluate(model: nn.Module, normalize) -> Callable[..., dict[str, float]]:
-    """`evaluate(variables, images, labels, bits=None) -> {"loss", "accuracy"}` over the batches of `stack_batches`.
+    """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
     The widths are traced; None takes the model's own.
     """
@@ -205,8 +210,12 @@ def make_evaluate(model: nn.Module, normalize) -> Callable[..., dict[str, float]
         zero = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
         return jax.lax.scan(add, zero, (images, labels))[0]
 
-    def evaluate(variables, images, labels, bits=None):
-        sums = jax.device_get(sums_of(variables, images, labels, bits))
+    def evaluate(variables, stacks, bits=None):
+        sums = []
+        for stack in stacks:
+            sums.append(sums_of(variables, *stack, bits))
+            jax.block_until_ready(sums[-2:-1])  # one is prepared while one runs, no more: they need memory
+        sums = jax.tree.map(lambda *values: sum(values), *jax.device_get(sums))
         return {
             "loss": float(sums["loss"] / sums["count"]),
             "accuracy": float(sums["correct"] / sums["count"]),
