@@ -46,6 +46,8 @@ class Run(Generic[E]):
     resume_changed: bool = False
     """Go on with an unfinished run though some options differ from those it was started with. They are listed, and
     recorded in config_history.jsonl."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, below the run's folder."""
     distributed: str | None = None
     """Train together with the other processes started with the same command, one a host, over a folder that all see:
     "auto" where they find each other (SLURM, Open MPI, Kubernetes, Cloud TPU), or HOST:PORT of the first one, with
@@ -88,6 +90,7 @@ def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
         runs_dir=options.runs_dir,
         overwrite=options.overwrite,
         resume_changed=options.resume_changed,
+        tensorboard=options.tensorboard,
     )
 
 

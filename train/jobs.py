@@ -28,6 +28,7 @@ def prepare_job(
     runs_dir: Path,
     overwrite: bool = False,
     resume_changed: bool = False,
+    tensorboard: bool = False,
 ) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
@@ -37,13 +38,15 @@ def prepare_job(
       runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
       overwrite: delete what the run's folder holds.
       resume_changed: take it up though the experiment differs.
+      tensorboard: write TensorBoard's events, too.
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
+      ImportError: a package is missing.
     """
     if jax.process_count() > 1 and not isinstance(experiment, Experiment):
         raise ValueError(f"{experiment.name} trains on one graph, which several processes cannot share: start one")
     trainings, report = _PREPARE[type(experiment)](experiment, data_dir)
-    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed)
+    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed, tensorboard=tensorboard)
     return Job(trainings, report, run)
 
 

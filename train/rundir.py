@@ -6,6 +6,7 @@ metrics.jsonl         one line an epoch and variant
 checkpoints/          the last two and the best state of each variant
 summary.json          the results; its presence says that the run is finished
 *.png                 pictures
+tensorboard/          the metrics once more, with --tensorboard
 """
 
 import fcntl
@@ -18,6 +19,7 @@ from train.config import Experiment
 from train.nodes.config import GraphExperiment
 from train.processes import from_first, is_first
 from train.stored import from_json, to_json
+from train.tensorboard import FOLDER, Board
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
 
@@ -31,13 +33,15 @@ class RunDirectory:
       path: of the folder.   changes: what differs from the configuration that it was held under before.
     """
 
-    def __init__(self, path: Path, locks: list, changes: list[str]):
-        self.path, self._locks, self.changes = path, locks, changes
+    def __init__(self, path: Path, locks: list, changes: list[str], board: Board | None = None):
+        self.path, self._locks, self.changes, self._board = path, locks, changes, board
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._board:
+            self._board.close()
         for lock in self._locks:
             lock.close()
 
@@ -50,6 +54,8 @@ class RunDirectory:
         if is_first():
             with open(self.path / METRICS, "a") as file:
                 file.write(json.dumps(line) + "\n")
+        if self._board:
+            self._board.add(line)
 
     def lines(self, variant: str) -> list[dict[str, Any]]:
         """The lines of a variant."""
@@ -61,6 +67,8 @@ class RunDirectory:
         kept = [line for line in _read_lines(path) if line["variant"] != variant or line["epoch"] <= epoch]
         if is_first():
             _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._board:
+            self._board.restart(variant, [line for line in kept if line["variant"] == variant])
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: from now on the run is finished."""
@@ -73,6 +81,7 @@ def open_run(
     *,
     overwrite: bool = False,
     resume_changed: bool = False,
+    tensorboard: bool = False,
 ) -> RunDirectory:
     """Creates the run's folder, or takes up an interrupted run of the same experiment.
 
@@ -81,10 +90,13 @@ def open_run(
       overwrite: delete what a run's folder holds.
       resume_changed: take up an unfinished run though its configuration differs, as far as its steps stay the same
         steps; config_history.jsonl records the change.
+      tensorboard: also write the metrics as TensorBoard's events (`train.tensorboard`).
     Raises:
+      ImportError: they need a package that is missing; nothing is changed.
       FileExistsError: the folder holds a finished run, a run of another experiment or anything else, or
         another process is at work in it; nothing is changed.
     """
+    board = Board(runs_dir / experiment.name / FOLDER) if tensorboard and is_first() else None
     locks = []  # held where they were taken, in the first process
 
     def claim():
@@ -93,7 +105,7 @@ def open_run(
         return path, changes
 
     path, changes = from_first(claim)
-    return RunDirectory(path, locks, changes)
+    return RunDirectory(path, locks, changes, board)
 
 
 def _claim(runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: bool, resume_changed: bool):
