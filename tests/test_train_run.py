@@ -259,6 +259,35 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
         assert message in capsys.readouterr().err
 
 
+def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config, tmp_path, monkeypatch, capsys):
+    sweep = ["sweep", config, "--symmetric", "both", "--epochs", "1", "--bits", "W3A4"]
+    assert main([*sweep, "--seeds", "1"]) == 0
+    folder = tmp_path / "runs" / "tiny_sweep"
+    before = (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*sweep, "--seeds", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "W3A4_seed1, 1 of 1" in printed
+    assert "symmetric - plain" in printed
+    assert (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns == before
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    head, *lines = [line.split(",") for line in (folder / "sweep.csv").read_text().splitlines()]
+    assert [line[:3] for line in lines] == [["W3A4", str(s), v] for s in (0, 1) for v in ("symmetric", "plain")]
+    for line in lines:
+        result = json.loads((folder / f"W3A4_seed{line[1]}" / "summary.json").read_text())["variants"][line[2]]
+        assert float(line[head.index("accuracy")]) == result["accuracy"]
+    assert lines[0][3:] != lines[2][3:]  # another seed, another network
+
+    refused = {
+        "another experiment: choose another --name": ["--seeds", "2", "--batch-size", "128"],
+        "seeds (=0) must be at least 1": ["--seeds", "0"],
+        "neither like W4A8": ["--bits", "W4"],
+    }
+    for message, more in refused.items():
+        assert main([*sweep, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_clips(config, tmp_path, capsys):
     assert main(["run", config, "--only", "plain", "--optimizer.learning-rate", "1e30"]) == 1
     error = capsys.readouterr().err
@@ -324,7 +353,7 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     printed = capsys.readouterr().out
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
-    assert "choose from ['run', 'quantize', 'data', 'replay']" in capsys.readouterr().err
+    assert "choose from ['run', 'sweep', 'quantize', 'data', 'replay']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0
