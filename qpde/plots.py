@@ -100,6 +100,46 @@ def over_smoothing_figure(
     return figure
 
 
+def against_bits_figure(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]],
+    path: str | os.PathLike | None = None,
+    *,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """What was measured against the widths of networks: a panel for each quantity.
+
+    Args:
+      panels: by quantity, by network, by widths ("W4A4", in the order to draw): mean and half width of its interval,
+        NaN for none.
+      path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
+      title: above the panels.
+    Returns:
+      The figure, for `savefig` or more changes.
+    Raises:
+      ValueError: no panels, or more networks than there are colours.   ImportError: matplotlib is missing.
+    """
+    if not panels:
+        raise ValueError("there are no curves to draw")
+    names = list(next(iter(panels.values())))
+    if len(names) > len(COLOURS):
+        raise ValueError(f"{len(names)} networks are more than the {len(COLOURS)} colours; draw fewer in one figure")
+    figure, subplots = _figure(len(panels), title)
+    for axes, (quantity, curves) in zip(subplots, panels.items(), strict=True):
+        for i, (name, points) in enumerate(curves.items()):
+            mean, half = np.array(list(points.values()), np.float64).T
+            mark = {"marker": _MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+            style = {"color": COLOURS[i], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1, "label": name}
+            # A little apart, so that intervals of equal means are both seen.
+            places = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
+            axes.errorbar(places, mean, np.nan_to_num(half), **style, **mark)
+        axes.set_xticks(range(len(points)), labels=list(points))
+        _label(axes, quantity, "widths of weights and activations", quantity)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
 def _figure(panels, title):
     try:
         from matplotlib.figure import Figure

@@ -3,7 +3,8 @@
 A step x - h K^T s(K x) with a nondecreasing, 1-Lipschitz s has the symmetric Jacobian I - h K^T D K with 0 <=
 D <= 1. Its eigenvalues lie in [1 - h |K|^2, 1]: the step carries rounding errors along and never amplifies
 them while h |K|^2 <= 2. Everything here needs only products with a map and with its adjoint, or reverse-mode
-derivatives of a step: `custom_vjp` rules out forward mode, so J v is the vjp of the vjp.
+derivatives of a step: `custom_vjp` rules out forward mode, so J v is the vjp of the vjp. `certify`, which puts the
+constants of all steps together, is that of `qpde.certificate`.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,15 @@ LinearMap = Callable[[Array], Array]
 
 # The largest side of a Jacobian that is written out: 64 MiB in float32.
 DENSE_LIMIT = 4096
+
+
+def __getattr__(name: str):
+    # The networks stand on this module and the certificate on the networks, so it is found when it is asked for.
+    if name == "certify":
+        from qpde.certificate import certify
+
+        return certify
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def spectral_norm(

@@ -15,7 +15,7 @@ from jax.experimental.sparse import BCOO
 
 import qpde
 from qpde import graphs
-from qpde.models import graph_networks
+from qpde.models import calibrate_clips, graph_networks
 from qpde.models.graph_layers import GraphSmoothing
 from qpde.quantizers import ACTIVATION_CLIP
 
@@ -73,11 +73,7 @@ def with_layers(variables, **changed):
 
 
 def calibrated(model, variables, graph, bits, method="absmax"):
-    @jax.jit
-    def read(variables, graph):
-        return model.apply(variables, graph, bits=bits, calibrate=method, mutable=["clips"])[1]["clips"]
-
-    return with_layers(variables, **read(variables, graph)["layers"])
+    return calibrate_clips(model, variables, graph, method=method, bits=bits)
 
 
 def close(a, b, tolerance=1e-5):

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qpde.plots import COLOURS, layer_error_figure, over_smoothing_figure
+from qpde.plots import COLOURS, against_bits_figure, layer_error_figure, over_smoothing_figure
 
 ABSOLUTE = {"plain": np.array([0.1, 0.2, 0.4]), "symmetric": [0.1, 0.05, 0.06]}
 RELATIVE = {"plain": np.array([0.1, 0.1, 0.1]), "symmetric": [0.1, 0.12, 0.2]}
@@ -128,3 +128,16 @@ def test_over_smoothing_shows_the_deepest_energies_and_the_mean_accuracies(tmp_p
 def test_over_smoothing_of_nothing_or_too_much_is_refused(families, message):
     with pytest.raises(ValueError, match=message):
         over_smoothing_figure(families)
+
+
+def test_what_was_measured_at_each_width_stands_with_its_interval(tmp_path):
+    points = {"W2A2": (70.0, 2.0), "W4A4": (90.0, float("nan"))}
+    panels = {"accuracy": {"symmetric": points, "plain": points}, "error": {"symmetric": points, "plain": points}}
+    figure = against_bits_figure(panels, tmp_path / "bits.png", title="t")
+    assert (tmp_path / "bits.png").stat().st_size > 1000
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "error"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["W2A2", "W4A4"]
+    with pytest.raises(ValueError, match="no curves"):
+        against_bits_figure({})
+    with pytest.raises(ValueError, match="8 networks are more than the 7 colours"):
+        against_bits_figure({"accuracy": dict.fromkeys("abcdefgh", points)})

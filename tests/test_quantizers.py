@@ -569,13 +569,63 @@ def test_the_mse_start_is_no_worse_than_any_clip_on_a_grid(levels, signed, per_c
             assert (found <= error(largest * float(fraction), jnp.int32(bits)) * 1.03).all()
 
 
-def test_the_mse_start_of_an_unrounded_quantizer_is_the_maximum():
+def test_the_searched_starts_of_an_unrounded_quantizer_are_the_maximum():
     x = jnp.asarray(normal(22))
     for bits in (None, 16, jnp.int32(20)):
-        assert initial_clip(x, bits, signed=True, method="mse") == jnp.max(jnp.abs(x))
+        for method in ("mse", "entropy"):
+            assert initial_clip(x, bits, signed=True, method=method) == jnp.max(jnp.abs(x))
 
 
-@pytest.mark.parametrize("method", ["constant", "absmax", "percentile", "rms", "mse", "lsq"])
+def entropy_by_hand(a, counts, bits, signed):
+    """The divergence of every candidate clip, from plain loops; the best one as a fraction of the maximum."""
+    bins, n = 2048, 2 ** (bits - signed) - 1
+    histogram = np.zeros(bins)
+    np.add.at(histogram, np.maximum(np.ceil(a / a.max() * bins).astype(int) - 1, 0), counts * (a > 0))
+    divergences = {}
+    for end in range(16, bins + 1, 16):
+        level = np.round((np.arange(end) + 0.5) / end * n)
+        inside = histogram[:end]
+        p, q = inside.copy(), np.zeros(end)
+        last = inside * (level == level[-1])
+        last = last if last.any() else np.eye(end)[-1]
+        p += histogram[end:].sum() * last / last.sum()
+        for value in np.unique(level):
+            cell = (level == value) & (inside > 0)
+            if cell.any():
+                q[cell] = inside[cell].sum() / cell.sum()
+        p, q = p / histogram.sum(), q / histogram.sum()
+        some = p > 0
+        divergences[end / bins] = (p[some] * np.log(p[some] / np.maximum(q[some], 1e-9))).sum()
+    return min(divergences, key=divergences.get), divergences
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (3, False), (4, True), (8, False)])
+def test_the_entropy_start_has_the_least_divergence(bits, signed):
+    x = np.random.default_rng(bits).laplace(size=6000).astype(np.float32)
+    a = np.abs(x) if signed else np.maximum(x, 0)
+    best, divergences = entropy_by_hand(a, np.ones(6000), bits, signed)
+    for width in (bits, jnp.int32(bits)):
+        found = float(initial_clip(jnp.asarray(x), width, signed=signed, method="entropy") / a.max())
+        found = round(found * 128) / 128
+        # Data on the edge of a bin may be counted on its other side.
+        assert divergences[found] <= divergences[best] + 1e-4
+    assert best < 1 or bits == 8
+
+
+@pytest.mark.parametrize("method", ["absmax", "percentile", "rms", "mse", "entropy", "lsq"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_counts_stand_for_repeated_values(method, per_channel):
+    values = normal(24, (40, 3))
+    counts = np.random.default_rng(25).integers(0, 4, 40)
+    repeated = jnp.asarray(np.repeat(values, counts, axis=0))
+    options = {"signed": True, "method": method, "per_channel": per_channel, "percentile": 97.3}
+    expected = initial_clip(repeated, 3, **options)
+    counts = jnp.asarray(np.broadcast_to(counts[:, None], values.shape), jnp.float32)
+    # Float32 sums in another order; the largest value may not occur at all.
+    np.testing.assert_allclose(initial_clip(jnp.asarray(values), 3, **options, counts=counts), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["constant", "absmax", "percentile", "rms", "mse", "entropy", "lsq"])
 def test_starts_are_positive_finite_and_work_under_jit(method):
     for signed in (True, False):
         constant = WEIGHT_CLIP if signed else ACTIVATION_CLIP

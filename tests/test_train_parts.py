@@ -75,7 +75,7 @@ def test_an_experiment_survives_json():
         (lambda: dataclasses.replace(EXPERIMENT, variants=(Variant("a", {"colour": 1}),)), "colour"),
         (lambda: Variant("../a"), "names a folder"),
         (lambda: dataclasses.replace(EXPERIMENT, name=""), "names a folder"),
-        (lambda: dataclasses.replace(EXPERIMENT, epochs=0), r"epochs \(=0\) must be at least 1"),
+        (lambda: dataclasses.replace(EXPERIMENT, epochs=0), r"epochs \(=0\) trains nothing: give --start-from"),
         (lambda: dataclasses.replace(EXPERIMENT, batch_size=1), r"batch_size \(=1\) must be at least 2"),
         (lambda: dataclasses.replace(EXPERIMENT, variants=()), "at least one"),
         (lambda: dataclasses.replace(EXPERIMENT, variants=(Variant("a"), Variant("a"))), "different names"),

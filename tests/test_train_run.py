@@ -219,6 +219,75 @@ def test_training_starts_from_a_network_in_full_precision_with_clips_read_off_a_
             np.testing.assert_allclose(value, before[name], atol=1e-6)  # steps of nearly no length
 
 
+def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, capsys):
+    assert main(["run", config, "--recipe", "full_precision"]) == 0
+    assert main(["quantize", "runs/exact", "--bits", "32", "W8A4", "--per-channel", "--images", "300"]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy, full-precision start" in printed
+    assert "8 and 4" in printed
+    exact, wide, few = (_summary(tmp_path, name)["plain"] for name in ("exact", "exact_W32A32", "exact_W8A4"))
+    assert wide["accuracy"] == wide["accuracy_start"] == few["accuracy_start"]
+    assert wide["accuracy"] == pytest.approx(exact["accuracy"], abs=1e-6)
+    assert wide["agreement_start"] == 1
+    assert few["best_epoch"] == 0
+    assert 0.5 < few["agreement_start"] <= 1
+    assert few["mean_layer_error"] > 0
+
+    # It is a run like any other: cut off before its end it is taken up, repeated, and trained further.
+    (tmp_path / "runs" / "exact_W8A4" / "summary.json").unlink()
+    assert main(["quantize", "runs/exact", "--bits", "W8A4", "--per-channel", "--images", "300"]) == 0
+    assert _summary(tmp_path, "exact_W8A4")["plain"] == few
+    assert main(["replay", "runs/exact_W8A4"]) == 0
+    capsys.readouterr()
+    assert main(["quantize", "runs/exact_W8A4", "--bits", "4"]) == 2
+    assert "trained in full precision, and start_from has one of 8-bit weights" in capsys.readouterr().err
+
+    further = ["run", config, "--only", "plain", "--name", "more", "--start-from", "runs/exact_W8A4", "--epochs", "1"]
+    assert main([*further, "--model.per-channel"]) == 2
+    assert "quantized with model.standardize=False: give --model.no-standardize" in capsys.readouterr().err
+    assert main([*further, "--model.per-channel", "--model.no-standardize"]) == 0
+
+    cases = {
+        "neither like W4A8": ["runs/exact", "--bits", "W4"],
+        "must lie in 2 to 32": ["runs/exact", "--bits", "1"],
+        "absent is no folder of a run": ["absent", "--bits", "4"],
+        "images (=0) must be at least 1": ["runs/exact", "--bits", "4", "--images", "0"],
+        "holds a finished run": ["runs/exact", "--bits", "W8A4"],
+    }
+    for message, arguments in cases.items():
+        assert main(["quantize", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config, tmp_path, monkeypatch, capsys):
+    sweep = ["sweep", config, "--symmetric", "both", "--epochs", "1", "--bits", "W3A4"]
+    assert main([*sweep, "--seeds", "1"]) == 0
+    folder = tmp_path / "runs" / "tiny_sweep"
+    before = (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*sweep, "--seeds", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "W3A4_seed1, 1 of 1" in printed
+    assert "symmetric - plain" in printed
+    assert (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns == before
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    head, *lines = [line.split(",") for line in (folder / "sweep.csv").read_text().splitlines()]
+    assert [line[:3] for line in lines] == [["W3A4", str(s), v] for s in (0, 1) for v in ("symmetric", "plain")]
+    for line in lines:
+        result = json.loads((folder / f"W3A4_seed{line[1]}" / "summary.json").read_text())["variants"][line[2]]
+        assert float(line[head.index("accuracy")]) == result["accuracy"]
+    assert lines[0][3:] != lines[2][3:]  # another seed, another network
+
+    refused = {
+        "another experiment: choose another --name": ["--seeds", "2", "--batch-size", "128"],
+        "seeds (=0) must be at least 1": ["--seeds", "0"],
+        "neither like W4A8": ["--bits", "W4"],
+    }
+    for message, more in refused.items():
+        assert main([*sweep, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_clips(config, tmp_path, capsys):
     assert main(["run", config, "--only", "plain", "--optimizer.learning-rate", "1e30"]) == 1
     error = capsys.readouterr().err
@@ -284,7 +353,7 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     printed = capsys.readouterr().out
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
-    assert "choose from ['run', 'replay']" in capsys.readouterr().err
+    assert "choose from ['run', 'sweep', 'quantize', 'data', 'replay']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0

@@ -18,7 +18,9 @@ from train.nodes.config import GraphExperiment
 from train.prepare import parse_data
 from train.prepared import DataError
 from train.processes import is_first, join
+from train.quantize import Quantize, prepare_quantize
 from train.replay import Replay, prepare_replay
+from train.sweep import Sweep, prepare_sweep
 
 _PROGRAM = "python -m train"
 
@@ -64,17 +66,27 @@ def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment
       ValueError: no file is named, or it has no such recipe.   FileNotFoundError: it does not exist.
       SystemExit: an option is unknown or wrong, or help was asked for; tyro has printed why.
     """
+    return _parse_with_recipe(Run, "run", arguments)
+
+
+def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
     paths = [argument for argument in arguments[:1] if not argument.startswith("-")]
     if not paths:
-        raise ValueError(f"name an experiment first: {_PROGRAM} run configs/digits.py [--option value ...]")
+        raise ValueError(f"name an experiment first: {_PROGRAM} {name} configs/digits.py [--option value ...]")
     recipes = load_recipes(Path(paths[0]))
     recipe = _value_of("--recipe", arguments) or next(iter(recipes))
     if recipe not in recipes:
         raise ValueError(f"{paths[0]} has no recipe {recipe!r}: choose from {list(recipes)}")
-    kind, default = type(recipes[recipe]), Run(experiment=recipes[recipe], recipe=recipe)
-    program = f"{_PROGRAM} run {paths[0]}"
+    experiment = recipes[recipe]
+    if command is Sweep and not isinstance(experiment, Experiment):
+        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and widths in one run: use {_PROGRAM} run")
+    kind = Run[type(experiment)] if command is Run else command
     return tyro.cli(
-        Run[kind], default=default, args=list(arguments[1:]), prog=program, config=(tyro.conf.SuppressFixed,)
+        kind,
+        default=command(experiment=experiment, recipe=recipe),
+        args=list(arguments[1:]),
+        prog=f"{_PROGRAM} {name} {paths[0]}",
+        config=(tyro.conf.SuppressFixed,),
     )
 
 
@@ -93,9 +105,19 @@ def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
     )
 
 
+def parse_sweep(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The runs that the arguments of `sweep` describe, everything about them checked."""
+    return prepare_sweep(_parse_with_recipe(Sweep, "sweep", arguments))
+
+
 def parse_replay(arguments: Sequence[str]) -> Callable[[Console], int]:
     """The repetition that the arguments of `replay` describe, everything about it checked."""
     return prepare_replay(tyro.cli(Replay, args=list(arguments), prog=f"{_PROGRAM} replay"))
+
+
+def parse_quantize(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The job that the arguments of `quantize` describe, everything about it checked."""
+    return prepare_quantize(tyro.cli(Quantize, args=list(arguments), prog=f"{_PROGRAM} quantize"))
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,8 @@ class Command:
 
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
+    "sweep": Command(parse_sweep, "sweep CONFIG.py --seeds 5 --bits 2 4 8", "many runs, one table with intervals"),
+    "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
     "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }

@@ -71,6 +71,11 @@ class Model:
     """Whether the shortcut takes the rounded or only the clipped activation."""
     levels: Literal["uniform", "pot", "apot"] = "uniform"
     """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
+    standardize: bool = True
+    """Round kernels after giving them mean 0 and variance 1. Off for a network that was trained in full precision and
+    is to keep its function."""
+    per_channel: bool = False
+    """A clip for each output channel of a kernel."""
     signed_inputs: bool = False
     """MobileNet's block inputs are quantized with a sign, not clipped at 0 as published."""
     smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None
@@ -215,6 +220,25 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Post-training quantization of the network that training starts from, see `qpde.calibration.quantize`."""
+
+    weights: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
+    """How the clips of kernels are chosen."""
+    activations: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
+    """How the clips of activations are."""
+    equalize: bool = False
+    """Rescale channels first, where the network's function does not depend on it."""
+    bias_correction: bool = True
+    """Lead the moments of every channel back to those of full precision."""
+    images: int = 1024
+    """Training images that it sees, without their labels."""
+
+    def __post_init__(self):
+        check_at_least("calibration.images", self.images, 1)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What every kind of experiment has: variants of one `model`, trained alike and compared."""
 
@@ -260,7 +284,7 @@ class Experiment(Comparison):
     optimizer: Optimizer = field(default_factory=Optimizer)
     annealing: Annealing = field(default_factory=Annealing)
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training images. 0 evaluates what training would start from."""
     batch_size: int = 128
     """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
     accumulate: int = 1
@@ -273,7 +297,9 @@ class Experiment(Comparison):
     """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
     start_from: str | None = None
     """Folder of another run: its best states, of the variants of the same names, are where training starts. Clips that
-    were not trained there, because the network was not quantized, are read off a batch."""
+    were not trained there, because the network was not quantized, are read off a batch, or chosen by `calibration`."""
+    calibration: tyro.conf.AvoidSubcommands[Calibration | None] = None
+    """Quantize the full-precision networks of start_from with care. `python -m train quantize` sets it."""
     checkpoint_every: int = 0
     """Steps between saves. The end of each epoch is saved anyway, and so is the step that SIGTERM or Ctrl-C ends; only
     what a harder end would cost depends on this."""
@@ -286,7 +312,12 @@ class Experiment(Comparison):
     def __post_init__(self):
         super().__post_init__()
         check_at_least("workers", self.workers, 0)
-        check_at_least("epochs", self.epochs, 1)
+        check_at_least("epochs", self.epochs, 0)
+        if self.start_from is None:
+            if self.epochs == 0:
+                raise ValueError("epochs (=0) trains nothing: give --start-from RUN, or at least 1")
+            if self.calibration is not None:
+                raise ValueError("calibration quantizes a trained network: give --start-from RUN")
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
         check_at_least("accumulate", self.accumulate, 1)
         if self.batch_size < 2 * self.accumulate:

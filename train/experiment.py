@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import qpde.models
+from qpde import calibration
 from qpde.bits import Bits
 from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
@@ -30,7 +31,7 @@ from train.optimizer import create_optimizer
 from train.progress import Display
 from train.report import check_drawable, write_report
 from train.rundir import RunDirectory
-from train.start import Start, read_start
+from train.start import Start, check_rounding, read_model, read_start
 from train.state import RANDOM, TrainState, create_state
 from train.step import (
     empty_totals,
@@ -61,12 +62,17 @@ def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "T
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A variant with its data, network, optimizer, start (None: random) and devices: checked, nothing computed yet."""
+    """A variant with its data, network, optimizer, start (None: random) and devices: checked, nothing computed yet.
+
+    Attributes:
+      exact: the network without quantizers.
+    """
 
     experiment: Experiment
     variant: Variant
     images: ImageSet
     model: nn.Module
+    exact: nn.Module
     optimizer: optax.GradientTransformation
     start: Start | None
     mesh: Mesh
@@ -80,19 +86,24 @@ class Training:
         """
         config = experiment.model_of(variant)
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        model = qpde.models.create(options.pop("name"), num_classes=images.num_classes, **options)
+        create = partial(qpde.models.create, options.pop("name"), num_classes=images.num_classes)
+        model = create(**options)
+        exact = create(**options | {"weight_bits": None, "act_bits": None, "per_channel": False})
         sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.shape), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)
         start = None
         if experiment.start_from is not None:
-            start = read_start(Path(experiment.start_from), variant.name, shapes)
+            run, calibrated = Path(experiment.start_from), experiment.calibration is not None
+            check_rounding(read_model(run, variant.name), config, calibrated=calibrated)
+            source = exact if calibrated else model
+            start = read_start(run, variant.name, jax.eval_shape(source.init, jax.random.key(0), sample))
         _check_loss(experiment, model.bits)
         widths_of(experiment.annealing, model.bits, experiment.epochs)
         steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
-        return cls(experiment, variant, images, model, optimizer, start, mesh)
+        return cls(experiment, variant, images, model, exact, optimizer, start, mesh)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains, or goes on with training, and evaluates the best state; its results and the history."""
@@ -153,12 +164,32 @@ class Training:
         if model.bits.activations is None:  # there is nothing to be faithful to
             scores = self._scores(variables, images.stacks("test"))
             return results | {"accuracy": scores["accuracy"]}
-        normalize = jax.jit(images.normalize)
-        test = ((normalize(x), jnp.asarray(labels)) for x, labels in images.in_order("test"))
-        faithfulness = compare(
-            model, variables, test, model.bits, twin=state.twin_variables, statistics_batches=statistics
-        )
-        return results | faithfulness.as_dict()
+        results |= compare(
+            model,
+            variables,
+            self._test_images(),
+            model.bits,
+            twin=state.twin_variables,
+            statistics_batches=statistics,
+        ).as_dict()
+        if self.experiment.calibration is None:
+            return results
+        start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
+        return results | self._beside_start(variables, start)
+
+    def _beside_start(self, variables: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
+        """What post-training quantization changed: the start's accuracy, and on how many test images both agree."""
+
+        @jax.jit
+        def predictions(x):
+            low, full = self.model.apply(variables, x), self.exact.apply(start, x)
+            return low.argmax(-1), full.argmax(-1)
+
+        agree, right, count = 0, 0, 0
+        for x, labels in self._test_images():
+            low, full = predictions(x)
+            agree, right, count = agree + int((low == full).sum()), right + int((full == labels).sum()), count + len(x)
+        return {"accuracy_start": right / count, "agreement_start": agree / count}
 
     def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
         """The state with the batch statistics of these widths."""
@@ -185,6 +216,8 @@ class Training:
 
     def _started(self, start: Start) -> dict[str, Any]:
         """The start's variables; where it was not quantized, with clips and statistics for the widths of the model."""
+        if self.experiment.calibration is not None:
+            return self._quantized(start)
         untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, start.bits, strict=True)))
         if untrained == Bits(None, None):
             return start.variables
@@ -196,9 +229,21 @@ class Training:
         statistics = self._training_batches(limit=_STATISTICS_BATCHES)
         return reestimate_statistics(self.model, variables, statistics, self.model.bits)
 
+    def _quantized(self, start: Start) -> dict[str, Any]:
+        """The full-precision start's variables, quantized after training."""
+        options = dataclasses.asdict(self.experiment.calibration)
+        batches = [x for x, _ in self._training_batches(limit=-(-options.pop("images") // self.experiment.batch_size))]
+        options["per_channel"] = self.experiment.model_of(self.variant).per_channel
+        return calibration.quantize(self.exact, start.variables, batches, self.model.bits, **options)[1]
+
     @cached_property
     def _scores(self):
         return make_evaluate(self.model, self.images.normalize)
+
+    def _test_images(self):
+        """(network input, labels) in order."""
+        normalize = jax.jit(self.images.normalize)
+        return ((normalize(x), jnp.asarray(labels)) for x, labels in self.images.in_order("test"))
 
     def _training_batches(self, *, limit: int):
         """The first training batches, varied as in training: statistics of images without the variation are of another

@@ -82,6 +82,8 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
       FloatingPointError: a step broke down; names it, the layer and the clips.  The states saved so far stay.
     """
     name, last = plan.variant, plan.epochs * plan.steps_per_epoch
+    if last == 0:
+        return _evaluated(state, plan, run=run, checkpoints=checkpoints)
     for folder in checkpoints.damaged:
         display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
     step, totals = checkpoints.last_step, plan.totals
@@ -132,6 +134,25 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
                     stopped,
                 )
     return checkpoints.load(checkpoints.best_step, (state, totals))[0]
+
+
+def _evaluated(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints) -> TrainState:
+    """The state as it is, validated, logged and saved as if an epoch of no steps had led to it."""
+    start, bits = time.perf_counter(), plan.bits(0)
+    validation = plan.evaluate(state.averaged.variables, bits)
+    run.forget_after(plan.variant, -1)
+    run.log(
+        variant=plan.variant,
+        epoch=0,
+        step=0,
+        weight_bits=bits.weights,
+        act_bits=bits.activations,
+        validation_loss=validation["loss"],
+        validation_accuracy=validation["accuracy"],
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    checkpoints.save(0, (state, plan.totals), validation)
+    return state
 
 
 def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from train.checkpoints import read_best
 from train.jobs import prepare_job
-from train.rundir import CHECKPOINTS, CONFIG, METRICS, SUMMARY
-from train.stored import from_json
+from train.rundir import CHECKPOINTS, METRICS, SUMMARY, read_experiment
 
 _CLOCK = ("seconds", "training_seconds")
 """What two equal runs may differ in."""
@@ -46,7 +45,7 @@ def prepare_replay(options: Replay) -> Callable[[Console], int]:
     """
     if not (options.run / SUMMARY).is_file():
         raise FileNotFoundError(f"{options.run} holds no finished run: it has no {SUMMARY}")
-    experiment = from_json((options.run / CONFIG).read_text())
+    experiment = read_experiment(options.run)
     if options.replays_dir.resolve() == options.run.resolve().parent:
         raise ValueError(f"--replays-dir (={options.replays_dir}) is where the run itself lies: choose another folder")
     job = prepare_job(experiment, data_dir=options.data_dir, runs_dir=options.replays_dir, overwrite=options.overwrite)

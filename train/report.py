@@ -17,6 +17,8 @@ _ROWS = (
     ("accuracy", "accuracy", "{:.2%}"),
     ("accuracy, high-precision twin", "accuracy_twin", "{:.2%}"),
     ("agreement with the twin", "agreement", "{:.2%}"),
+    ("accuracy, full-precision start", "accuracy_start", "{:.2%}"),
+    ("agreement with it", "agreement_start", "{:.2%}"),
     ("layer-wise error, mean", "mean_layer_error", "{:.4f}"),
     ("layer-wise error, relative, mean", "mean_relative_layer_error", "{:.4f}"),
     ("best validation accuracy", "validation_accuracy", "{:.2%}"),
@@ -70,6 +72,8 @@ def _table(experiment: Experiment, results: dict[str, dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     table.add_row("bits, weights and activations", *[_widths(experiment, name) for name in results])
     for label, key, form in _ROWS:
+        if not any(key in result for result in results.values()):
+            continue
         table.add_row(label, *[form.format(result[key]) if key in result else "-" for result in results.values()])
     return table
 

@@ -145,6 +145,17 @@ def _claim(runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: 
     return path, lock, _describe(changed)
 
 
+def read_experiment(path: Path) -> Experiment | GraphExperiment:
+    """The experiment of the run in a folder.
+
+    Raises:
+      FileNotFoundError: it is no folder of a run.   ValueError: its config.json is not one of this version.
+    """
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is no folder of a run: it has no {CONFIG}")
+    return from_json((path / CONFIG).read_text())
+
+
 _LOCK = ".lock"
 
 _OTHER = "choose another --name, or --overwrite to delete it"

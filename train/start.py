@@ -9,10 +9,9 @@ import jax
 from qpde.bits import Bits
 from train import twin
 from train.checkpoints import read_best
-from train.config import Experiment
+from train.config import Experiment, Model
 from train.optimizer import path_name
-from train.rundir import CHECKPOINTS, CONFIG
-from train.stored import from_json
+from train.rundir import CHECKPOINTS, read_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +36,48 @@ def read_start(run: Path, variant: str, shapes: dict[str, Any]) -> Start:
       FileNotFoundError: no such run or variant, or it has not finished an epoch.
       ValueError: its network has other parameters.
     """
-    if not (run / CONFIG).is_file():
-        raise FileNotFoundError(f"start_from (={run}) is no folder of a run")
-    experiment = from_json((run / CONFIG).read_text())
-    named = [v for v in experiment.variants if v.name == variant]
-    if not (isinstance(experiment, Experiment) and named):
-        names = [v.name for v in experiment.variants]
-        raise FileNotFoundError(f"start_from (={run}) has no variant {variant!r} of images: it has {names}")
+    model = read_model(run, variant)
     state, _ = read_best(run / CHECKPOINTS / variant)
     values = state if state["averages"] is None else state["averages"]
     variables = {"params": values["params"], **values["model_state"]}
     _check_shapes(run, variables, shapes)
-    model = experiment.model_of(named[0])
     return Start(variables, Bits(model.weight_bits, model.act_bits))
+
+
+def read_model(run: Path, variant: str) -> Model:
+    """The configuration of the network of a variant in a run's folder; FileNotFoundError where there is none."""
+    experiment = read_experiment(run)
+    named = [v for v in experiment.variants if v.name == variant]
+    if not (isinstance(experiment, Experiment) and named):
+        names = [v.name for v in experiment.variants]
+        raise FileNotFoundError(f"start_from (={run}) has no variant {variant!r} of images: it has {names}")
+    return experiment.model_of(named[0])
+
+
+def check_rounding(there: Model, here: Model, *, calibrated: bool) -> None:
+    """ValueError where a network cannot go on with the weights of another because of how they are rounded.
+
+    Args:
+      there, here: the network that was trained, and the one that goes on.
+      calibrated: it is quantized by `qpde.calibration`.
+    """
+    if calibrated:
+        if (there.weight_bits, there.act_bits) != (None, None):
+            raise ValueError(
+                "calibration quantizes a network trained in full precision, and start_from has one of "
+                f"{there.weight_bits}-bit weights and {there.act_bits}-bit activations: train it with "
+                "--model.weight-bits None --model.act-bits None"
+            )
+        if here.standardize:
+            raise ValueError(
+                "model.standardize (=True) would change the function that calibration is to keep: give "
+                "--model.no-standardize, or use `python -m train quantize`"
+            )
+    elif None not in (there.weight_bits, here.weight_bits) and there.standardize != here.standardize:
+        raise ValueError(
+            f"start_from was quantized with model.standardize={there.standardize}: give "
+            f"{'--model.standardize' if there.standardize else '--model.no-standardize'}"
+        )
 
 
 def _check_shapes(run: Path, variables: dict[str, Any], shapes: dict[str, Any]) -> None:

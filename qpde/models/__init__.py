@@ -6,7 +6,7 @@
 """
 
 from qpde.models.blocks import Smoothing
-from qpde.models.calibrate import calibrate_clips
+from qpde.models.calibrate import calibrate_clips, converge_norms
 from qpde.models.graph_layers import GraphSmoothing
 from qpde.models.graph_networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
 from qpde.models.network import Network
@@ -21,6 +21,7 @@ __all__ = [
     "Smoothing",
     "Summary",
     "calibrate_clips",
+    "converge_norms",
     "create",
     "from_torch_state",
     "gat",

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from qpde import operators, quantizers, stability, stencils
 from qpde.bits import Bits
-from qpde.models.layers import NORM_EPSILON, Mode, average_pool, he_normals, moments, normalize, row
+from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
 
-__all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Smoothing", "StableBlock"]
+__all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Scaling", "Smoothing", "StableBlock"]
 
 NORMS = ("separate", "tied", "spectral")
 RESIDUALS = ("rounded", "precise")
@@ -58,6 +59,20 @@ class Smoothing:
     output: bool = False
 
 
+class Scaling(NamedTuple):
+    """A scale, one number a channel, that a block's function does not depend on; see `qpde.equalization`.
+
+    Attributes:
+      norm, kernel: the two that share it.
+      act_index: of the activation between norm and kernel, whose scale it is; None for that of the kernel's output,
+        which the norm behind it takes up.
+    """
+
+    norm: str
+    kernel: str
+    act_index: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Block(abc.ABC):
     """What all blocks share: their description, their quantizers and the symmetric branch.
@@ -65,7 +80,7 @@ class Block(abc.ABC):
     Attributes:
       width_in, width_out: channels.   stride: of the block.   symmetric: K^T instead of a second kernel.
       expansion: of the inverted block's hidden width.
-      norm, residual, levels, signed_inputs, step_size: see `qpde.models.image_network`.
+      norm, residual, levels, standardize, per_channel, signed_inputs, step_size: see `qpde.models.image_network`.
     """
 
     width_in: int
@@ -76,12 +91,14 @@ class Block(abc.ABC):
     norm: str = "separate"
     residual: str = "rounded"
     levels: str = "uniform"
+    standardize: bool = True
+    per_channel: bool = False
     signed_inputs: bool = False
     step_size: float | str = 0.1
     smoothing: Smoothing | None = None
 
-    weight_names = ("kernel1", "kernel2")
     act_count = 2
+    has_signed_inputs = False  # whether a block's input can be negative
 
     @property
     def has_spectral_state(self) -> bool:
@@ -90,11 +107,26 @@ class Block(abc.ABC):
 
     @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """HWIO shape of every kernel by name, in the order of `weight_clips`."""
+        """HWIO shape of every kernel by name, in the order of `weight_clips`, one number (or one a channel) each."""
 
     @abc.abstractmethod
     def norm_widths(self) -> dict[str, int]:
         """Channels of every batch norm by name."""
+
+    @property
+    @abc.abstractmethod
+    def scalings(self) -> tuple[Scaling, ...]:
+        """The scales of channels that are free, of activations first."""
+
+    def _symmetric_scalings(self, kernel: str) -> tuple[Scaling, ...]:
+        """K^T N1(K x) leaves the scale of z = s(N1(K x)) free. K^T D s(D K x) does not, but D takes up that of K."""
+        if self.norm == "separate":
+            return self._activation_scalings(Scaling("norm1", kernel, 1))
+        return (Scaling("norm1", kernel),)
+
+    def _activation_scalings(self, *scalings: Scaling) -> tuple[Scaling, ...]:
+        """s(c x) = c s(x) for a ReLU and c > 0, but S(c x) is not c S(x): smoothing fixes the scale."""
+        return scalings if self.smoothing is None else ()
 
     @abc.abstractmethod
     def macs(self, height: int, width: int) -> dict[str, int]:
@@ -114,9 +146,23 @@ class Block(abc.ABC):
             stats[name] = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
         if self.symmetric and self.norm == "spectral":
             del stats["norm1"]["var"]
-        params["weight_clips"] = jnp.full(len(shapes), quantizers.WEIGHT_CLIP)
+        params["weight_clips"] = self._initial_weight_clips(params)
         params["act_clips"] = jnp.full(self.act_count, quantizers.ACTIVATION_CLIP)
         return params, stats
+
+    def _initial_weight_clips(self, kernels: dict) -> jax.Array:
+        """The published constant for standardized weights, the largest magnitude for others."""
+        method = "constant" if self.standardize else "absmax"
+        options = {"signed": True, "method": method, "per_channel": self.per_channel}
+        clips = [quantizers.initial_clip(kernels[name], None, **options) for name in self.kernel_shapes()]
+        return jnp.concatenate([clip.reshape(-1) for clip in clips])
+
+    def split_weight_clips(self, clips: Float[Array, " n"]) -> list[Array]:
+        """The clip of every kernel, () or (C_out,), from `weight_clips`."""
+        if not self.per_channel:
+            return list(clips)
+        ends = itertools.accumulate(shape[-1] for shape in self.kernel_shapes().values())
+        return jnp.split(clips, list(ends)[:-1])
 
     def initial_spectral(self, key: PRNGKeyArray, params: dict, height: int, width: int) -> Float[Array, "1 h w c"]:
         """Start (1, H, W, C) of the power iteration that is carried from step to step."""
@@ -137,21 +183,39 @@ class Block(abc.ABC):
             z = call.activation(call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden))), 1)
             return step_size * call.batch_norm("norm2", adjoint(z))
 
-        gain, bias = params["norm1"]["scale"], params["norm1"]["bias"]
-        if self.norm == "tied":
-            mean, var = call.statistics("norm1", hidden)
-            scale = gain * jax.lax.rsqrt(var + NORM_EPSILON)
-            shift = bias - mean * scale
-            if self.has_spectral_state:
-                sigma = call.spectral_norm(linear, adjoint, scale)
-                step_size = STEP_BOUND / sigma**2
-        else:
-            sigma = call.spectral_norm(linear, adjoint, gain)
-            scale = gain * (math.sqrt(STEP_BOUND) / sigma)
-            shift = bias - call.statistics("norm1", hidden)[0] * scale
-            step_size = 1.0
+        mean, var = call.statistics("norm1", hidden)
+        scale, step_size = self._tied_scale(linear, adjoint, var, step_size, call)
+        shift = params["norm1"]["bias"] - mean * scale
         z = call.activation(call.smooth(jax.nn.relu(hidden * row(scale) + row(shift))), 1)
         return step_size * adjoint(row(scale) * z)
+
+    def _tied_scale(self, linear, adjoint, var, step_size, call):
+        """D and h of the tied and the spectral norm."""
+        gain = call.params["norm1"]["scale"]
+        if self.norm == "spectral":
+            return gain * (math.sqrt(STEP_BOUND) / call.spectral_norm(linear, adjoint, gain)), 1.0
+        scale = gain * jax.lax.rsqrt(var + NORM_EPSILON)
+        if self.has_spectral_state:
+            step_size = STEP_BOUND / call.spectral_norm(linear, adjoint, scale) ** 2
+        return scale, step_size
+
+    def factors(self, variables: dict, step_size: Any, bits: Bits) -> tuple[dict, dict, Any]:
+        """What the step multiplies by in evaluation: its rounded kernels, the scale D of every norm, and h.
+
+        Args:
+          variables, step_size, bits: as for a call.
+        Returns:
+          Kernels by name (HWIO), scales (C,) by norm, step size.
+        """
+        call = _Call(self, variables, bits, Mode(), None)
+        kernels, stats = call.kernels(), variables["batch_stats"]
+        scales = {
+            n: call.params[n]["scale"] * jax.lax.rsqrt(s["var"] + NORM_EPSILON) for n, s in stats.items() if "var" in s
+        }
+        if self.symmetric and self.norm != "separate":
+            var = stats["norm1"].get("var")
+            scales["norm1"], step_size = self._tied_scale(*self.linear_pair(kernels), var, step_size, call)
+        return kernels, scales, step_size
 
     def __call__(
         self,
@@ -169,7 +233,7 @@ class Block(abc.ABC):
           x: (N, H, W, width_in) float32.   step_size: scalar h, unused where the block finds its own.
           bits: scalars or None.   mode: of the call.   gamma2: of the smoothing, None for no smoothing.
         Returns:
-          (N, H', W', width_out), and the changed collections: {"batch_stats", "spectral", "clips"}.
+          (N, H', W', width_out), and the changed collections: {"batch_stats", "spectral", "observed"}.
         """
         call = _Call(self, variables, bits, mode, gamma2)
         out = self.step(x, variables, step_size, call)
@@ -204,6 +268,15 @@ class BasicBlock(Block):
         if self.has_projection:
             widths["shortcut_norm"] = self.width_out
         return widths
+
+    @property
+    def scalings(self):
+        if self.symmetric:
+            return self._symmetric_scalings("kernel1")
+        outputs = (Scaling("norm1", "kernel1"), Scaling("norm2", "kernel2"))
+        if self.has_projection:
+            outputs += (Scaling("shortcut_norm", "shortcut_kernel"),)
+        return self._activation_scalings(Scaling("norm1", "kernel2", 1)) + outputs
 
     def macs(self, height, width):
         pixels = math.prod(self.output_size(height, width))
@@ -278,6 +351,8 @@ class StableBlock(BasicBlock):
 class InvertedBlock(Block):
     """MobileNetV2's inverted residual: expand 1x1, depthwise 3x3, project 1x1 or the adjoint of the first two."""
 
+    has_signed_inputs = True
+
     @property
     def act_count(self):
         return 2 if self.symmetric else 3
@@ -297,6 +372,13 @@ class InvertedBlock(Block):
         if self.symmetric:
             return {"norm1": self.hidden} | ({"norm2": self.width_out} if self.norm == "separate" else {})
         return {"norm1": self.hidden, "norm2": self.hidden, "norm3": self.width_out}
+
+    @property
+    def scalings(self):
+        if self.symmetric:
+            return self._symmetric_scalings("kernel2")
+        activations = self._activation_scalings(Scaling("norm1", "kernel2", 1), Scaling("norm2", "kernel3", 2))
+        return activations + tuple(Scaling(f"norm{i}", f"kernel{i}") for i in (1, 2, 3))
 
     def macs(self, height, width):
         shapes = self.kernel_shapes()
@@ -343,9 +425,13 @@ class _Call:
         self.block, self.bits, self.mode, self.gamma2 = block, bits, mode, gamma2
         self.params, self.stats = variables["params"], variables["batch_stats"]
         self.singular_vector = variables.get("spectral")
+        self.clips = {
+            "weight_clips": block.split_weight_clips(self.params["weight_clips"]),
+            "act_clips": list(self.params["act_clips"]),
+        }
         self.updates: dict[str, Any] = {"batch_stats": {}}
-        if mode.calibrate is not None:
-            self.updates["clips"] = {name: list(self.params[name]) for name in ("weight_clips", "act_clips")}
+        if mode.observe is not None:
+            self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
 
     def kernels(self) -> dict[str, jax.Array]:
         """Q_w of every kernel, in the dtype to compute in; a depthwise kernel keeps 8 bits whatever the others have."""
@@ -354,33 +440,31 @@ class _Call:
             kernel, bits = self.params[name], self.bits.weights
             if bits is not None and is_depthwise(kernel.shape):
                 bits = DEPTHWISE_BITS
-            clip = self.params["weight_clips"][i]
-            if self.mode.calibrate is not None and bits is not None:
-                clip = quantizers.initial_clip(
-                    quantizers.standardize_weight(kernel), bits, method=self.mode.calibrate, signed=True
-                )
-                self.updates["clips"]["weight_clips"][i] = clip
-            rounded = quantizers.quantize_weight(kernel, clip, bits, levels=self.block.levels, standardize=True)
+            if bits is not None and self.block.standardize:
+                kernel = quantizers.standardize_weight(kernel)
+            self._observe("weight_clips", i, kernel, bits, signed=True)
+            rounded = quantizers.quantize_weight(kernel, self.clips["weight_clips"][i], bits, levels=self.block.levels)
             quantized[name] = rounded.astype(self.mode.compute_dtype)
         return quantized
 
-    def _act_clip(self, x, index, signed):
-        if self.mode.calibrate is None or self.bits.activations is None:
-            return self.params["act_clips"][index]
-        clip = quantizers.initial_clip(x, self.bits.activations, method=self.mode.calibrate, signed=signed)
-        self.updates["clips"]["act_clips"][index] = clip
-        return clip
+    def _observe(self, name, index, x, bits, *, signed):
+        if self.mode.observe is not None:
+            quantizer = Quantizer(name == "weight_clips", bits, signed, self.block.levels)
+            record, self.clips[name][index] = self.mode.observe(x, self.clips[name][index], quantizer)
+            self.updates["observed"][name][index] = record
 
     def activation(self, x: jax.Array, index: int, *, signed: bool = False) -> jax.Array:
         """Q_a with the clip of that index."""
-        clip = self._act_clip(x, index, signed)
-        return quantizers.quantize_activation(x, clip, self.bits.activations, levels=self.block.levels, signed=signed)
+        bits = self.bits.activations
+        self._observe("act_clips", index, x, bits, signed=signed)
+        clip = self.clips["act_clips"][index]
+        return quantizers.quantize_activation(x, clip, bits, levels=self.block.levels, signed=signed)
 
     def shortcut(self, x: jax.Array, xq: jax.Array, *, signed: bool = False) -> jax.Array:
         """Input of the shortcut: xq (rounded), or x clipped alone (precise), so rounding enters by the branch only."""
         if self.block.residual == "rounded" or self.bits.activations is None:
             return xq
-        return quantizers.quantize_activation(x, self._act_clip(x, 0, signed), 32, signed=signed)
+        return quantizers.quantize_activation(x, self.clips["act_clips"][0], 32, signed=signed)
 
     def smooth(self, x: jax.Array) -> jax.Array:
         """S after a nonlinearity inside the block."""

@@ -27,6 +27,7 @@ import jraph
 from qpde import graphs, quantizers
 from qpde.bits import Bits
 from qpde.integrators import euler, leapfrog
+from qpde.models.layers import Observe, Quantizer
 from qpde.stability import spectral_norm
 
 __all__ = [
@@ -82,14 +83,14 @@ class Call(NamedTuple):
 
     Attributes:
       graph: its edges.   scale: `qpde.graphs.normalize` of it.   start: output of the opening layer.
-      calibrate: method of `qpde.quantizers.initial_clip` that replaces the clips, or None.
+      observe: sees what every quantizer rounds, or None.
       shared: parameters that all layers share.
     """
 
     graph: jraph.GraphsTuple
     scale: jax.Array
     start: jax.Array
-    calibrate: str | None
+    observe: Observe | None
     shared: dict
 
 
@@ -99,10 +100,12 @@ class GraphLayer(abc.ABC):
 
     Attributes:
       width: channels, in and out.   levels: of the quantizers.
+      per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
     """
 
     width: int
     levels: str = "uniform"
+    per_channel: bool = False
 
     kernel_names = ("kernel",)
     act_count = 1  # quantizers of activations
@@ -113,12 +116,13 @@ class GraphLayer(abc.ABC):
         """Parameters of one layer: kernels, and clips, a weight's being the largest magnitude of its kernel."""
         keys = jax.random.split(key, len(self.kernel_names))
         params = {name: self.initial_kernel(k) for name, k in zip(self.kernel_names, keys, strict=True)}
-        clips = [quantizers.initial_clip(k, None, signed=True, method="absmax") for k in params.values()]
+        options = {"signed": True, "method": "absmax", "per_channel": self.per_channel}
+        clips = [quantizers.initial_clip(k, None, **options).reshape(-1) for k in params.values()]
         return (
             params
             | self.more_params(key)
             | {
-                "weight_clips": jnp.stack(clips),
+                "weight_clips": jnp.concatenate(clips),
                 "act_clips": jnp.full(self.act_count, quantizers.ACTIVATION_CLIP),
             }
         )
@@ -159,11 +163,10 @@ class GraphLayer(abc.ABC):
           state: of `start`.   params: of one layer.   step_size: scalar.   bits: scalars or None.
           dropout: applied to the layer's input, or None.   call: what all layers share.
         Returns:
-          The next state, and its clips {"weight_clips", "act_clips"} if the call calibrates, else {}.
+          The next state, and what was observed: {"weight_clips", "act_clips"} if the call observes, else {}.
         """
-        q = _Quantized(self, params, bits, call.calibrate, dropout or (lambda x: x))
-        state = self.step(state, step_size, q, call)
-        return state, {name: jnp.stack(clips) for name, clips in q.clips.items()}
+        q = _Quantized(self, params, bits, call.observe, dropout or (lambda x: x))
+        return self.step(state, step_size, q, call), q.observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +224,7 @@ class PDELayer(GraphLayer):
             state = jax.tree.map(rounded, state)
 
         is_linear = NONLINEARITIES[self.nonlinearity] is _identity and q.bits.activations is None
+        is_linear &= call.observe is None  # who observes sees the edges too
 
         def f(x, _):
             x = x if self.rounding == "state" else rounded(x)
@@ -245,7 +249,7 @@ class PDELayer(GraphLayer):
         """Q_2(s(.)), a function of values on any edges."""
         s, signed = NONLINEARITIES[self.nonlinearity], self.nonlinearity != "relu"
         edges = None
-        if call.calibrate is not None:  # only then is the whole field G x needed
+        if call.observe is not None:  # only then is the whole field G x needed
             edges = jnp.abs(s(graphs.gradient(call.graph, x, kind=self.kind, scale=call.scale)))
         clip = q.act_clip(edges, 1, signed=signed)
 
@@ -342,14 +346,19 @@ class AttentionLayer(GraphLayer):
 
 
 class _Quantized:
-    """What the formula of one layer calls by name, and the record of the clips it found."""
+    """What the formula of one layer calls by name, and the record of what was observed."""
 
-    def __init__(self, layer: GraphLayer, params: dict, bits: Bits, calibrate: str | None, dropout: Callable):
+    def __init__(self, layer: GraphLayer, params: dict, bits: Bits, observe: Observe | None, dropout: Callable):
         self.layer, self.params, self.bits, self.dropout = layer, params, bits, dropout
-        self.calibrate = calibrate
-        self.clips = {}
-        if calibrate is not None:
-            self.clips = {name: list(params[name]) for name in ("weight_clips", "act_clips")}
+        self.observe = observe
+        weight_clips = params["weight_clips"].reshape(len(layer.kernel_names), -1)
+        self.clips = {
+            "weight_clips": list(weight_clips if layer.per_channel else weight_clips[:, 0]),
+            "act_clips": list(params["act_clips"]),
+        }
+        self.observed = {}
+        if observe is not None:
+            self.observed = {name: [None] * len(clips) for name, clips in self.clips.items()}
 
     def kernel(self, name: str) -> jax.Array:
         """Q_w of a kernel."""
@@ -359,7 +368,7 @@ class _Quantized:
         return quantizers.quantize_weight(kernel, clip, bits, levels=self.layer.levels)
 
     def act_clip(self, x: jax.Array | None, index: int, *, signed: bool) -> jax.Array:
-        """The clip of that index, read off x when the call calibrates."""
+        """The clip of that index, chosen by who observes x when the call is observed."""
         return self._clip("act_clips", index, x, self.bits.activations, signed=signed)
 
     def activation(self, x: jax.Array, index: int, *, signed: bool = False, clip: jax.Array | None = None) -> jax.Array:
@@ -368,11 +377,10 @@ class _Quantized:
         return quantizers.quantize_activation(x, clip, self.bits.activations, levels=self.layer.levels, signed=signed)
 
     def _clip(self, name, index, x, bits, *, signed):
-        if self.calibrate is None or bits is None:
-            return self.params[name][index]
-        clip = quantizers.initial_clip(x, bits, method=self.calibrate, signed=signed)
-        self.clips[name][index] = clip
-        return clip
+        if self.observe is not None:
+            quantizer = Quantizer(name == "weight_clips", bits, signed, self.layer.levels)
+            self.observed[name][index], self.clips[name][index] = self.observe(x, self.clips[name][index], quantizer)
+        return self.clips[name][index]
 
 
 def _propagate(x: jax.Array, call: Call) -> jax.Array:

@@ -9,6 +9,7 @@ convolutions between the two dense layers, as in GCNII; Kipf and Welling's GCN o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from qpde.models.graph_layers import (
     InitialResidualLayer,
     PDELayer,
 )
+from qpde.models.layers import Observe
 
 __all__ = ["GraphNetwork", "gat", "gcn", "gcnii", "pde_gcn"]
 
@@ -67,6 +69,11 @@ class GraphNetwork(nn.Module):
         """The widths that the network was created with."""
         return Bits(self.weight_bits, self.act_bits)
 
+    def with_quantizers(self, bits: Bits, *, per_channel: bool = False) -> GraphNetwork:
+        """This network with quantizers of these widths, whose parameters keep their meaning; see `Network`'s."""
+        layer = dataclasses.replace(self.layer, per_channel=per_channel)
+        return self.clone(layer=layer, weight_bits=bits.weights, act_bits=bits.activations)
+
     @nn.compact
     def __call__(
         self,
@@ -75,7 +82,7 @@ class GraphNetwork(nn.Module):
         train: bool = False,
         bits: Bits | None = None,
         return_states: bool = False,
-        calibrate: str | None = None,
+        observe: Observe | None = None,
     ):
         """Logits of all nodes.
 
@@ -87,9 +94,9 @@ class GraphNetwork(nn.Module):
           bits: `qpde.Bits` for this call, scalars or one value for each layer, static or traced; None is the widths
             the network was created with.
           return_states: also return the hidden layers' outputs, in order.
-          calibrate: method of `qpde.quantizers.initial_clip`; clips are read off this graph, used, and sown into the
-            collection "clips". Do so before rounding activations: their clips start at a constant, 6, which fits
-            no graph. Its maximum ("absmax") is good at 8 bits, the 99.9th percentile at 4.
+          observe: sees what every quantizer rounds, chooses its clip for this call, and records anything, which is
+            sown into the collection "observed" under "layers": lists of records in place of `weight_clips` and
+            `act_clips`. See `qpde.models.layers.Observe`.
         Returns:
           logits (nodes, num_classes), or (logits, tuple of depth states (nodes, width)).
         Raises:
@@ -105,15 +112,15 @@ class GraphNetwork(nn.Module):
         x = jax.nn.relu(x)
         if not self.layer.drops_inputs:
             x = self._dropout(x, train)
-        x, states = self._hidden(graph._replace(nodes=x), bits, train, return_states, calibrate)
+        x, states = self._hidden(graph._replace(nodes=x), bits, train, return_states, observe)
         logits = self._dense("closing", self._dropout(x, train), self.num_classes)
         return (logits, states) if return_states else logits
 
-    def _hidden(self, graph, bits, train, return_states, calibrate):
+    def _hidden(self, graph, bits, train, return_states, observe):
         layer, depth = self.layer, self.depth
         params = self.param("layers", lambda key: jax.vmap(layer.init)(jax.random.split(key, depth)))
         shared = {name: self.param(name, nn.initializers.zeros, ()) for name in layer.shared_params}
-        call = Call(graph, graphs.normalize(graph), graph.nodes, calibrate, shared)
+        call = Call(graph, graphs.normalize(graph), graph.nodes, observe, shared)
         keys = impl = None
         if train and self.dropout and layer.drops_inputs:
             keys = jax.random.split(self.make_rng("dropout"), depth)
@@ -125,13 +132,13 @@ class GraphNetwork(nn.Module):
             params, own, key = stacked
             widths = Bits(*(common if v is None else v for v, common in zip(own, bits, strict=True)))
             drop = None if key is None else partial(_dropout, jax.random.wrap_key_data(key, impl=impl), self.dropout)
-            state, clips = layer(state, params, step_size, widths, drop, call)
-            return state, (clips, layer.output(state) if return_states else None)
+            state, observed = layer(state, params, step_size, widths, drop, call)
+            return state, (observed, layer.output(state) if return_states else None)
 
         loop = self.loop
         if loop == "auto":
             loop = "unroll" if depth <= UNROLL_TO and not self.remat else "scan"
-        state, (clips, states) = integrate(
+        state, (observed, states) = integrate(
             step,
             (params, own_bits, keys),
             layer.start(graph.nodes),
@@ -140,8 +147,8 @@ class GraphNetwork(nn.Module):
             remat=self.remat,
             has_aux=True,
         )
-        if clips:
-            self.sow("clips", "layers", clips, reduce_fn=lambda _, new: new)
+        if observed:
+            self.sow("observed", "layers", observed, reduce_fn=lambda _, new: new)
         return layer.output(state), tuple(states) if return_states else ()
 
     def _dense(self, name: str, x: Any, width: int) -> jax.Array:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 __all__ = [
     "NORM_EPSILON",
     "Mode",
+    "Observe",
+    "Quantizer",
     "average_pool",
     "batch_moments",
     "he_normal",
@@ -25,6 +29,20 @@ __all__ = [
 NORM_EPSILON = 1e-5
 
 
+class Quantizer(NamedTuple):
+    """What a quantizer of a network is, for those who observe it: see `qpde.quantizers` for bits, signed, levels."""
+
+    is_weight: bool
+    bits: Any
+    signed: bool
+    levels: str
+
+
+Observe = Callable[[Array, Array, Quantizer], tuple[Any, Array]]
+"""(x, clip, quantizer) -> (record, clip): called with what every quantizer is about to round and its present clip. The
+clip it returns is used in this call of the network, the record is kept: see `observe` of the networks' `__call__`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """How one call of a network runs.
@@ -32,14 +50,14 @@ class Mode:
     Attributes:
       train: normalise by the batch's statistics and update the running ones.
       momentum: share of the running statistics that is kept; 0 stores the batch's own.
-      calibrate: method of `qpde.quantizers.initial_clip` that replaces every clip by one read off the data, or None.
+      observe: sees what every quantizer rounds, or None.
       power_iterations: of each spectral norm in this call, from the carried vector on; at least 1.
       compute_dtype: of the convolutions' products; everything between them is float32.
     """
 
     train: bool = False
     momentum: float = 0.9
-    calibrate: str | None = None
+    observe: Observe | None = None
     power_iterations: int = 1
     compute_dtype: str = "float32"
 

@@ -7,6 +7,7 @@ keep every parameter stacked on a leading axis (block, ...), also where there is
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -20,7 +21,7 @@ from qpde import operators
 from qpde.bits import Bits
 from qpde.integrators import integrate
 from qpde.models.blocks import Block, Smoothing
-from qpde.models.layers import Mode, he_normal, moments, normalize
+from qpde.models.layers import Mode, Observe, he_normal, moments, normalize
 
 __all__ = ["Network", "Stage", "groups"]
 
@@ -113,9 +114,8 @@ class Stage(nn.Module):
             has_aux=True,
         )
         _store(self, held, updates)
-        if "clips" in updates:
-            clips = {k: jnp.stack(v, axis=-1) for k, v in updates["clips"].items()}
-            self.sow("clips", name, clips, reduce_fn=lambda _, new: new)
+        if "observed" in updates:
+            self.sow("observed", name, updates["observed"], reduce_fn=lambda _, new: new)
         return x, [states[i] for i in range(count)] if return_states else []
 
     def _spectral_start(self, block, count, params, shape):
@@ -146,6 +146,35 @@ class Network(nn.Module):
         """The widths that the network was created with."""
         return Bits(self.weight_bits, self.act_bits)
 
+    def with_quantizers(self, bits: Bits, *, per_channel: bool = False) -> Network:
+        """This full-precision network with quantizers, whose parameters keep their meaning.
+
+        Weights are then rounded as they are, since standardizing would change the function, and block inputs that can
+        be negative with their sign.
+
+        Args:
+          bits: whole numbers or None.   per_channel: one weight clip for each output channel.
+        """
+        replaced = {"standardize": False, "per_channel": per_channel}
+        stages = tuple(
+            tuple(dataclasses.replace(b, **replaced, signed_inputs=b.has_signed_inputs) for b in blocks)
+            for blocks in self.stages
+        )
+        return self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
+
+    def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
+        """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with."""
+        found = []
+        for s, blocks in enumerate(self.stages):
+            for name, block, _, count in groups(blocks):
+                step_size = block.step_size if isinstance(block.step_size, float) else 1.0
+                stacked = {k: v[f"stage{s}"][name] for k, v in variables.items() if name in v.get(f"stage{s}", {})}
+                for i in range(count):
+                    own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                    strength = _smoothing_strength(block.smoothing, len(found), 1)
+                    found.append((block, own, step_size, strength[1]))
+        return found
+
     @property
     def total_stride(self) -> int:
         """Of all blocks together: the smallest image side."""
@@ -163,7 +192,7 @@ class Network(nn.Module):
         bits: Bits | None = None,
         return_states: bool = False,
         momentum: float = 0.9,
-        calibrate: str | None = None,
+        observe: Observe | None = None,
         power_iterations: int = 1,
     ):
         """Logits of images.
@@ -174,8 +203,9 @@ class Network(nn.Module):
           bits: `qpde.Bits` for this call, values static or traced; None is the widths of `create`.
           return_states: also return the blocks' outputs, in order.
           momentum: share of the running statistics that is kept; 0 stores the batch's own.
-          calibrate: method of `qpde.quantizers.initial_clip`; clips are read off this batch, used, and sown into the
-            collection "clips" (see `qpde.models.calibrate_clips`).
+          observe: sees what every quantizer rounds, chooses its clip for this call, and records anything, which is
+            sown into the collection "observed", each block's like its parameters: lists of records in place of
+            `weight_clips` and `act_clips`. See `qpde.models.layers.Observe`.
           power_iterations: of every spectral norm, from the carried vector on, which moves when "spectral" is mutable.
         Returns:
           logits (N, num_classes), or (logits, tuple of states).
@@ -184,7 +214,7 @@ class Network(nn.Module):
         """
         self._check_input(x)
         bits = self._checked_bits(self.bits if bits is None else bits)
-        mode = Mode(train, momentum, calibrate, power_iterations, self.compute_dtype)
+        mode = Mode(train, momentum, observe, power_iterations, self.compute_dtype)
 
         opening = self.param("opening_kernel", he_normal, (3, 3, x.shape[-1], self.stages[0][0].width_in))
         x = jax.nn.relu(Norm(name="opening_norm")(self._conv(x, opening), mode))

@@ -105,6 +105,8 @@ def image_network(
     norm: str = "separate",
     residual: str = "rounded",
     levels: str = "uniform",
+    standardize: bool = True,
+    per_channel: bool = False,
     signed_inputs: bool = False,
     smoothing: Smoothing | None = None,
     loop: str = "auto",
@@ -124,6 +126,9 @@ def image_network(
       norm: of the symmetric steps: "separate" (published), "tied" or "spectral" (non-expansive, `qpde.models.blocks`).
       residual: "rounded", the shortcut takes Q(x) as published, or "precise", it takes clip(x).
       levels: of the quantizers: "uniform", "pot" or "apot".
+      standardize: round (w - mean w) / std w, as published, the norm behind it taking up the scale. False rounds w
+        itself: a network of weight_bits=None has its own w, and keeps its function when it is quantized.
+      per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
       signed_inputs: MobileNet's block inputs can be negative; quantize them with a sign instead of clipping at 0.
       smoothing: total-variation smoothing, or None.
       loop: over the equal blocks of a stage: "scan" (compiles fast), "unroll", or "auto".
@@ -149,7 +154,7 @@ def image_network(
     _check_bits("weight_bits", weight_bits)
     _check_bits("act_bits", act_bits)
     step_size = _checked_step_size(step_size, norm)
-    if signed_inputs and architecture.block is not InvertedBlock:
+    if signed_inputs and not architecture.block.has_signed_inputs:
         raise ValueError(f"signed_inputs is for networks whose block inputs can be negative (mobilenetv2), not {name}")
     if smoothing is not None:
         _check_smoothing(smoothing, sum(stage[2] for stage in architecture.stages))
@@ -166,6 +171,8 @@ def image_network(
             norm=norm,
             residual=residual,
             levels=levels,
+            standardize=standardize,
+            per_channel=per_channel,
             signed_inputs=signed_inputs,
             step_size=step_size,
             smoothing=smoothing,

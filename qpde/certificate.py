@@ -1,0 +1,315 @@
+"""A certificate: inputs whose prediction the rounding of activations provably does not change.
+
+The twin of a quantized network is the same network, weights rounded, activations clipped but not rounded. With B_j^q
+and B_j the steps of the two, y_j and x_j their states, L_j a Lipschitz constant of B_j and
+
+    e_j = |B_j^q(y_{j-1}) - B_j(y_{j-1})|             the error that rounding injects at step j,
+
+the states differ by |y_j - x_j| <= E_j = L_j E_{j-1} + e_j, E_0 = 0. The logits' difference z_i - z_k is w_i - w_k
+applied to the mean over HW pixels, so between the twin and any network that enters the last step at distance E it
+differs by at most |w_i - w_k| L E / sqrt(HW).
+
+The constants are proven, not estimated (`qpde.conv_norms`), up to rounding in float32 evaluations. They are those of
+the network as it runs, so its spectral norms should have converged, see `qpde.models.converge_norms`:
+
+    tied, spectral      max(1, h |A|^2 - 1), A = D K: the step is a gradient step on a convex energy, so 1 up to 2
+    separate norms      1 + h |D2 K^T| |D1 K|; neither symmetric nor a gradient, and no better constant is proven
+    plain               |shortcut| + |D2 K2| |D1 K1|
+    growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
+    clip, ReLU, smoothing within its stable range    1
+
+A posteriori, e_j is measured at the quantized network's own states, which costs one evaluation of every B_j, as much as
+the twin itself: what it proves beyond the twin's own prediction is how far an error can grow. A priori, e_j follows
+from the clips and bits, and the bound holds for every input at once.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qpde import operators, quantizers
+from qpde.bits import Bits
+from qpde.conv_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
+from qpde.models.blocks import Block, InvertedBlock, StableBlock, is_depthwise
+from qpde.models.layers import NORM_EPSILON, Mode, normalize
+from qpde.models.network import Network
+
+__all__ = ["Certificate", "StepBound", "certify", "step_bound", "step_bounds"]
+
+# From 16 bits on a quantizer clips and does not round.
+_EXACT_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Certificate:
+    """What `certify` found, for N inputs, L windows of steps and C classes; i is the quantized network's prediction.
+
+    Attributes:
+      prediction: (N,) argmax of the quantized network's logits.
+      certified: (N,) whether the twin provably predicts the same.
+      bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
+      certified_a_priori, bound_a_priori: the same from the clips and bits alone.
+      state_bound: (N, L) E_j.   injected: (N, L) e_j.   lipschitz: (L,) L_j.
+      estimate: (N, C) of the logits' difference from the twin's, errors carried on by the steps' Jacobians. It is not
+        a bound.
+    """
+
+    prediction: Int[Array, " n"]
+    certified: Bool[Array, " n"]
+    bound: Float[Array, "n c"]
+    certified_a_priori: Bool[Array, " n"]
+    bound_a_priori: Float[Array, "n c"]
+    state_bound: Float[Array, "n l"]
+    injected: Float[Array, "n l"]
+    lipschitz: Float[Array, " l"]
+    estimate: Float[Array, "n c"]
+
+    @property
+    def certified_fraction(self) -> float:
+        """Share of the inputs that are certified."""
+        return float(jnp.mean(self.certified))
+
+
+class StepBound(NamedTuple):
+    """Of one step, for one image size.
+
+    Attributes:
+      lipschitz: of the twin's step, in the 2-norm.   injected: a bound of e_j for every input.
+    """
+
+    lipschitz: float
+    injected: float
+
+
+def certify(
+    model: Network, variables: dict, x: Float[Array | np.ndarray, "n h w c"], bits: Bits, *, window: int = 1
+) -> Certificate:
+    """The certificate of a quantized image network on a batch of inputs.
+
+    Args:
+      model: of `qpde.models.create`.   variables: its collections.   x: images.
+      bits: widths, scalars or one for each block; activations must have one.
+      window: steps that the twin runs from a quantized state before the error is measured. With more of them errors
+        grow as they do, not as they could, and the bound tightens: over all steps it is the difference itself, found by
+        running the twin.
+    Returns:
+      `Certificate`.
+    Raises:
+      ValueError: no width for activations, a window below 1, or not an image network.
+    """
+    if not isinstance(model, Network):
+        raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
+    if bits.activations is None:
+        raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
+    if window < 1:
+        raise ValueError(f"`window` (={window}) must be at least 1 step")
+    x = jnp.asarray(x)
+    steps = step_bounds(model, variables, x.shape[1:3], bits)
+    windows = [steps[start : start + window] for start in range(0, len(steps), window)]
+    lipschitz = jnp.asarray([math.prod(s.lipschitz for s in w) for w in windows], jnp.float32)
+    a_priori = 0.0
+    for step in steps:
+        a_priori = step.lipschitz * a_priori + step.injected
+    return _certificate(model, variables, x, bits, lipschitz, jnp.float32(a_priori), window=window)
+
+
+def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bits) -> list[StepBound]:
+    """Constants of every step, for images of that size; on the host, once for a network.
+
+    Args:
+      model, variables, bits: as for `certify`.   size: height and width of the images.
+    Returns:
+      One `StepBound` a block, in order.
+    """
+    found = []
+    for index, (block, own, step_size, _) in enumerate(model.steps(variables)):
+        widths = Bits(*(v if v is None or np.ndim(v) == 0 else v[index] for v in bits))
+        found.append(step_bound(block, own, step_size, widths, size))
+        size = block.output_size(*size)
+    return found
+
+
+def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: tuple[int, int]) -> StepBound:
+    """The table of the module's docstring, and the rounding errors of the quantizers carried through one step.
+
+    `first` and `second` bound |Q_1(x) - clip(x)| and |Q_2(z) - clip(z)|. With L' the constant of xc -> xc - h f(xc),
+    rounding the shortcut as well gives L' first + h |B| second for the branch h B s(A x) of the step.
+
+    Args:
+      block, variables, step_size: of `Network.steps`.   bits: scalars, activations not None.
+      size: height and width of the step's input.
+    """
+    kernels, scales, h = jax.tree.map(np.asarray, _factors(block, variables, jnp.float32(step_size), bits))
+    clips = np.asarray(variables["params"]["act_clips"])
+    radii = [_rounding(clip, bits.activations, block, i) for i, clip in enumerate(clips)]
+    pixels = math.prod(size)
+    first = radii[0] * math.sqrt(pixels * block.width_in)
+    keeps_rounding = block.residual == "rounded"
+    if block.symmetric:
+        forward, back, step, hidden = _symmetric_norms(block, kernels, scales, float(h), size)
+        second = radii[1] * math.sqrt(hidden)
+        branch = h * back * (forward * first + second)
+        lipschitz = step
+        injected = min(branch + first, step * first + h * back * second) if keeps_rounding else branch
+    elif isinstance(block, InvertedBlock):
+        norms = [_scaled_norm(block, kernels[f"kernel{i}"], scales[f"norm{i}"]) for i in (1, 2, 3)]
+        hidden = (pixels * block.hidden, math.prod(block.output_size(*size)) * block.hidden)
+        shortcut = 1.0 if block.stride == 1 and block.width_in == block.width_out else 0.0
+        lipschitz = shortcut + math.prod(norms)
+        error = first
+        for norm, radius, numbers in zip(norms, radii[1:], hidden, strict=False):
+            error = norm * error + radius * math.sqrt(numbers)
+        injected = norms[2] * error + (shortcut * first if keeps_rounding else 0.0)
+    else:
+        norms = [_scaled_norm(block, kernels[f"kernel{i}"], scales[f"norm{i}"]) for i in (1, 2)]
+        out = size if isinstance(block, StableBlock) else block.output_size(*size)
+        shortcut = 1.0
+        if block.has_projection:
+            shortcut = _scaled_norm(block, kernels["shortcut_kernel"], scales["shortcut_norm"])
+        lipschitz = shortcut + norms[0] * norms[1]
+        second = radii[1] * math.sqrt(math.prod(out) * kernels["kernel1"].shape[-1])
+        injected = norms[1] * (norms[0] * first + second) + (shortcut * first if keeps_rounding else 0.0)
+    if isinstance(block, StableBlock):
+        if block.width_out > block.width_in:
+            lipschitz = math.hypot(lipschitz, 1.0)
+            injected = math.hypot(injected, first if keeps_rounding else 0.0)
+        if block.stride == 2:
+            lipschitz, injected = lipschitz / 2, injected / 2
+    return StepBound(lipschitz, injected)
+
+
+@partial(jax.jit, static_argnames="block")
+def _factors(block, variables, step_size, bits):
+    return block.factors(variables, step_size, bits)
+
+
+def _symmetric_norms(block, kernels, scales, h, size):
+    """Bounds of |D1 K| and |D2 K^T|, the constant of xc - h D2 K^T s(D1 K xc), and the hidden numbers of an image."""
+    kernel, padding, hidden = kernels["kernel1"], None, math.prod(size) * kernels["kernel1"].shape[-1]
+    if isinstance(block, InvertedBlock):
+        kernel, padding = np.einsum("abc,ic->abic", kernels["kernel2"][:, :, 0], kernel[0, 0]), 0
+        hidden = (size[0] - 2) * (size[1] - 2) * kernel.shape[-1]
+    forward = conv_norm_bound(kernel * scales["norm1"])
+    if block.norm == "separate":
+        back = conv_norm_bound(kernel * scales["norm2"][:, None])
+        return forward, back, 1 + h * forward * back, hidden
+    limit = math.sqrt(2 / h)
+    if forward > limit and conv_norm_is_at_most(kernel * scales["norm1"], limit, size, padding=padding):
+        forward = limit
+    # Smoothing between s and K^T, itself non-expansive, leaves no gradient step.
+    step = 1 + h * forward**2 if block.smoothing is not None else max(1.0, h * forward**2 - 1)
+    return forward, forward, step, hidden
+
+
+def _scaled_norm(block, kernel, scale) -> float:
+    depthwise = isinstance(block, InvertedBlock) and is_depthwise(kernel.shape)
+    return (depthwise_norm_bound if depthwise else conv_norm_bound)(kernel * scale)
+
+
+def _rounding(clip, bits, block: Block, index) -> float:
+    """The largest |Q(v) - clip(v)|: half a step, or half the widest gap of a level set."""
+    if bits >= 16:
+        return 0.0
+    signed = index == 0 and block.signed_inputs
+    if block.levels == "uniform":
+        return float(quantizers.quantization_step(float(clip), bits, signed=signed)) / 2
+    v = np.linspace(0, 1, 1 << 14, dtype=np.float32)
+    rounded = quantizers.quantize_activation(v, 1.0, bits, levels=block.levels, signed=signed)
+    return float(clip) * float(np.abs(np.asarray(rounded) - v).max() + v[1])
+
+
+@partial(jax.jit, static_argnames=("model", "window"))
+def _certificate(model, variables, x, bits, lipschitz, a_priori, *, window):
+    params, stats = variables["params"], variables["batch_stats"]
+    opening = operators.conv(x, params["opening_kernel"])
+    norm = stats["opening_norm"]
+    y = jax.nn.relu(normalize(opening, params["opening_norm"], norm["mean"], norm["var"]))
+
+    carried = jnp.zeros_like(y)  # the difference to first order
+    state_bound, injected, bounds = jnp.zeros(len(x)), [], []
+    steps = model.steps(variables)
+    for start in range(0, len(steps), window):
+        part = list(enumerate(steps))[start : start + window]
+        quantized = _run(part, bits, y)
+        twin, carried = _jvp(partial(_run, part, _clipped(bits)), y, carried)
+        carried = carried + (quantized - twin)
+        entering = state_bound
+        injected.append(_norms(quantized - twin))
+        state_bound = lipschitz[start // window] * entering + injected[-1]
+        bounds.append(state_bound)
+        y = quantized
+
+    head = partial(_logits, model, params, stats)
+    z, z_reference = head(y), head(twin)  # the reference enters the last window where the quantized network does
+    gain, pair = _head_norms(model, params, stats, y.shape, jnp.argmax(z, axis=-1))
+    rest = pair * (gain * lipschitz[-1] * entering)[:, None]
+    margin, margin_reference = (_margins(v, z) for v in (z, z_reference))
+    a_priori = pair * (gain * a_priori)
+    others = jnp.arange(z.shape[-1])[None] != jnp.argmax(z, axis=-1)[:, None]
+    return Certificate(
+        prediction=jnp.argmax(z, axis=-1),
+        certified=jnp.all((margin_reference > rest) | ~others, axis=-1),
+        bound=jnp.abs(margin - margin_reference) + rest,
+        certified_a_priori=jnp.all((margin > a_priori) | ~others, axis=-1),
+        bound_a_priori=a_priori,
+        state_bound=jnp.stack(bounds, axis=1),
+        injected=jnp.stack(injected, axis=1),
+        lipschitz=lipschitz,
+        estimate=_jvp(head, y, carried)[1],
+    )
+
+
+jax.tree_util.register_dataclass(Certificate)
+
+
+def _run(part, bits, y):
+    """Some steps of the network: (index, step) each."""
+    for index, (block, own, step_size, gamma2) in part:
+        widths = Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
+        y, _ = block(own, y, step_size, widths, Mode(), gamma2)
+    return y
+
+
+def _clipped(bits: Bits) -> Bits:
+    return bits._replace(activations=jax.tree.map(lambda b: jnp.full_like(b, _EXACT_BITS), bits.activations))
+
+
+def _logits(model, params, stats, y):
+    """Closing convolution if there is one, pooling, dense head."""
+    if model.closing_width is not None:
+        norm = stats["closing_norm"]
+        y = normalize(operators.conv(y, params["closing_kernel"]), params["closing_norm"], norm["mean"], norm["var"])
+        y = jax.nn.relu(y)
+    return y.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+def _head_norms(model, params, stats, shape, prediction) -> tuple[Any, Array]:
+    """Lipschitz constant from the last state to the pooled features, and |w_i - w_k| for every input's i."""
+    gain = 1 / math.sqrt(shape[1] * shape[2])
+    if model.closing_width is not None:
+        norm = params["closing_norm"]["scale"] * jax.lax.rsqrt(stats["closing_norm"]["var"] + NORM_EPSILON)
+        gain = gain * jnp.linalg.norm(params["closing_kernel"][0, 0] * norm[None], 2)
+    w = params["head"]["kernel"]
+    return gain, jnp.linalg.norm(w[:, prediction].T[:, :, None] - w[None], axis=1)
+
+
+def _margins(logits, of):
+    """z_i - z_k of every input, i the argmax of `of`."""
+    return jnp.take_along_axis(logits, jnp.argmax(of, axis=-1)[:, None], axis=-1) - logits
+
+
+def _norms(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2, 3)))
+
+
+def _jvp(f, x, v):
+    """f(x) and J v, by the vjp of the vjp: custom_vjp rules out forward mode."""
+    y, pullback = jax.vjp(f, x)
+    _, transposed = jax.vjp(lambda u: pullback(u)[0], jnp.zeros_like(y))
+    return y, transposed(v)[0]

@@ -1,0 +1,336 @@
+"""Certificates: proven norms, constants of steps, and bounds that no input exceeds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qpde import Bits, models
+from qpde.certificate import step_bound, step_bounds
+from qpde.conv_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
+from qpde.models.blocks import BasicBlock, StableBlock
+from qpde.models.layers import Mode
+from qpde.operators import conv, depthwise
+from qpde.stability import certify, jacobian_spectrum
+
+# Proven norms.
+
+SEEDS = st.integers(0, 2**31)
+
+
+def dense_norm(operator, kernel, size, channels, **options):
+    units = jnp.eye(channels * size[0] * size[1]).reshape(-1, *size, channels)
+    matrix = np.asarray(operator(units, jnp.asarray(kernel), **options), np.float64).reshape(len(units), -1)
+    return np.linalg.norm(matrix, 2)
+
+
+def random_kernel(seed, shape):
+    """From smooth, whose largest frequency is the lowest, to rough."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) + rng.uniform(0, 2) * rng.standard_normal((1, 1, *shape[2:]))).astype(np.float32)
+
+
+@given(seed=SEEDS, padding=st.sampled_from([None, 0]))
+def test_the_norm_of_a_convolution_is_bounded_and_located_exactly(seed, padding):
+    kernel = random_kernel(seed, (3, 3, 2, 3))
+    norm = dense_norm(conv, kernel, (5, 4), 2, padding=padding)
+    assert norm <= conv_norm_bound(kernel) <= 1.2 * dense_norm(conv, kernel, (12, 12), 2)
+    assert conv_norm_is_at_most(kernel, norm * (1 + 1e-5), (5, 4), padding=padding)
+    assert not conv_norm_is_at_most(kernel, norm * (1 - 1e-5), (5, 4), padding=padding)
+
+
+@given(seed=SEEDS)
+def test_the_symbol_bounds_strides_and_depthwise_kernels_too(seed):
+    kernel = random_kernel(seed, (3, 3, 2, 3))
+    assert dense_norm(conv, kernel, (6, 6), 2, stride=2) <= conv_norm_bound(kernel)
+    kernel = random_kernel(seed, (3, 3, 1, 3))
+    assert dense_norm(depthwise, kernel, (6, 6), 3) <= depthwise_norm_bound(kernel)
+    kernel = random_kernel(seed, (1, 1, 4, 3))
+    np.testing.assert_allclose(conv_norm_bound(kernel), np.linalg.norm(kernel[0, 0], 2), rtol=1e-6)
+
+
+def test_few_frequencies_still_give_a_bound():
+    for seed in range(10):
+        kernel = np.random.default_rng(seed).standard_normal((3, 3, 2, 2)).astype(np.float32)
+        *few, many = (conv_norm_bound(kernel, points=n) for n in (4, 5, 8, 256))
+        assert min(few) >= 0.9999 * many  # which is itself at most 0.015 % above the largest
+    with pytest.raises(ValueError, match=r"points.*=3.*exceed"):
+        conv_norm_bound(kernel, points=3)
+
+
+# Networks.
+
+NETWORKS = {
+    "spectral, precise": ("stablenet20", {"norm": "spectral", "residual": "precise"}),
+    "tied, auto": ("stablenet20", {"norm": "tied", "step_size": "auto"}),
+    "separate": ("resnet20", {"symmetric": True}),
+    "plain": ("resnet20", {"symmetric": False}),
+    "mobile, plain": ("mobilenetv2", {"symmetric": False}),
+    "mobile, spectral": ("mobilenetv2", {"norm": "spectral", "signed_inputs": True}),
+    "smoothed, powers of two": (
+        "stablenet20",
+        {"norm": "spectral", "levels": "pot", "smoothing": models.Smoothing(output=True)},
+    ),
+}
+COLLECTIONS = ["batch_stats", "spectral"]
+
+
+@functools.cache
+def network(kind):
+    """Two stages, random norms, and a function of a seed that makes its variables."""
+    name, options = NETWORKS[kind]
+    model = models.create(name, num_classes=5, weight_bits=4, act_bits=4, **options)
+    model = model.clone(stages=(model.stages[0][:2], model.stages[1][:2]))
+
+    @jax.jit
+    def init(key):
+        x = images(8, key)
+        variables = model.init(key, x)
+        params = jax.tree_util.tree_map_with_path(functools.partial(perturbed, key), variables["params"])
+        moved = model.apply(
+            {**variables, "params": params}, x, train=True, momentum=0.0, power_iterations=30, mutable=COLLECTIONS
+        )[1]
+        return {**variables, **moved, "params": params}
+
+    def converged(key):
+        return models.converge_norms(model, init(key), images(1, key), bits=Bits(4, 4))
+
+    return model, converged
+
+
+def perturbed(key, path, leaf):
+    where = jax.tree_util.keystr(path)
+    noise = jax.random.normal(jax.random.fold_in(key, len(where) + leaf.size), leaf.shape)
+    if "norm" in where and "'scale'" in where:
+        return jnp.exp(0.5 * noise)
+    if "norm" in where and "'bias'" in where:
+        return 0.5 * noise
+    return leaf * 0.3 if "act_clips" in where else leaf
+
+
+def images(n, key):
+    return jax.random.normal(jax.random.fold_in(key, 7), (n, 8, 8, 3))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def both(model, variables, x, bits):
+    run = functools.partial(model.apply, variables, x, return_states=True)
+    return run(bits=bits), run(bits=bits._replace(activations=jnp.full_like(bits.activations, 32)))
+
+
+def check(model, variables, x, bits, window=1):
+    """Every claim of a certificate against the twin itself; the sizes of bound and difference."""
+    certificate = certify(model, variables, x, bits, window=window)
+    (logits, states), (logits_twin, states_twin) = both(model, variables, x, Bits(*map(jnp.int32, bits)))
+    moved = [np.sqrt(np.square(a - b).sum((1, 2, 3))) for a, b in zip(states, states_twin, strict=True)]
+    moved = np.stack(moved, 1)[:, [*range(window - 1, len(moved) - 1, window), len(moved) - 1]]
+    assert (moved <= certificate.state_bound * (1 + 1e-4) + 1e-5).all()
+    i = np.argmax(logits, -1)
+    np.testing.assert_array_equal(certificate.prediction, i)
+    pairs = [np.take_along_axis(np.asarray(z), i[:, None], 1) - z for z in (logits, logits_twin)]
+    difference = np.abs(pairs[0] - pairs[1])
+    slack = 1e-4 * np.abs(logits).max()
+    assert (difference <= certificate.bound + slack).all()
+    assert (difference <= certificate.bound_a_priori + slack).all()
+    agrees = np.argmax(logits_twin, -1) == i
+    assert agrees[certificate.certified].all()
+    assert agrees[certificate.certified_a_priori].all()
+    return certificate, difference, (logits, logits_twin)
+
+
+@pytest.mark.parametrize("kind", list(NETWORKS)[1:])  # more of the first one below
+@settings(max_examples=4)
+@given(seed=SEEDS, weights=st.integers(2, 8), activations=st.sampled_from([2, 3, 4, 6, 8]))
+def test_no_input_moves_by_more_than_its_bound(kind, seed, weights, activations):
+    model, init = network(kind)
+    key = jax.random.key(seed)
+    check(model, init(key), images(4, jax.random.fold_in(key, 1)), Bits(weights, activations))
+
+
+def test_over_all_steps_the_bound_is_the_difference():
+    model, init = network("spectral, precise")
+    variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
+    tightness = []
+    for window in (1, 4):
+        certificate, difference, _ = check(model, variables, x, Bits(4, 4), window)
+        tightness.append(float(np.median(certificate.bound[difference > 0] / difference[difference > 0])))
+    assert tightness[0] > 1.5 * tightness[1]
+    np.testing.assert_allclose(tightness[1], 1, rtol=1e-3)
+
+
+def test_the_estimate_is_close_at_eight_bits():
+    model, init = network("spectral, precise")
+    certificate, _, (logits, twin) = check(model, init(jax.random.key(0)), images(4, jax.random.key(1)), Bits(4, 8))
+    error = jnp.linalg.norm(certificate.estimate - (logits - twin)) / jnp.linalg.norm(logits - twin)
+    assert error < 0.1
+
+
+def test_enough_bits_certify_everything_and_sixteen_change_nothing():
+    model, init = network("spectral, precise")
+    variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
+    certificate, _, _ = check(model, variables, x, Bits(4, 15))
+    assert certificate.certified_fraction == 1
+    certificate, _, _ = check(model, variables, x, Bits(4, 16))
+    assert bool(certificate.certified_a_priori.all())
+    assert float(certificate.bound_a_priori.max()) == 0
+
+
+def test_one_width_per_block_is_the_bound_of_each():
+    model, init = network("spectral, precise")
+    variables = init(jax.random.key(0))
+    mixed = step_bounds(model, variables, (8, 8), Bits(4, (2, 4, 8, 4)))
+    for index, bits in enumerate((2, 4, 8, 4)):
+        assert mixed[index] == step_bounds(model, variables, (8, 8), Bits(4, bits))[index]
+
+
+# Constants.
+
+
+def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():
+    model, init = network("spectral, precise")
+    variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
+    certificate = certify(model, variables, x, Bits(4, 4))
+    _, states = model.apply(variables, x, bits=Bits(4, 4), return_states=True)
+    w = np.asarray(variables["params"]["head"]["kernel"])
+    pairs = np.linalg.norm(w.T[certificate.prediction][:, None] - w.T[None], axis=-1) / np.sqrt(
+        states[-1][0, :, :, 0].size
+    )
+    total = 0.0
+    for step in step_bounds(model, variables, (8, 8), Bits(4, 4)):
+        total = step.lipschitz * total + step.injected
+    np.testing.assert_allclose(certificate.bound_a_priori, pairs * total, rtol=1e-4, atol=1e-6)
+
+    # A posteriori the last step's error is known with its sign: its part of the logits is added as it is.
+    entering = np.asarray(certificate.state_bound)[:, -2:-1] * certificate.lipschitz[-1]
+    known = np.asarray(certificate.bound) - pairs * entering
+    assert (known > -1e-5).all()
+    assert (known <= pairs * np.asarray(certificate.injected)[:, -1:] + 1e-5).all()
+    # A difference along w_i - w_k, the same at all pixels, attains the bound.
+    i, k, (height, width) = 0, 1, states[-1].shape[1:3]
+    worst = np.broadcast_to(w[:, i] - w[:, k], (height, width, len(w)))
+    worst = worst / np.linalg.norm(worst)
+    attained = worst.mean((0, 1)) @ (w[:, i] - w[:, k])
+    np.testing.assert_allclose(attained, np.linalg.norm(w[:, i] - w[:, k]) / np.sqrt(height * width), rtol=1e-5)
+
+
+@pytest.mark.parametrize("residual", ["rounded", "precise"])
+def test_constants_of_steps_whose_kernels_are_multiples_of_the_identity(residual):
+    """K1 = a I, K2 = b I: relu(x - b Q2(relu(a Q1(x)))), with 3 channels on 4x5 pixels, 4 bits and clips 2 and 3."""
+    a, b, bits, (height, width, channels) = 0.7, 1.5, Bits(32, 4), (4, 5, 3)
+    identity = np.zeros((3, 3, channels, channels), np.float32)
+    identity[1, 1] = np.eye(channels)
+    unit = {"scale": jnp.full(channels, np.sqrt(1 + 1e-5)), "bias": jnp.zeros(channels)}
+    still = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
+    first, second = (clip / 2 / 15 * np.sqrt(height * width * channels) for clip in (2, 3))
+    kernels = {"kernel1": a * identity, "kernel2": b * identity}
+    a, b = (c * conv_norm_bound(identity) for c in (a, b))  # what is proven of them, a per cent more
+    own = {
+        "params": {
+            **kernels,
+            "norm1": unit,
+            "norm2": unit,
+            "weight_clips": jnp.full(2, 9.0),
+            "act_clips": jnp.array([2.0, 3.0]),
+        },
+        "batch_stats": {"norm1": still, "norm2": still},
+    }
+
+    def bound(kind, step_size=1.0, **options):
+        options = {"width_in": channels, "width_out": channels, "stride": 1, "symmetric": False} | options
+        block = kind(**options, residual=residual, standardize=False)
+        return step_bound(block, own, step_size, bits, (height, width))
+
+    shortcut = first if residual == "rounded" else 0
+    plain = (1 + a * b, b * (a * first + second) + shortcut)
+    np.testing.assert_allclose(bound(BasicBlock), plain, rtol=1e-5)
+    np.testing.assert_allclose(bound(StableBlock), plain, rtol=1e-5)
+    np.testing.assert_allclose(bound(StableBlock, stride=2), np.divide(plain, 2), rtol=1e-5)
+    grown = np.hypot(plain, (1, shortcut))
+    np.testing.assert_allclose(bound(StableBlock, stride=2, width_out=2 * channels), grown / 2, rtol=1e-5)
+    # One kernel on both sides, h = 1: the tied step's Jacobian is 1 - a^2 or 1.
+    branch = a * (a * first + second)
+    symmetric = (
+        1,
+        min(branch + first, first + a * second) if residual == "rounded" else branch,
+    )
+    np.testing.assert_allclose(bound(BasicBlock, symmetric=True, norm="tied"), symmetric, rtol=1e-5)
+    separate = (1 + a * a, branch + shortcut)
+    np.testing.assert_allclose(bound(BasicBlock, symmetric=True), separate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["spectral, precise", "tied, auto"])
+def test_steps_of_a_bounded_norm_have_the_constant_one_by_proof(kind):
+    model, init = network(kind)
+    for seed in range(3):
+        bounds = step_bounds(model, init(jax.random.key(seed)), (8, 8), Bits(4, 4))  # what the norms converged at
+        np.testing.assert_allclose([b.lipschitz for b in bounds], [1, 1, np.sqrt(0.5), 1])
+
+
+def test_without_a_proof_of_the_step_size_the_constant_is_above_one():
+    model, init = network("tied, auto")
+    fixed = model.clone(
+        stages=tuple(tuple(b.__class__(**vars(b) | {"step_size": 4.0}) for b in blocks) for blocks in model.stages)
+    )
+    variables = {k: v for k, v in init(jax.random.key(0)).items() if k != "spectral"}
+    assert all(b.lipschitz > 1 for b in step_bounds(fixed, variables, (8, 8), Bits(4, 4)))
+
+
+def spectra(kind, *, is_open=False):
+    """Of the last twin step's Jacobian at random points of 4x4 pixels, with random or with open ReLUs."""
+    model, init = network(kind)
+    block, own, step_size, gamma2 = model.steps(init(jax.random.key(3)))[-1]
+    size = 4
+    if is_open:
+        params = own["params"]
+        norm = params["norm1"] | {"bias": jnp.full_like(params["norm1"]["bias"], 30.0)}
+        own = {**own, "params": params | {"norm1": norm, "act_clips": jnp.full_like(params["act_clips"], 1e3)}}
+    if "spectral" in own:
+        start = jax.jit(block.initial_spectral, static_argnums=(2, 3))
+        own = {**own, "spectral": start(jax.random.key(0), own["params"], size, size)}
+
+    @jax.jit
+    def spectrum(x):
+        mode = Mode(power_iterations=100)
+        return jacobian_spectrum(lambda x: block(own, x, step_size, Bits(4, 32), mode, gamma2)[0], x)
+
+    return [spectrum(jax.random.normal(jax.random.key(i), (1, size, size, block.width_in))) for i in range(3)]
+
+
+def assert_between_minus_one_and_one(found):
+    for eigenvalues, singular_values in found:
+        assert float(eigenvalues[0]) >= -1 - 1e-4
+        assert float(eigenvalues[-1]) <= 1 + 1e-4
+        assert float(singular_values[0]) <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["spectral, precise", "tied, auto"])
+def test_jacobians_of_tied_steps_lie_between_minus_one_and_one(kind):
+    assert_between_minus_one_and_one(spectra(kind))
+
+
+def test_where_all_units_are_open_the_spectrum_reaches_its_end():
+    """Without a ReLU at its end the step is x - h A^T (A x + b) there, with eigenvalues from 1 - 1.9 on."""
+    found = spectra("mobile, spectral", is_open=True)
+    assert_between_minus_one_and_one(found)
+    np.testing.assert_allclose([float(s.eigenvalues[0]) for s in found], -0.9, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["separate", "plain"])
+def test_jacobians_of_plain_steps_and_of_separate_norms_do_not(kind):
+    assert max(float(s.singular_values[0]) for s in spectra(kind)) > 1.02
+
+
+# What is refused.
+
+
+def test_bad_input_is_refused_with_the_way_out():
+    model, init = network("plain")
+    variables, x = init(jax.random.key(0)), images(1, jax.random.key(1))
+    with pytest.raises(ValueError, match=r"bits.activations.*give a width"):
+        certify(model, variables, x, Bits(4, None))
+    with pytest.raises(ValueError, match=r"window.*at least 1"):
+        certify(model, variables, x, Bits(4, 4), window=0)

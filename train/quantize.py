@@ -1,0 +1,121 @@
+"""Turn a finished full-precision run into quantized ones, without training: `qpde.calibration` on its best states."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+import qpde.models
+from qpde.bits import Bits
+from train.config import Calibration, Experiment, Model, Variant
+from train.jobs import prepare_job
+from train.rundir import read_experiment
+
+Clip = Literal["absmax", "percentile", "mse", "entropy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Quantize the networks of a full-precision run after their training, and print the faithfulness table.
+
+    Each width gives a run of its own, RUNS_DIR/RUN_W4A4 and so on, as if it had been trained: it can be replayed, and
+    trained further by `run --start-from`. Clips are chosen from training images without their labels.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    bits: tuple[str, ...]
+    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    weights: Clip = "mse"
+    """How the clips of kernels are chosen."""
+    activations: Clip = "mse"
+    """How the clips of activations are."""
+    per_channel: bool = False
+    """A clip for each output channel of a kernel."""
+    equalize: bool = False
+    """Rescale channels first, where the network's function does not depend on it."""
+    bias_correction: bool = True
+    """Lead the moments of every channel back to those of full precision."""
+    images: int = 1024
+    """Training images that it sees."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    runs_dir: Path = Path("runs")
+    """Where the folders go."""
+    overwrite: bool = False
+    """Delete earlier ones."""
+
+
+def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
+    """The job, everything about it checked.
+
+    Raises:
+      ValueError, OSError: the folder holds no full-precision run of images, or an option is unusable.
+    """
+    source = read_experiment(options.run)
+    if not isinstance(source, Experiment):
+        raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
+    calibration = Calibration(
+        options.weights, options.activations, options.equalize, options.bias_correction, options.images
+    )
+    if not options.bits:
+        raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
+    jobs = [
+        prepare_job(
+            _quantized(source, options.run, parse_widths(widths), calibration, options.per_channel),
+            data_dir=options.data_dir,
+            runs_dir=options.runs_dir,
+            overwrite=options.overwrite,
+        )
+        for widths in options.bits
+    ]
+
+    def work(console: Console) -> None:
+        for job in jobs:
+            job(console)
+
+    return work
+
+
+def parse_widths(text: str) -> Bits:
+    """ "W4A8" or "4" as `Bits`; ValueError for anything else, or a width outside 2 to 32."""
+    found = re.fullmatch(r"W(\d+)A(\d+)|(\d+)", text)
+    if not found:
+        raise ValueError(f"widths {text!r} are neither like W4A8 nor a number of bits")
+    weights, activations, both = found.groups()
+    bits = Bits(*(int(width) for width in ((both, both) if both else (weights, activations))))
+    if not all(2 <= width <= 32 for width in bits):
+        raise ValueError(f"widths {text!r} must lie in 2 to 32 bits")
+    return bits
+
+
+def _quantized(source: Experiment, run: Path, bits: Bits, calibration: Calibration, per_channel: bool) -> Experiment:
+    """The experiment that quantizes every variant of `source` and trains nothing."""
+    variants = tuple(
+        Variant(variant.name, variant.changes | _changes(source.model_of(variant), bits, per_channel))
+        for variant in source.chosen
+    )
+    return dataclasses.replace(
+        source,
+        name=f"{source.name}_W{bits.weights}A{bits.activations}",
+        variants=variants,
+        start_from=str(run),
+        calibration=calibration,
+        epochs=0,
+    )
+
+
+def _changes(model: Model, bits: Bits, per_channel: bool) -> dict[str, object]:
+    """What `with_quantizers` changes in a network, in the words of its configuration."""
+    network = qpde.models.create(model.name, num_classes=2)
+    return {
+        "weight_bits": bits.weights,
+        "act_bits": bits.activations,
+        "standardize": False,
+        "per_channel": per_channel,
+        "signed_inputs": network.stages[0][0].has_signed_inputs,
+    }
