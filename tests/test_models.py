@@ -104,8 +104,7 @@ def test_equal_blocks_of_a_stage_are_stacked():
     assert [g[0] for g in groups(plain.stages[0])] == ["blocks0to2"]
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_scan_unroll_and_remat_agree(remat):
+def test_scan_unroll_and_remat_agree():
     x = images(4)
 
     def run(loop, remat):
@@ -119,8 +118,10 @@ def test_scan_unroll_and_remat_agree(remat):
         return value, updates, gradient
 
     # Sums in another order; a rounding tie may flip single codes, hence not float32's full precision.
-    for a, b in zip(jax.tree.leaves(run("unroll", False)), jax.tree.leaves(run("scan", remat)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(a).max()) + 1e-6)
+    unrolled = jax.tree.leaves(run("unroll", False))
+    for remat in (False, True):
+        for a, b in zip(unrolled, jax.tree.leaves(run("scan", remat)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(a).max()) + 1e-6)
 
 
 def test_changing_traced_bits_never_recompiles():
@@ -214,11 +215,14 @@ def test_steps_with_a_bounded_norm_are_non_expansive(name, norm):
             assert float(moved) <= float(jnp.linalg.norm(change)) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("tied", 0.1), ("spectral", 0.1)])
+def test_a_tied_network_with_a_step_of_its_own_has_no_singular_vectors_to_carry():
+    model = shortened(norm="tied", step_size=0.1)
+    assert "spectral" not in jax.eval_shape(model.init, jax.random.key(0), images(1))
+
+
+@pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("spectral", 0.1)])
 def test_tied_and_spectral_networks_train_and_carry_their_singular_vectors(norm, step_size):
     model, variables = make(norm=norm, step_size=step_size, weight_bits=4, act_bits=4, residual="precise")
-    carries = norm == "spectral" or step_size == "auto"
-    assert ("spectral" in variables) == carries
     mutable = [name for name in variables if name != "params"]
 
     def loss(params):
@@ -227,11 +231,10 @@ def test_tied_and_spectral_networks_train_and_carry_their_singular_vectors(norm,
 
     (_, updates), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
-    if carries:
-        for v in jax.tree.leaves(updates["spectral"]):
-            np.testing.assert_allclose(jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=1), 1, rtol=1e-5)
-        with pytest.raises(ValueError, match="spectral state"):
-            model.apply(variables, images(1, (16, 16, 3)))
+    for v in jax.tree.leaves(updates["spectral"]):
+        np.testing.assert_allclose(jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=1), 1, rtol=1e-5)
+    with pytest.raises(ValueError, match="spectral state"):
+        model.apply(variables, images(1, (16, 16, 3)))
 
 
 def test_smoothing_acts_in_the_chosen_blocks_only():
