@@ -35,7 +35,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
-        self.damaged = from_first(lambda: _set_aside_damaged(self._directory))
+        damaged = from_first(lambda: [str(folder) for folder in _set_aside_damaged(self._directory)])
+        self.damaged = [Path(folder) for folder in damaged]
         keep_best = preservation_policy.BestN(get_metric_fn=_quality, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), keep_best]),

@@ -5,7 +5,8 @@ different ways, they first agree: on what the first one found in the run's folde
 step.  With one process everything here is the identity.
 """
 
-import pickle
+import builtins
+import json
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -55,6 +56,7 @@ def is_first() -> bool:
 def from_first(function: Callable[[], Value]) -> Value:
     """What the function returns, or the ValueError or OSError that it raises, in the first process; it runs only there.
 
+    What travels is JSON: numbers, strings, lists and dictionaries; an error as the nearest one that Python has.
     Also a barrier: what the first process wrote is there when the others go on.
     """
     if jax.process_count() == 1:
@@ -62,15 +64,17 @@ def from_first(function: Callable[[], Value]) -> Value:
     message = b""
     if is_first():
         try:
-            message = pickle.dumps((function(), None))
+            answer = {"value": function()}
         except (ValueError, OSError) as error:
-            message = pickle.dumps((None, error))
+            name = next(kind.__name__ for kind in type(error).__mro__ if hasattr(builtins, kind.__name__))
+            answer = {"error": name, "message": str(error)}
+        message = json.dumps(answer).encode()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-    sent = np.frombuffer(message.ljust(length, b"\0"), np.uint8)
-    value, error = pickle.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
-    if error is not None:
-        raise error
-    return value
+    sent = np.frombuffer(message.ljust(length), np.uint8)
+    answer = json.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    if "error" in answer:
+        raise getattr(builtins, answer["error"])(answer["message"])
+    return answer["value"]
 
 
 def largest(number: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -14,8 +14,6 @@ from qpde.bits import Bits
 from train.config import Calibration, Experiment, Model, Variant
 from train.jobs import prepare_job
 from train.rundir import read_experiment
-
-Clip = Literal["absmax", "percentile", "mse", "entropy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +28,9 @@ class Quantize:
     """Folder of the run."""
     bits: tuple[str, ...]
     """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
-    weights: Clip = "mse"
-    """How the clips of kernels are chosen."""
-    activations: Clip = "mse"
-    """How the clips of activations are."""
+    calibration: Annotated[Calibration, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Calibration)
     per_channel: bool = False
     """A clip for each output channel of a kernel."""
-    equalize: bool = False
-    """Rescale channels first, where the network's function does not depend on it."""
-    bias_correction: bool = True
-    """Lead the moments of every channel back to those of full precision."""
-    images: int = 1024
-    """Training images that it sees."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
     runs_dir: Path = Path("runs")
@@ -59,14 +48,11 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
     source = read_experiment(options.run)
     if not isinstance(source, Experiment):
         raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
-    calibration = Calibration(
-        options.weights, options.activations, options.equalize, options.bias_correction, options.images
-    )
     if not options.bits:
         raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
     jobs = [
         prepare_job(
-            _quantized(source, options.run, parse_widths(widths), calibration, options.per_channel),
+            _quantized(source, parse_widths(widths), options),
             data_dir=options.data_dir,
             runs_dir=options.runs_dir,
             overwrite=options.overwrite,
@@ -93,18 +79,18 @@ def parse_widths(text: str) -> Bits:
     return bits
 
 
-def _quantized(source: Experiment, run: Path, bits: Bits, calibration: Calibration, per_channel: bool) -> Experiment:
+def _quantized(source: Experiment, bits: Bits, options: Quantize) -> Experiment:
     """The experiment that quantizes every variant of `source` and trains nothing."""
     variants = tuple(
-        Variant(variant.name, variant.changes | _changes(source.model_of(variant), bits, per_channel))
+        Variant(variant.name, variant.changes | _changes(source.model_of(variant), bits, options.per_channel))
         for variant in source.chosen
     )
     return dataclasses.replace(
         source,
         name=f"{source.name}_W{bits.weights}A{bits.activations}",
         variants=variants,
-        start_from=str(run),
-        calibration=calibration,
+        start_from=str(options.run),
+        calibration=options.calibration,
         epochs=0,
     )
 

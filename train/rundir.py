@@ -102,10 +102,10 @@ def open_run(
     def claim():
         path, lock, changes = _claim(runs_dir, experiment, overwrite, resume_changed)
         locks.append(lock)
-        return path, changes
+        return str(path), changes
 
-    path, changes = from_first(claim)
-    return RunDirectory(path, locks, changes, board)
+    folder, changes = from_first(claim)
+    return RunDirectory(Path(folder), locks, changes, board)
 
 
 def _claim(runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: bool, resume_changed: bool):
