@@ -42,9 +42,6 @@ from qpde.models.network import Network
 
 __all__ = ["Certificate", "StepBound", "certify", "step_bound", "step_bounds"]
 
-# From 16 bits on a quantizer clips and does not round.
-_EXACT_BITS = 32
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
@@ -237,7 +234,7 @@ def _certificate(model, variables, x, bits, lipschitz, a_priori, *, window):
     for start in range(0, len(steps), window):
         part = list(enumerate(steps))[start : start + window]
         quantized = _run(part, bits, y)
-        twin, carried = _jvp(partial(_run, part, _clipped(bits)), y, carried)
+        twin, carried = _jvp(partial(_run, part, bits.twin), y, carried)
         carried = carried + (quantized - twin)
         entering = state_bound
         injected.append(_norms(quantized - twin))
@@ -274,10 +271,6 @@ def _run(part, bits, y):
         widths = Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
         y, _ = block(own, y, step_size, widths, Mode(), gamma2)
     return y
-
-
-def _clipped(bits: Bits) -> Bits:
-    return bits._replace(activations=jax.tree.map(lambda b: jnp.full_like(b, _EXACT_BITS), bits.activations))
 
 
 def _logits(model, params, stats, y):

@@ -20,9 +20,6 @@ from jaxtyping import Float
 # Images or a graph, alone or with labels.
 Batch = Any
 
-# From 16 bits on a quantizer clips and does not round.
-_EXACT_BITS = 32
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Faithfulness:
@@ -111,7 +108,7 @@ def compare(
             "`bits.activations` (=None) leaves nothing to compare: give the activations' width, for instance "
             "qpde.Bits(weights=4, activations=4)"
         )
-    twin_bits = bits._replace(activations=jax.tree.map(_exact, bits.activations))
+    twin_bits = bits.twin
     twin = variables if twin is None else twin
     if statistics_batches is not None:
         twin = reestimate_statistics(model, twin, statistics_batches, twin_bits)
@@ -224,11 +221,6 @@ def _difference(exact, quantized):
 
 def _sum_of_squares(x):
     return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
-
-
-def _exact(width):
-    """32 bits in the form of the given width, so that both networks share one compiled function."""
-    return jnp.full_like(width, _EXACT_BITS) if hasattr(width, "dtype") else _EXACT_BITS
 
 
 def _split(batch, index):

@@ -22,8 +22,6 @@ from train.state import TrainState, update_averages
 Batch = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
 Metrics = dict[str, Float[Array, ""]]
 
-_EXACT_BITS = 32  # of the twin: activations are clipped and not rounded
-
 
 def make_loss(
     model: nn.Module, config: Loss
@@ -55,7 +53,7 @@ def make_loss(
         high, act_bits = None, None
         if row.twin:
             widths = model.bits if bits is None else bits
-            high, _ = forward(twin.high(params), model_state, x, widths._replace(activations=_EXACT_BITS))
+            high, _ = forward(twin.high(params), model_state, x, widths.twin)
             act_bits = widths.activations
         terms = row.formula(low, high, targets, act_bits, config)
         return terms["loss"], (terms, low.logits, updated)
