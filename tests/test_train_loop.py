@@ -44,6 +44,7 @@ def _plan(**changes):
 
     plan = Plan(
         variant="a",
+        title="a",
         epochs=10,
         steps_per_epoch=3,
         checkpoint_every=0,

@@ -1,6 +1,8 @@
 """The main job through its command line, on a network small enough for a test and on the real digits."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from qpde.bits import Bits
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
+from train import fleet
 from train.checkpoints import Checkpoints, read_best
 from train.cli import COMMANDS, load_recipes, main
 from train.optimizer import path_name
@@ -259,6 +262,30 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
         assert message in capsys.readouterr().err
 
 
+def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
+    tight = ["--model.norm", "spectral", "--model.residual", "precise", "--only", "symmetric", "--epochs", "1"]
+    assert main(["run", config, *tight]) == 0
+    capsys.readouterr()
+    assert main(["certify", "runs/tiny", "--bits", "12", "4", "--images", "999"]) == 0
+    many, few = [line.split() for line in capsys.readouterr().out.splitlines() if "symmetric" in line]
+    shares = {row[0]: [float(cell.rstrip("%")) for cell in row[2:]] for row in (many, few)}
+    for _, agreement, certified, a_priori, tightness in shares.values():
+        assert 0 <= a_priori <= certified <= agreement <= 100
+        assert tightness >= 1
+    assert shares["12"][2] > shares["4"][2]
+    # The run's own width is 4; only its spectral norms have converged since.
+    assert shares["4"][0] == pytest.approx(100 * _summary(tmp_path)["symmetric"]["accuracy"], abs=1)
+
+    refused = {
+        "no folder of a run": ["runs/nowhere"],
+        "widths that round": ["runs/tiny", "--bits", "16"],
+        "images (=0)": ["runs/tiny", "--images", "0"],
+    }
+    for message, arguments in refused.items():
+        assert main(["certify", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config, tmp_path, monkeypatch, capsys):
     sweep = ["sweep", config, "--symmetric", "both", "--epochs", "1", "--bits", "W3A4"]
     assert main([*sweep, "--seeds", "1"]) == 0
@@ -267,7 +294,7 @@ def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config
     capsys.readouterr()
     assert main([*sweep, "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "W3A4_seed1, 1 of 1" in printed
+    assert "W3A4_seed1: 2 of 2" in printed
     assert "symmetric - plain" in printed
     assert (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns == before
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -286,6 +313,49 @@ def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config
     for message, more in refused.items():
         assert main([*sweep, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(config, tmp_path, monkeypatch, capsys):
+    sweep = ["sweep", config, "--only", "symmetric", "--epochs", "2", "--seeds", "2", "--bits", "2", "W3A4"]
+    names = [f"{widths}_seed{seed}" for widths in ("W2A2", "W3A4") for seed in (0, 1)]
+    assert main([*sweep, "--name", "alone"]) == 0
+    alone = [_summary(tmp_path, f"alone_sweep/{name}")["symmetric"] for name in names]
+
+    made = []
+
+    class Together(fleet.Together):
+        def __init__(self, step):
+            super().__init__(step)
+            made.append(self)
+
+    monkeypatch.setattr(fleet, "Together", Together)
+    assert main([*sweep, "--name", "whole", "--at-once", "4"]) == 0
+    assert [together.program._cache_size() for together in made] == [1]
+    whole = [_summary(tmp_path, f"whole_sweep/{name}")["symmetric"] for name in names]
+    for mine, other in zip(whole, alone, strict=True):
+        assert mine["layer_error"] == pytest.approx(other["layer_error"], rel=0.02)
+        assert abs(mine["accuracy"] - other["accuracy"]) <= 4 / 320  # images at the border between two classes
+    assert len({result["mean_layer_error"] for result in whole}) == 4
+
+    # Stopped in the middle of an epoch and taken up: the same to the last bit.
+    class Interrupting(fleet.Together):
+        count = 0
+
+        def __call__(self, requests):
+            self.count += 1
+            if self.count == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(requests)
+
+    monkeypatch.setattr(fleet, "Together", Interrupting)
+    assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 143
+    assert "the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(fleet, "Together", Together)
+    assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 0
+    assert [_summary(tmp_path, f"parts_sweep/{name}")["symmetric"] for name in names] == whole
+
+    assert main([*sweep, "--name", "other", "--at-once", "2", "--devices", "2"]) == 2
+    assert "must be 1 where runs are trained together" in capsys.readouterr().err
 
 
 def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_clips(config, tmp_path, capsys):
@@ -353,7 +423,7 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     printed = capsys.readouterr().out
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
-    assert "choose from ['run', 'sweep', 'quantize', 'data', 'replay']" in capsys.readouterr().err
+    assert "choose from ['run', 'sweep', 'quantize', 'certify', 'data', 'replay']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0

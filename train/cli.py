@@ -10,6 +10,7 @@ from typing import Annotated, Generic, TypeVar
 import tyro
 from rich.console import Console
 
+from train.certify import Certify, prepare_certify
 from train.checkpoints import CheckpointError
 from train.config import Experiment
 from train.interrupt import Interrupted
@@ -120,6 +121,11 @@ def parse_quantize(arguments: Sequence[str]) -> Callable[[Console], None]:
     return prepare_quantize(tyro.cli(Quantize, args=list(arguments), prog=f"{_PROGRAM} quantize"))
 
 
+def parse_certify(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The job that the arguments of `certify` describe, everything about it checked."""
+    return prepare_certify(tyro.cli(Certify, args=list(arguments), prog=f"{_PROGRAM} certify"))
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table.
@@ -139,6 +145,7 @@ COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
     "sweep": Command(parse_sweep, "sweep CONFIG.py --seeds 5 --bits 2 4 8", "many runs, one table with intervals"),
     "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
+    "certify": Command(parse_certify, "certify RUN --bits 8 6 4", "predictions that rounding provably keeps"),
     "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }

@@ -146,6 +146,8 @@ def make_prepare(config: Data, images: ImageSet):
     """`prepare(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
     vary = make_vary(config, images)
 
+    # Of several trainings at once one after the other: vmapped, the generator `train.state.RANDOM` draws other numbers.
+    @jax.custom_batching.sequential_vmap
     def prepare(
         key: Key[Array, ""], x: UInt8[Array, "n h w c"], labels: Int[Array, " n"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:

@@ -107,58 +107,85 @@ class Training:
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains, or goes on with training, and evaluates the best state; its results and the history."""
-        state = self.fit(run, console)
+        return self.results(self.fit(run, console), run)
+
+    def results(self, state: TrainState, run: RunDirectory) -> dict[str, Any]:
+        """`evaluate` and the history of a training that ended with this state."""
         return self.evaluate(state) | _history(run.lines(self.variant.name), int(state.step))
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
+        plan = self.plan(traced=is_annealed(self.experiment.annealing))
+        with (
+            Checkpoints(run.checkpoints(plan.variant)) as checkpoints,
+            Display(
+                console, plan.title, steps=plan.epochs * plan.steps_per_epoch, done=checkpoints.last_step
+            ) as display,
+        ):
+            return local(fit(self.first_state(), plan, run=run, checkpoints=checkpoints, display=display))
+
+    def plan(self, *, traced: bool) -> Plan:
+        """What training is made of.
+
+        Args:
+          traced: whether widths are arguments of the compiled programs. If not they are the model's own, constants of
+            the programs, which is a little faster.
+        """
         experiment, images, mesh = self.experiment, self.images, self.mesh
         everywhere = partial(put, sharding=replicated(mesh))
         steps_per_epoch = images.count // experiment.batch_size
-        loss = make_loss(self.model, _for_parts(experiment.loss, experiment.accumulate))
-        prepare = make_prepare(experiment.data, images)
         row = LOSSES[experiment.loss.name]
-        explain = make_explain(self.model, loss, prepare)
+        explain = make_explain(self.model, self._loss, make_prepare(experiment.data, images))
         validation = images.stacks("validation", mesh)
-        averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
-        train_step = make_train_step(loss, self.optimizer, prepare, averaging=averaging, accumulate=accumulate)
-        epoch_step = make_epoch_step(train_step, images.select, mesh=mesh)
-        annealing = experiment.annealing
-        # Widths that never change are the model's own, constants of the compiled program, which is a little faster.
-        traced = partial(jax.tree.map, np.int32) if is_annealed(annealing) else (lambda bits: None)
 
-        def enter(state, bits):
-            return everywhere(self._reestimated(local(state), bits))
+        def widths(bits):
+            return everywhere(jax.tree.map(np.int32, bits)) if traced else None
 
-        plan = Plan(
+        return Plan(
             variant=self.variant.name,
+            title=self.variant.name,
             epochs=experiment.epochs,
             steps_per_epoch=steps_per_epoch,
             checkpoint_every=experiment.checkpoint_every,
-            bits=widths_of(annealing, self.model.bits, experiment.epochs),
-            enter=enter if annealing.reestimate else lambda state, bits: state,
-            step=lambda state, totals, bits, *data: epoch_step(state, totals, everywhere(traced(bits)), *data),
+            bits=self.widths,
+            enter=self.enter,
+            step=lambda state, totals, bits, *data: self.step(state, totals, widths(bits), *data),
             totals=everywhere(empty_totals(*row.logged)),
             batches=images.feed(mesh),
-            evaluate=lambda variables, bits: self._scores(variables, validation, traced(bits)),
+            evaluate=lambda variables, bits: self._scores(variables, validation, widths(bits)),
             score=_by_accuracy if row.labels else _by_similarity,
             reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
-            explain=lambda state, bits, *data: explain(state, *images.select(state, *data), traced(bits)),
+            explain=lambda state, bits, *data: explain(state, *images.select(state, *data), widths(bits)),
             chance=images.chance,
         )
-        with (
-            Checkpoints(run.checkpoints(self.variant.name)) as checkpoints,
-            Display(
-                console, self.variant.name, steps=experiment.epochs * steps_per_epoch, done=checkpoints.last_step
-            ) as display,
-        ):
-            first = everywhere(self._first_state())
-            return local(fit(first, plan, run=run, checkpoints=checkpoints, display=display))
+
+    @cached_property
+    def step(self):
+        """(state, totals, bits, *batch) -> (state, totals), compiled; see `train.step.make_epoch_step`."""
+        experiment, images = self.experiment, self.images
+        averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
+        prepare = make_prepare(experiment.data, images)
+        train_step = make_train_step(self._loss, self.optimizer, prepare, averaging=averaging, accumulate=accumulate)
+        return make_epoch_step(train_step, images.select, mesh=self.mesh)
+
+    @cached_property
+    def _loss(self):
+        return make_loss(self.model, _for_parts(self.experiment.loss, self.experiment.accumulate))
+
+    def widths(self, epoch: int) -> Bits:
+        """Of an epoch, from 1 on."""
+        return widths_of(self.experiment.annealing, self.model.bits, self.experiment.epochs)(epoch)
+
+    def enter(self, state: TrainState, bits: Bits) -> TrainState:
+        """The state at other widths than before; see `train.config.Annealing.reestimate`."""
+        if not self.experiment.annealing.reestimate:
+            return state
+        return put(self._reestimated(local(state), bits), replicated(self.mesh))
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
         model, images, state = self.model, self.images, state.averaged
-        statistics = list(self._training_batches(limit=_STATISTICS_BATCHES))
+        statistics = list(self.statistics_batches())
         variables = reestimate_statistics(model, state.variables, statistics, model.bits)
         results = {"parameters": qpde.models.summary(model, images.shape).parameters}
         if model.bits.activations is None:  # there is nothing to be faithful to
@@ -167,7 +194,7 @@ class Training:
         results |= compare(
             model,
             variables,
-            self._test_images(),
+            self.test_images(),
             model.bits,
             twin=state.twin_variables,
             statistics_batches=statistics,
@@ -186,23 +213,23 @@ class Training:
             return low.argmax(-1), full.argmax(-1)
 
         agree, right, count = 0, 0, 0
-        for x, labels in self._test_images():
+        for x, labels in self.test_images():
             low, full = predictions(x)
             agree, right, count = agree + int((low == full).sum()), right + int((full == labels).sum()), count + len(x)
         return {"accuracy_start": right / count, "agreement_start": agree / count}
 
     def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
         """The state with the batch statistics of these widths."""
-        statistics = self._training_batches(limit=_STATISTICS_BATCHES)
+        statistics = self.statistics_batches()
         variables = reestimate_statistics(self.model, state.variables, statistics, bits)
         return state.replace(model_state={name: variables[name] for name in state.model_state})
 
-    def _first_state(self) -> TrainState:
+    def first_state(self) -> TrainState:
         """Random weights or those of another run, and clips that fit them and the first training images."""
         experiment = self.experiment
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
-            ((x, _),) = self._training_batches(limit=1)
+            ((x, _),) = self.training_batches(limit=1)
             variables = jax.jit(partial(_first_variables, self.model, method=experiment.clip_start))(init_key, x)
         else:
             variables = self._started(self.start)
@@ -212,7 +239,8 @@ class Training:
         elif not twin.has_twin(params):
             params = twin.add_twin(params)
         averaging = experiment.optimizer.averaging > 0
-        return create_state({**variables, "params": params}, self.optimizer, key, averaging=averaging)
+        state = create_state({**variables, "params": params}, self.optimizer, key, averaging=averaging)
+        return put(state, replicated(self.mesh))
 
     def _started(self, start: Start) -> dict[str, Any]:
         """The start's variables; where it was not quantized, with clips and statistics for the widths of the model."""
@@ -221,18 +249,18 @@ class Training:
         untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, start.bits, strict=True)))
         if untrained == Bits(None, None):
             return start.variables
-        ((x, _),) = self._training_batches(limit=1)
+        ((x, _),) = self.training_batches(limit=1)
         variables = {**start.variables, "params": twin.low(start.variables["params"])}
         variables = qpde.models.calibrate_clips(
             self.model, variables, x, method=self.experiment.clip_start, bits=untrained
         )
-        statistics = self._training_batches(limit=_STATISTICS_BATCHES)
+        statistics = self.statistics_batches()
         return reestimate_statistics(self.model, variables, statistics, self.model.bits)
 
     def _quantized(self, start: Start) -> dict[str, Any]:
         """The full-precision start's variables, quantized after training."""
         options = dataclasses.asdict(self.experiment.calibration)
-        batches = [x for x, _ in self._training_batches(limit=-(-options.pop("images") // self.experiment.batch_size))]
+        batches = [x for x, _ in self.training_batches(limit=-(-options.pop("images") // self.experiment.batch_size))]
         options["per_channel"] = self.experiment.model_of(self.variant).per_channel
         return calibration.quantize(self.exact, start.variables, batches, self.model.bits, **options)[1]
 
@@ -240,12 +268,16 @@ class Training:
     def _scores(self):
         return make_evaluate(self.model, self.images.normalize)
 
-    def _test_images(self):
-        """(network input, labels) in order."""
+    def test_images(self):
+        """(network input, labels) of the test images, in order."""
         normalize = jax.jit(self.images.normalize)
         return ((normalize(x), jnp.asarray(labels)) for x, labels in self.images.in_order("test"))
 
-    def _training_batches(self, *, limit: int):
+    def statistics_batches(self):
+        """What batch statistics are estimated from again."""
+        return self.training_batches(limit=_STATISTICS_BATCHES)
+
+    def training_batches(self, *, limit: int):
         """The first training batches, varied as in training: statistics of images without the variation are of another
         distribution than the network learned on, and lower its accuracy.
         """

@@ -6,11 +6,12 @@ goes on from its checkpoint ends with the same parameters and the same metrics a
 bit on the same machine.  A checkpoint therefore holds the state and the sums of the epoch so far, nothing else.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -38,7 +39,7 @@ class Plan:
     """The training of one variant.
 
     Attributes:
-      variant: its name.
+      variant: its name.   title: what messages call the training.
       epochs, steps_per_epoch: its length.
       checkpoint_every: steps between saves; 0 saves at the end of epochs only.
       bits: epoch, from 1 on -> its `Bits`, of Python integers or None.
@@ -55,6 +56,7 @@ class Plan:
     """
 
     variant: str
+    title: str
     epochs: int
     steps_per_epoch: int
     checkpoint_every: int
@@ -70,6 +72,19 @@ class Plan:
     chance: float
 
 
+class Request(NamedTuple):
+    """What a training asks for: the step from `state`, answered by the state and the sums after it. See `Plan.step`."""
+
+    state: TrainState
+    totals: Any
+    bits: Bits
+    batch: tuple
+
+
+Course = Generator[Request, tuple[TrainState, Any], TrainState]
+"""A training as a course of steps that somebody else carries out; it ends with the best state."""
+
+
 def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display) -> TrainState:
     """Trains to the end of the last epoch and returns the state of the best one among those at the last one's widths.
 
@@ -81,58 +96,101 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
       Interrupted: by one of these signals; the state is saved.
       FloatingPointError: a step broke down; names it, the layer and the clips.  The states saved so far stay.
     """
-    name, last = plan.variant, plan.epochs * plan.steps_per_epoch
+    with StopRequest() as stop:
+        only = course(state, plan, run=run, checkpoints=checkpoints, display=display, stop=stop)
+        return in_step([only], lambda requests: [plan.step(*requests[0][:3], *requests[0].batch)])[0]
+
+
+def in_step(
+    courses: Sequence[Course], step: Callable[[list[Request]], list[tuple[TrainState, Any]]]
+) -> list[TrainState]:
+    """Runs trainings side by side: `step` does the next step of all that have not ended, in one call.
+
+    Raises:
+      Interrupted: when each has saved its state.   FloatingPointError: one broke down; the others stop where they are.
+    """
+    found: dict[int, TrainState] = {}
+    stopped: Interrupted | None = None
+    answers: dict[int, Any] = dict.fromkeys(range(len(courses)))
+    with contextlib.ExitStack() as closing:
+        for one in courses:
+            closing.callback(one.close)
+        while answers:
+            requests = {}
+            for i, answer in answers.items():
+                try:
+                    requests[i] = courses[i].send(answer)
+                except StopIteration as end:
+                    found[i] = end.value
+                except Interrupted as error:
+                    stopped = error
+            answers = dict(zip(requests, step(list(requests.values())), strict=True)) if requests else {}
+    if stopped:
+        raise stopped
+    return [found[i] for i in range(len(courses))]
+
+
+def course(
+    state: TrainState,
+    plan: Plan,
+    *,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    display: Display,
+    stop: StopRequest,
+) -> Course:
+    """`fit` without its steps: what to do before, between and after them."""
+    name, last = plan.title, plan.epochs * plan.steps_per_epoch
     if last == 0:
         return _evaluated(state, plan, run=run, checkpoints=checkpoints)
     for folder in checkpoints.damaged:
         display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
     step, totals = checkpoints.last_step, plan.totals
-    run.forget_after(name, step // plan.steps_per_epoch)
+    run.forget_after(plan.variant, step // plan.steps_per_epoch)
     if step:
         state, totals = checkpoints.load(step, (state, totals))
     if step or checkpoints.damaged:
         display.line(f"{name}: going on after step {step} of {last}")
 
-    with StopRequest() as stop:
-        ended = any(_ended(line, plan) for line in run.lines(name)[-1:])
-        while step < last and not ended:
-            epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
-            bits = plan.bits(epoch)
-            if step % plan.steps_per_epoch == 0 and epoch > 1 and bits != plan.bits(epoch - 1):
-                state = plan.enter(state, bits)
-            for batch in plan.batches(state):
-                before = totals
-                state, totals = plan.step(state, totals, bits, *batch)
-                # One step is prepared while one runs: further ahead, stopping would wait for all that is queued.
-                jax.block_until_ready(before)
-                step += 1
-                display.step()
-                due = plan.checkpoint_every and step % plan.checkpoint_every == 0
-                stopped = largest(stop.signal_number or 0)  # a signal to one process ends the same step in all
-                if step % plan.steps_per_epoch and (due or stopped):
-                    _check_finite(state, totals, plan)
-                    checkpoints.save(step, (state, totals))
-                if stopped:
-                    break
-            if step % plan.steps_per_epoch == 0:
-                line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
-                run.log(**line)
-                totals = plan.totals
-                final = bits == plan.bits(plan.epochs)
-                checkpoints.save(step, (state, totals), plan.score(line) if final else None)
-                display.line(
-                    f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits)}, "
-                    f"loss {line['train_loss']:.4g}, "
-                    f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
-                )
-                ended = _ended(line, plan)
-                for warning in _warnings(line, plan):
-                    display.line(f"{name}: warning: {warning}")
-            if stopped or (stopped := largest(stop.signal_number or 0)):
-                raise Interrupted(
-                    f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
-                    stopped,
-                )
+    ended = any(_ended(line, plan) for line in run.lines(plan.variant)[-1:])
+    while step < last and not ended:
+        epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
+        bits = plan.bits(epoch)
+        if step % plan.steps_per_epoch == 0 and epoch > 1 and bits != plan.bits(epoch - 1):
+            state = plan.enter(state, bits)
+        for batch in plan.batches(state):
+            before = totals
+            state, totals = yield Request(state, totals, bits, batch)
+            # One step is prepared while one runs: further ahead, stopping would wait for all that is queued.
+            jax.block_until_ready(before)
+            step += 1
+            display.step()
+            due = plan.checkpoint_every and step % plan.checkpoint_every == 0
+            stopped = largest(stop.signal_number or 0)  # a signal to one process ends the same step in all
+            if step % plan.steps_per_epoch and (due or stopped):
+                _check_finite(state, totals, plan)
+                checkpoints.save(step, (state, totals))
+            if stopped:
+                break
+        if step % plan.steps_per_epoch == 0:
+            line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
+            run.log(**line)
+            totals = plan.totals
+            final = bits == plan.bits(plan.epochs)
+            checkpoints.save(step, (state, totals), plan.score(line) if final else None)
+            display.line(
+                f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits)}, "
+                f"loss {line['train_loss']:.4g}, "
+                f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
+            )
+            ended = _ended(line, plan)
+            for warning in _warnings(line, plan):
+                display.line(f"{name}: warning: {warning}")
+        if stopped or (stopped := largest(stop.signal_number or 0)):
+            raise Interrupted(
+                f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
+                stopped,
+            )
     return checkpoints.load(checkpoints.best_step, (state, totals))[0]
 
 
@@ -162,7 +220,7 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
     validation = plan.evaluate(state.averaged.variables, bits)
     if not math.isfinite(validation["loss"]):
         raise FloatingPointError(
-            f"{plan.variant}: the validation loss after epoch {epoch} is not finite though the training loss is: the "
+            f"{plan.title}: the validation loss after epoch {epoch} is not finite though the training loss is: the "
             "batch statistics are far from the batches'; try a smaller --optimizer.learning-rate"
         )
     sums = jax.device_get(totals)
@@ -222,6 +280,6 @@ def _check_finite(state, totals, plan: Plan) -> None:
         epoch = step // plan.steps_per_epoch + 1
         why = plan.explain(state, plan.bits(epoch), *next(iter(plan.batches(state))))
         raise FloatingPointError(
-            f"{plan.variant}: step {step} (epoch {epoch}) broke down: {why}. Try a smaller "
+            f"{plan.title}: step {step} (epoch {epoch}) broke down: {why}. Try a smaller "
             "--optimizer.learning-rate; what was saved before stays"
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 from rich import box
@@ -20,6 +21,7 @@ from scipy import stats
 
 from qpde.plots import against_bits_figure
 from train.config import Experiment, Variant, check_at_least
+from train.fleet import prepare_fleet
 from train.jobs import prepare_job
 from train.quantize import parse_widths
 from train.report import check_drawable
@@ -57,6 +59,9 @@ class Sweep:
     """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
     symmetric: Literal["both", "yes", "no"] | None = None
     """Symmetric and plain networks, or one kind of them, instead of the experiment's variants."""
+    at_once: int | None = None
+    """Runs that share each compiled step (vmap), whatever their seeds and widths. None is 1 on a CPU, where more are
+    slower, and as many as there are seeds elsewhere. Trained together, results differ by the order of sums."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
     runs_dir: Path = Path("runs")
@@ -75,14 +80,27 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
         if (path / CONFIG).exists() and read_experiment(path) != cell:
             raise FileExistsError(f"{path} holds a run of another experiment: choose another --name")
     missing = [cell for cell in cells if not (folder / cell.name / SUMMARY).exists()]
-    first = [prepare_job(cell, data_dir=options.data_dir, runs_dir=folder) for cell in missing[:1]]
+    at_once = options.at_once
+    if at_once is None:
+        at_once = 1 if jax.default_backend() == "cpu" else options.seeds
+    check_at_least("at_once", at_once, 1)
+    parts = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+
+    def prepared(part: list[Experiment]) -> Callable[[Console], None]:
+        if at_once == 1:
+            return prepare_job(part[0], data_dir=options.data_dir, runs_dir=folder)
+        return prepare_fleet(part, data_dir=options.data_dir, runs_dir=folder)
+
+    first = [prepared(part) for part in parts[:1]]
 
     def work(console: Console) -> None:
-        for number, cell in enumerate(missing):
-            title = f"{cell.name}, {number + 1} of {len(missing)}"
+        done = len(cells) - len(missing)
+        for part in parts:
+            title = f"{', '.join(cell.name for cell in part)}: {done + len(part)} of {len(cells)}"
             console.print(title, markup=False, highlight=False)
-            job = first.pop() if first else prepare_job(cell, data_dir=options.data_dir, runs_dir=folder)
+            job = first.pop() if first else prepared(part)
             job(console)
+            done += len(part)
         _report(options, cells, folder, console)
 
     return work

@@ -1,0 +1,116 @@
+"""How many predictions of a finished run its rounding provably does not change: `qpde.certificate` over test images."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qpde.bits import Bits
+from qpde.certificate import certify
+from qpde.models import converge_norms
+from train.config import check_at_least
+from train.finished import Finished, read_finished
+
+_COLUMNS = ("bits", "variant", "accuracy", "agreement", "certified", "a priori", "bound/error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Certify:
+    """Certify predictions of a finished run: test images that it provably classifies as its high-precision twin does.
+
+    The twin has the network's own weights and batch statistics, its activations clipped and not rounded. "bound/error"
+    is the median over images and classes of the proven bound of a logit difference's error over that error.
+    "a priori" counts the images for which clips and widths alone are enough.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    bits: tuple[int, ...] = (8, 6, 4)
+    """Widths of activations."""
+    images: int = 1000
+    """Test images, from the first on."""
+    window: int = 1
+    """Steps that the twin runs from a quantized state before the error is measured; see `qpde.certificate.certify`."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+
+
+def prepare_certify(options: Certify) -> Callable[[Console], None]:
+    """The job, everything about it checked.
+
+    Raises:
+      ValueError, OSError: the folder holds no finished run on images, its activations are not quantized, or an option
+        is out of range.
+    """
+    check_at_least("images", options.images, 1)
+    check_at_least("window", options.window, 1)
+    if outside := [bits for bits in options.bits if not 2 <= bits <= 15] or not options.bits:
+        raise ValueError(f"--bits (={outside or ()}) are widths that round: give some of 2 to 15")
+    found = read_finished(options.run, options.data_dir)
+    for name, finished in found.items():
+        if finished.training.model.act_bits is None:
+            raise ValueError(f"{name} of {options.run} rounds no activations: `quantize` the run first")
+
+    def work(console: Console) -> None:
+        table = Table(
+            title=f"{options.run.name}: {options.images} test images, window {options.window}", box=box.SIMPLE_HEAD
+        )
+        for column in _COLUMNS:
+            table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+        for width in options.bits:
+            for i, (name, finished) in enumerate(found.items()):
+                measured = measure(finished, width, images=options.images, window=options.window)
+                shares = (f"{measured[key]:.1%}" for key in ("accuracy", "agreement", "certified", "a_priori"))
+                table.add_row("" if i else str(width), name, *shares, f"{measured['tightness']:.3g}")
+        console.print(table)
+
+    return work
+
+
+def measure(finished: Finished, width: int, *, images: int, window: int = 1) -> dict[str, float]:
+    """Shares of the first test images, and the median of bound over measured difference.
+
+    Args:
+      finished: a trained network.   width: of its activations.   images: how many.   window: of `certify`.
+    Returns:
+      "accuracy", "agreement", "certified", "a_priori" and "tightness".
+    """
+    model = finished.training.model
+    bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(width))
+    variables = finished.at(bits)
+    parts: list[dict[str, Any]] = []
+    for x, labels in _first(finished.training.test_images(), images):
+        if not parts:
+            variables = converge_norms(model, variables, x, bits=bits)
+        found = certify(model, variables, x, bits, window=window)
+        z = model.apply(variables, x, bits=bits)
+        twin = model.apply(variables, x, bits=bits.twin)
+        chosen = found.prediction[:, None]
+        error = jnp.abs(jnp.take_along_axis(z - twin, chosen, axis=1) - (z - twin))
+        others = np.arange(z.shape[1])[None] != np.asarray(chosen)
+        parts.append(
+            {
+                "accuracy": found.prediction == labels,
+                "agreement": found.prediction == twin.argmax(-1),
+                "certified": found.certified,
+                "a_priori": found.certified_a_priori,
+                "tightness": np.asarray(found.bound / error)[others],
+            }
+        )
+    whole = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
+    return {key: float(np.median(v) if key == "tightness" else np.mean(v)) for key, v in whole.items()}
+
+
+def _first(batches: Iterator, count: int) -> Iterator:
+    for x, labels in batches:
+        if count <= 0:
+            return
+        yield x[:count], labels[:count]
+        count -= len(x)

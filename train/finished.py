@@ -1,0 +1,45 @@
+"""The networks of a finished run, ready to be looked at."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qpde.bits import Bits
+from qpde.diagnostics import reestimate_statistics
+from train.config import Experiment
+from train.experiment import Training, prepare
+from train.rundir import SUMMARY, read_experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A trained variant.
+
+    Attributes:
+      training: its network, images and configuration.   variables: the best state's, without the twin's clips.
+    """
+
+    training: Training
+    variables: dict[str, Any]
+
+    def at(self, bits: Bits) -> dict[str, Any]:
+        """The variables with the batch statistics of these widths."""
+        return reestimate_statistics(self.training.model, self.variables, self.training.statistics_batches(), bits)
+
+
+def read_finished(run: Path, data_dir: Path | None) -> dict[str, Finished]:
+    """The best state of each variant of a run on images.
+
+    Raises:
+      FileNotFoundError: no finished run is there, or its data are not.
+      ValueError: it is a run on a graph, or one that this version cannot read.
+    """
+    experiment = read_experiment(run)
+    if not (run / SUMMARY).is_file():
+        raise FileNotFoundError(f"{run} holds no finished run: it has no {SUMMARY}; the command that began it goes on")
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{run} is a run on a graph: its summary.json holds what was measured; give one on images")
+    # The same networks, started from the run itself: so its folder, data and shapes are checked as anywhere else.
+    own = dataclasses.replace(experiment, start_from=str(run), calibration=None, epochs=0)
+    trainings, _ = prepare(dataclasses.replace(own, devices=1, accumulate=1), data_dir)
+    return {name: Finished(training, training.first_state().variables) for name, training in trainings.items()}
