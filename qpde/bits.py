@@ -1,12 +1,15 @@
 """The widths a network runs at."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["Bits"]
+__all__ = ["Bits", "stack_bits"]
 
+_LARGEST_BITS = 32
 _EXACT_BITS = 32  # any number from 16 on
 
 
@@ -35,3 +38,36 @@ class Bits(NamedTuple):
             return jnp.full_like(width, _EXACT_BITS) if hasattr(width, "dtype") else _EXACT_BITS
 
         return self._replace(activations=jax.tree.map(exact, self.activations))
+
+
+def stack_bits(rows: Sequence[Bits]) -> Bits:
+    """Several widths as one `Bits` with a leading axis, for `jax.vmap` or `jax.lax.map`.
+
+    Args:
+      rows: at least one. A part that is None is None in all of them; where one of them has a value for each block, all
+        get one for each block.
+    Returns:
+      `Bits` of int32 arrays (rows,) or (rows, blocks), or None.
+    Raises:
+      ValueError: no rows, a width that is not a whole number from 2 to 32, a part that is None in some rows only, or
+        values for different numbers of blocks.
+    """
+    if not rows:
+        raise ValueError("there are no widths: give at least one qpde.Bits")
+    return Bits(*(_stack_part(name, [getattr(row, name) for row in rows]) for name in Bits._fields))
+
+
+def _stack_part(name: str, widths: list[Any]) -> Any:
+    if all(width is None for width in widths):
+        return None
+    if any(width is None for width in widths):
+        raise ValueError(f"some {name} have bits and others None: give 32, which rounds nothing, in place of None")
+    arrays = [np.asarray(width, np.float64) for width in widths]
+    for array in arrays:
+        if outside := [float(v) for v in array.flat if not (2 <= v <= _LARGEST_BITS and v == int(v))]:
+            raise ValueError(f"bits of {name} (={outside[0]:g}) must be a whole number from 2 to {_LARGEST_BITS}")
+    shapes = {array.shape for array in arrays} - {()}
+    if len(shapes) > 1 or any(len(shape) > 1 for shape in shapes):
+        raise ValueError(f"bits of {name} have shapes {sorted(shapes)}: give one value, or one for each block")
+    shape = shapes.pop() if shapes else ()
+    return jnp.asarray(np.stack([np.broadcast_to(array, shape) for array in arrays]), jnp.int32)

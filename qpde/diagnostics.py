@@ -13,12 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jraph
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-# Images or a graph, alone or with labels.
-Batch = Any
+from qpde.batches import Batch, mean_over, split_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,62 +111,37 @@ def compare(
     if statistics_batches is not None:
         twin = reestimate_statistics(model, twin, statistics_batches, twin_bits)
 
-    samples, longest, labelled, sums = 0, 0, None, {}
-    for index, batch in enumerate(batches):
-        x, labels = _split(batch, index)
-        if labelled is None:
-            labelled = labels is not None
-        if labelled != (labels is not None):
-            raise ValueError(f"batch {index} has {'no ' if labelled else ''}labels, unlike those before it")
-        is_graph = isinstance(x, jraph.GraphsTuple)
-        count = _size(x)
-        longest = max(longest, count)
-        padded = x if is_graph else _pad(x, longest)
-        exact = _evaluate(model, twin, padded, twin_bits)
-        quantized = _evaluate(model, variables, padded, bits)
-        measured = {k: v[:count] for k, v in jax.device_get(_difference(exact, quantized)).items()}
+    def measure(x, index):
+        exact = _evaluate(model, twin, x, twin_bits)
+        measured = _difference(exact, _evaluate(model, variables, x, bits))
         _check_finite(measured, index)
-        if labelled:
-            classes = exact[0].shape[-1]
-            _check_labels(labels, measured["prediction"], smallest=-1 if is_graph else 0, classes=classes, index=index)
-            if is_graph:
-                measured, labels = {k: v[labels >= 0] for k, v in measured.items()}, labels[labels >= 0]
-                count = len(labels)
-            measured["accuracy"] = measured["prediction_q"] == labels
-            measured["accuracy_twin"] = measured["prediction"] == labels
-        measured["agreement"] = measured.pop("prediction") == measured.pop("prediction_q")
-        samples += count
-        for name, values in measured.items():
-            sums[name] = sums.get(name, 0.0) + values.sum(axis=0, dtype=np.float64)
-    if samples == 0:
-        raise ValueError("`batches` is empty, or no label counts: there is nothing to compare")
+        return measured, exact[0].shape[-1]
 
-    mean = {name: total / samples for name, total in sums.items()}
-    sizes = np.array([a[0].size for a in exact[1]])
-    layer_error, layer_rms = np.sqrt(mean["block_error"] / sizes), np.sqrt(mean["block_square"] / sizes)
+    samples, mean = mean_over(batches, measure)
+    layer_error, layer_rms = np.sqrt(mean["block_error"]), np.sqrt(mean["block_square"])
     return Faithfulness(
         samples=samples,
-        accuracy=float(mean["accuracy"]) if labelled else None,
-        accuracy_twin=float(mean["accuracy_twin"]) if labelled else None,
+        accuracy=None if mean["accuracy"] is None else float(mean["accuracy"]),
+        accuracy_twin=None if mean["accuracy_twin"] is None else float(mean["accuracy_twin"]),
         agreement=float(mean["agreement"]),
         margin=float(mean["margin"]),
         kl=max(float(mean["kl"]), 0.0),  # equal distributions may give -1e-9
-        logit_error=float(np.sqrt(mean["logit_error"] / exact[0].shape[-1])),
+        logit_error=float(np.sqrt(mean["logit_error"])),
         layer_error=layer_error,
         layer_rms=layer_rms,
         relative_layer_error=layer_error / np.maximum(layer_rms, np.finfo(np.float32).tiny),
     )
 
 
-def reestimate_statistics(model: nn.Module, variables: Any, batches: Iterable[Batch], bits: Any) -> Any:
+def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], bits: Any) -> Any:
     """Batch statistics of a network at given widths, estimated again from data.
 
     Each statistic becomes the mean of the batches' own, weighted by their number of inputs: what a running
     average with infinite memory would hold. Weights stay as they are; every other collection too.
 
     Args:
-      model: the updates of `apply(variables, x, train=True, momentum=0.0, bits=..., mutable=["batch_stats"])`
-        hold the statistics of x alone.
+      model: a network, or what is called like one: the updates of `apply(variables, x, train=True, momentum=0.0,
+        bits=..., mutable=["batch_stats"])` hold the statistics of x alone.
       variables: a network's collections.
       batches: as for `compare`, labels unused. Equally long ones compile once.
       bits: `qpde.Bits` that the network will run at.
@@ -181,7 +154,7 @@ def reestimate_statistics(model: nn.Module, variables: Any, batches: Iterable[Ba
         return variables
     seen, mean = 0, None
     for index, batch in enumerate(batches):
-        images, _ = _split(batch, index)
+        images, _ = split_batch(batch, index)
         seen += len(images)
         new = _batch_statistics(model, variables, jnp.asarray(images), bits)
         share = len(images) / seen
@@ -189,6 +162,26 @@ def reestimate_statistics(model: nn.Module, variables: Any, batches: Iterable[Ba
     if mean is None:
         raise ValueError("`batches` is empty: batch statistics need at least one batch of images")
     return {**variables, "batch_stats": mean}
+
+
+def logit_difference(logits: Float[Array, "n classes"], logits_q: Float[Array, "n classes"]) -> dict[str, Array]:
+    """How logits z_q differ from z, per input: what `qpde.batches.mean_over` takes means of.
+
+    Args:
+      logits, logits_q: z and z_q, (N, classes).
+    Returns:
+      (N,) each: "kl", the divergence of softmax(z_q) from softmax(z); "logit_error", the mean of |z - z_q|^2 over the
+      classes; "margin" between the two largest of z; "prediction" and "prediction_q".
+    """
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits_q)
+    largest, _ = jax.lax.top_k(logits, min(2, logits.shape[-1]))
+    return {
+        "logit_error": _mean_of_squares(logits - logits_q),
+        "kl": jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1),
+        "margin": largest[:, 0] - largest[:, -1],
+        "prediction": jnp.argmax(logits, axis=1),
+        "prediction_q": jnp.argmax(logits_q, axis=1),
+    }
 
 
 @partial(jax.jit, static_argnames="model")
@@ -204,45 +197,16 @@ def _batch_statistics(model, variables, images, bits):
 
 @jax.jit
 def _difference(exact, quantized):
-    """What differs between two outputs, per input: float32 sums stay short, padding is cut off later."""
+    """What differs between two outputs, per input: float32 means stay short, padding is cut off later."""
     (logits, states), (logits_q, states_q) = exact, quantized
-    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits_q)
-    largest, _ = jax.lax.top_k(logits, min(2, logits.shape[-1]))
-    return {
-        "block_error": jnp.stack([_sum_of_squares(a - a_q) for a, a_q in zip(states, states_q, strict=True)], axis=1),
-        "block_square": jnp.stack([_sum_of_squares(a) for a in states], axis=1),
-        "logit_error": _sum_of_squares(logits - logits_q),
-        "kl": jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1),
-        "margin": largest[:, 0] - largest[:, -1],
-        "prediction": jnp.argmax(logits, axis=1),
-        "prediction_q": jnp.argmax(logits_q, axis=1),
+    return logit_difference(logits, logits_q) | {
+        "block_error": jnp.stack([_mean_of_squares(a - a_q) for a, a_q in zip(states, states_q, strict=True)], axis=1),
+        "block_square": jnp.stack([_mean_of_squares(a) for a in states], axis=1),
     }
 
 
-def _sum_of_squares(x):
-    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
-
-
-def _split(batch, index):
-    """Images or graph, and labels (or None), of a batch."""
-    is_pair = isinstance(batch, tuple | list) and not isinstance(batch, jraph.GraphsTuple)
-    x, labels = batch if is_pair else (batch, None)
-    if _size(x) == 0:
-        raise ValueError(f"batch {index} holds no images")
-    return x, None if labels is None else np.asarray(labels)
-
-
-def _size(x):
-    """The number of images, or of nodes."""
-    return x.nodes.shape[0] if isinstance(x, jraph.GraphsTuple) else len(x)
-
-
-def _pad(images, length):
-    """The last image repeated up to the length: finite wherever the images are."""
-    missing = length - len(images)
-    if missing == 0:
-        return jnp.asarray(images)
-    return jnp.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1), mode="edge")
+def _mean_of_squares(x):
+    return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
 def _check_finite(measured, index):
@@ -254,16 +218,3 @@ def _check_finite(measured, index):
         )
     if not np.isfinite(measured["logit_error"]).all():
         raise ValueError(f"logits are NaN or infinite in batch {index}, the blocks are not; look for NaN in the head")
-
-
-def _check_labels(labels, predictions, *, smallest, classes, index):
-    if labels.shape != predictions.shape or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels of batch {index} are {labels.dtype} of shape {labels.shape}; they must be integers, "
-            f"one for each of its {len(predictions)} images or nodes"
-        )
-    if labels.min() < smallest or labels.max() >= classes:
-        raise ValueError(
-            f"labels of batch {index} run from {labels.min()} to {labels.max()}; "
-            f"they must lie in {smallest} to {classes - 1}, the network's classes"
-        )

@@ -1,0 +1,101 @@
+"""Means over a set of inputs that is read batch by batch: labels, padding, sums in float64.
+
+A batch is images (N, H, W, C) float32 or a `jraph.GraphsTuple`, alone or in a pair with integer labels: one for each
+image in 0 .. classes - 1, or one for each node, -1 where a node does not count.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+
+__all__ = ["Batch", "mean_over", "split_batch"]
+
+Batch = Any
+
+Measured = tuple[dict[str, Any], int]
+
+
+def mean_over(
+    batches: Iterable[Batch], measure: Callable[[Any, int], Measured]
+) -> tuple[int, dict[str, np.ndarray | None]]:
+    """Means of what two networks are measured by, over all inputs.
+
+    A shorter batch is padded to the longest so far, so that one compiled program serves it too; what was padded is not
+    counted, and neither is a node without a label.
+
+    Args:
+      batches: read once.
+      measure: (x, index of the batch) -> numbers by name, (N, ...) each, and the number of classes. Two of them,
+        "prediction" and "prediction_q", are the classes that the networks choose, (N,) or (N, pairs of networks).
+    Returns:
+      The number of inputs, and the mean of each of these numbers: "agreement" of the predictions in place of them, and
+      "accuracy" of prediction_q and "accuracy_twin" of prediction, which are None where there are no labels.
+    Raises:
+      ValueError: an empty set, labels on some batches only, of the wrong number or out of range.
+    """
+    samples, longest, labelled, sums = 0, 0, None, {}
+    for index, batch in enumerate(batches):
+        x, labels = split_batch(batch, index)
+        if labelled is None:
+            labelled = labels is not None
+        if labelled != (labels is not None):
+            raise ValueError(f"batch {index} has {'no ' if labelled else ''}labels, unlike those before it")
+        is_graph = isinstance(x, jraph.GraphsTuple)
+        count = _size(x)
+        longest = max(longest, count)
+        found, classes = measure(x if is_graph else _pad(x, longest), index)
+        measured = {name: values[:count] for name, values in jax.device_get(found).items()}
+        if labelled:
+            _check_labels(labels, count, smallest=-1 if is_graph else 0, classes=classes, index=index)
+            if is_graph:
+                measured, labels = {k: v[labels >= 0] for k, v in measured.items()}, labels[labels >= 0]
+                count = len(labels)
+            for name, chosen in (("accuracy", "prediction_q"), ("accuracy_twin", "prediction")):
+                prediction = measured[chosen]
+                measured[name] = prediction == labels.reshape(-1, *[1] * (prediction.ndim - 1))
+        measured["agreement"] = measured.pop("prediction") == measured.pop("prediction_q")
+        samples += count
+        for name, values in measured.items():
+            sums[name] = sums.get(name, 0.0) + values.sum(axis=0, dtype=np.float64)
+    if samples == 0:
+        raise ValueError("`batches` is empty, or no label counts: there is nothing to compare")
+    return samples, {"accuracy": None, "accuracy_twin": None} | {k: np.asarray(v / samples) for k, v in sums.items()}
+
+
+def split_batch(batch: Batch, index: int) -> tuple[Any, np.ndarray | None]:
+    """Images or graph, and labels (or None), of the batch of that index; ValueError for an empty one."""
+    is_pair = isinstance(batch, tuple | list) and not isinstance(batch, jraph.GraphsTuple)
+    x, labels = batch if is_pair else (batch, None)
+    if _size(x) == 0:
+        raise ValueError(f"batch {index} holds no images")
+    return x, None if labels is None else np.asarray(labels)
+
+
+def _size(x):
+    """The number of images, or of nodes."""
+    return x.nodes.shape[0] if isinstance(x, jraph.GraphsTuple) else len(x)
+
+
+def _pad(images, length):
+    """The last image repeated up to the length: finite wherever the images are."""
+    missing = length - len(images)
+    if missing == 0:
+        return jnp.asarray(images)
+    return jnp.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1), mode="edge")
+
+
+def _check_labels(labels, count, *, smallest, classes, index):
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels of batch {index} are {labels.dtype} of shape {labels.shape}; they must be integers, "
+            f"one for each of its {count} images or nodes"
+        )
+    if labels.min() < smallest or labels.max() >= classes:
+        raise ValueError(
+            f"labels of batch {index} run from {labels.min()} to {labels.max()}; "
+            f"they must lie in {smallest} to {classes - 1}, the network's classes"
+        )
