@@ -2,10 +2,11 @@
 
 Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` hold one idea each, as pure functions; `models`
 assembles them; `calibration` and `equalization` quantize trained ones; `stability`, `certificate`, `diagnostics`,
-`elastic` and `plots` measure and show; `datasets` reads real data.
+`elastic`, `budget` and `plots` measure and show; `datasets` reads real data.
 """
 
 from qpde import (
+    budget,
     calibration,
     certificate,
     datasets,
@@ -24,6 +25,7 @@ from qpde.bits import Bits
 
 __all__ = [
     "Bits",
+    "budget",
     "calibration",
     "certificate",
     "datasets",

@@ -35,11 +35,11 @@ class WidthComparison:
     """
 
     samples: int
-    accuracy: Float[np.ndarray, " widths"] | None
-    accuracy_reference: Float[np.ndarray, " widths"] | None
-    agreement: Float[np.ndarray, " widths"]
-    kl: Float[np.ndarray, " widths"]
-    logit_error: Float[np.ndarray, " widths"]
+    accuracy: Float[np.ndarray, "*widths"] | None
+    accuracy_reference: Float[np.ndarray, "*widths"] | None
+    agreement: Float[np.ndarray, "*widths"]
+    kl: Float[np.ndarray, "*widths"]
+    logit_error: Float[np.ndarray, "*widths"]
 
 
 @dataclasses.dataclass(frozen=True)
