@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qpde.bits import Bits
 from qpde.datasets import Split
 from qpde.models import Smoothing
-from train.annealing import widths_of
+from train.annealing import is_annealed, make_draw, widths_of
 from train.augment import random_crop, random_flip
 from train.checkpoints import CheckpointError, Checkpoints
 from train.config import Annealing, BitSchedule, Data, Experiment, Loss, Model, Optimizer, Rule, Variant
@@ -29,7 +29,7 @@ from train.losses import IGNORED, classification_sums
 from train.memory import keep_freed_memory
 from train.optimizer import create_optimizer, rule_of_each
 from train.schedules import SCHEDULES, cosine, one_cycle
-from train.state import create_state
+from train.state import RANDOM, create_state
 from train.step import (
     empty_totals,
     epoch_order,
@@ -86,6 +86,7 @@ def test_an_experiment_survives_json():
         (lambda: Optimizer(averaging=1.0), r"averaging \(=1.0\) must lie in \[0, 1\)"),
         (lambda: BitSchedule(every=0), r"every \(=0\)"),
         (lambda: BitSchedule(widths=(8, 40)), "holds 40: widths are 2 to 32"),
+        (lambda: BitSchedule("random"), "needs widths to draw from"),
         (lambda: from_json("{}"), "not an experiment of this version"),
         (lambda: from_json("{"), "property name"),
     ],
@@ -274,6 +275,29 @@ def test_a_schedule_must_reach_the_models_width(annealing, target, message):
             widths_of(annealing, target, 10)
 
 
+def test_random_widths_are_all_drawn_alike_from_the_key_alone_and_validated_at_the_models_own():
+    annealing = Annealing(weights=BitSchedule("random", widths=(2, 8)))
+    assert not is_annealed(annealing)
+    assert [widths_of(annealing, Bits(4, 3), 9)(epoch) for epoch in (1, 9)] == [Bits(4, 3)] * 2
+    keys = jax.random.split(jax.random.key(0, impl=RANDOM), 600)
+    draw = jax.jit(make_draw(annealing, Bits(4, 3)))
+    drawn = [draw(key, None) for key in keys]
+    assert {int(bits.activations) for bits in drawn} == {3}
+    values, counts = np.unique([int(bits.weights) for bits in drawn], return_counts=True)
+    np.testing.assert_array_equal(values, [2, 4, 8])
+    assert np.all(np.abs(counts - 200) < 5 * np.sqrt(600 * 2 / 9))
+    # Trained together as alone, at widths of their own.
+    together = jax.vmap(draw)(keys[:8], Bits(jnp.full(8, 5), jnp.full(8, 6)))
+    alone = [int(draw(key, Bits(5, 6)).weights) for key in keys[:8]]
+    np.testing.assert_array_equal(together.weights, alone)
+
+
+def test_without_random_schedules_the_widths_of_a_step_are_those_given():
+    draw = make_draw(Annealing(activations=BitSchedule("listed", widths=(8,))), Bits(4, 4))
+    assert draw(jax.random.key(0), None) is None
+    assert draw(jax.random.key(0), Bits(4, 8)) == Bits(4, 8)
+
+
 # The step
 
 
@@ -407,7 +431,7 @@ def _fragile(harm):
     loss, select = make_loss(model, Loss()), make_select(steps_per_epoch=4, batch_size=8)
     prepare = lambda key, x, labels: (_normalize(x), jax.nn.one_hot(labels, 3))  # noqa: E731
     step = make_epoch_step(make_train_step(loss, optimizer, prepare), select)
-    explain = make_explain(model, loss, prepare)
+    explain = make_explain(model, loss, prepare, lambda key, bits: bits)
     state = create_state({"params": harm(variables["params"])}, optimizer, jax.random.key(1))
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1)), jnp.uint8)
     data = (images, jnp.zeros(32, jnp.int32), epoch_order(state, count=32, steps_per_epoch=4))

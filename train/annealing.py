@@ -3,9 +3,16 @@
 A network that starts with many bits and loses them one after the other reaches a better minimum than one that starts
 with few (Ben-Yair et al., 2022, section 5).  Widths are traced in the training step, so all of them share one compiled
 program; and they follow from the epoch, so a resumed run needs no record of them.
+
+Random widths belong to a step, not to an epoch: they are drawn inside it, from its key (`make_draw`).
 """
 
 from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
 
 from qpde.bits import Bits
 from train.config import Annealing, BitSchedule
@@ -33,12 +40,50 @@ BIT_SCHEDULES: dict[str, Callable[[BitSchedule, int], Widths]] = {
     "constant": constant,
     "staircase": staircase,
     "listed": listed,
+    "random": constant,
 }
 
 
 def is_annealed(annealing: Annealing) -> bool:
     """Whether any width changes with the epoch."""
-    return (annealing.weights.schedule, annealing.activations.schedule) != ("constant", "constant")
+    return any(BIT_SCHEDULES[part.schedule] is not constant for part in (annealing.weights, annealing.activations))
+
+
+def is_random(annealing: Annealing) -> bool:
+    """Whether any width changes with the step."""
+    return "random" in (annealing.weights.schedule, annealing.activations.schedule)
+
+
+def make_draw(annealing: Annealing, own: Bits) -> Callable[[Key[Array, ""], Bits | None], Bits | None]:
+    """`draw(key, bits) -> bits`: the widths of the step of that key, inside jit.
+
+    Weights and activations are drawn apart, each from its list and the width given, all equally likely.
+
+    Args:
+      annealing: the schedules; without a random one, `draw` returns the widths given.
+      own: widths of the model, which None stands for.
+    """
+
+    def part(key, schedule: BitSchedule, width):
+        if schedule.schedule != "random":
+            return width
+
+        # As `train.data.make_prepare`: vmapped, the generator of a run's keys would draw other numbers.
+        @jax.custom_batching.sequential_vmap
+        def place(key):
+            return jax.random.randint(key, (), 0, len(schedule.widths) + 1)
+
+        listed_widths = np.array(schedule.widths, np.int32)
+        return jnp.append(listed_widths, jnp.asarray(width, jnp.int32))[place(key)]
+
+    def draw(key, bits):
+        if not is_random(annealing):
+            return bits
+        # Not the keys that the images' variation is drawn from.
+        keys = jax.random.split(jax.random.fold_in(key, 1))
+        return Bits(*map(part, keys, (annealing.weights, annealing.activations), own if bits is None else bits))
+
+    return draw
 
 
 def widths_of(annealing: Annealing, target: Bits, epochs: int) -> Callable[[int], Bits]:

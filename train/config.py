@@ -172,12 +172,13 @@ class Adam:
 class BitSchedule:
     """Widths of weights or of activations over the epochs; they end at the model's."""
 
-    schedule: Literal["constant", "staircase", "listed"] = "constant"
-    """The model's width throughout; a bit less after every so many epochs; or the widths of a list."""
+    schedule: Literal["constant", "staircase", "listed", "random"] = "constant"
+    """The model's width throughout; a bit less after every so many epochs; the widths of a list one after the other; or
+    for every step one drawn from the list and the model's, so that one network serves at all of them."""
     start: int = 16
     """First width of the staircase."""
     every: int = 10
-    """Epochs at each width."""
+    """Epochs at each width of a staircase or a list."""
     widths: tuple[int, ...] = ()
     """The list, from the first width on, without the model's."""
 
@@ -186,11 +187,14 @@ class BitSchedule:
         outside = [width for width in (self.start, *self.widths) if not 2 <= width <= 32]
         if outside:
             raise ValueError(f"a bit schedule holds {outside[0]}: widths are 2 to 32")
+        if self.schedule == "random" and not self.widths:
+            raise ValueError("a random bit schedule needs widths to draw from: give them, such as --widths 2 3 6 8")
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """How widths change over a run. Only epochs at the model's own widths can be the best."""
+    """How widths change over a run. Only epochs at the model's own widths can be the best. Where widths are drawn for
+    every step, an epoch is validated at the model's, with batch statistics of these."""
 
     weights: BitSchedule = field(default_factory=BitSchedule)
     activations: BitSchedule = field(default_factory=BitSchedule)

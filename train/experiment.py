@@ -18,7 +18,7 @@ from qpde import calibration
 from qpde.bits import Bits
 from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
-from train.annealing import is_annealed, widths_of
+from train.annealing import is_annealed, is_random, make_draw, widths_of
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Loss, Variant
 from train.data import ImageSet, make_prepare, make_vary
@@ -135,11 +135,18 @@ class Training:
         everywhere = partial(put, sharding=replicated(mesh))
         steps_per_epoch = images.count // experiment.batch_size
         row = LOSSES[experiment.loss.name]
-        explain = make_explain(self.model, self._loss, make_prepare(experiment.data, images))
+        draw = make_draw(experiment.annealing, self.model.bits)
+        explain = make_explain(self.model, self._loss, make_prepare(experiment.data, images), draw)
         validation = images.stacks("validation", mesh)
 
         def widths(bits):
             return everywhere(jax.tree.map(np.int32, bits)) if traced else None
+
+        def evaluate(variables, bits):
+            if is_random(experiment.annealing):  # the running statistics are a mixture that fits no width
+                batches = self.statistics_batches()
+                variables = everywhere(reestimate_statistics(self.model, local(variables), batches, bits))
+            return self._scores(variables, validation, widths(bits))
 
         return Plan(
             variant=self.variant.name,
@@ -152,7 +159,7 @@ class Training:
             step=lambda state, totals, bits, *data: self.step(state, totals, widths(bits), *data),
             totals=everywhere(empty_totals(*row.logged)),
             batches=images.feed(mesh),
-            evaluate=lambda variables, bits: self._scores(variables, validation, widths(bits)),
+            evaluate=evaluate,
             score=_by_accuracy if row.labels else _by_similarity,
             reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
             explain=lambda state, bits, *data: explain(state, *images.select(state, *data), widths(bits)),
@@ -165,7 +172,10 @@ class Training:
         experiment, images = self.experiment, self.images
         averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
         prepare = make_prepare(experiment.data, images)
-        train_step = make_train_step(self._loss, self.optimizer, prepare, averaging=averaging, accumulate=accumulate)
+        draw = make_draw(experiment.annealing, self.model.bits)
+        train_step = make_train_step(
+            self._loss, self.optimizer, prepare, draw=draw, averaging=averaging, accumulate=accumulate
+        )
         return make_epoch_step(train_step, images.select, mesh=self.mesh)
 
     @cached_property

@@ -66,6 +66,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     prepare: Callable[..., tuple[Array, Array]],
     *,
+    draw: Callable[[Key[Array, ""], Bits | None], Bits | None] = lambda key, bits: bits,
     averaging: float = 0.0,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Key[Array, ""], Bits | None], tuple[TrainState, Metrics]]:
@@ -75,6 +76,7 @@ def make_train_step(
       loss: of `make_loss`.
       optimizer: its state is `state.opt_state`.
       prepare: (key, images, labels) -> the model's input and the targets, as `train.data.make_prepare` makes it.
+      draw: (key, bits) -> the widths of the step, as `train.annealing.make_draw` makes it.
       averaging: share that moving averages keep; 0 for a state without them.
       accumulate: parts of the batch, a divisor of its size, whose gradients are averaged.  Batch norms normalise each
         part by its own statistics, and running ones move after each; without batch norms the step is the same.
@@ -86,6 +88,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
         x, targets = prepare(key, images, labels)
+        bits = draw(key, bits)
         model_state, grads, sums = gradients(state.params, state.model_state, (x, targets, labels), bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
