@@ -1,5 +1,6 @@
 """The main job through its command line, on a network small enough for a test and on the real digits."""
 
+import csv
 import json
 import os
 import signal
@@ -260,6 +261,9 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
     for message, arguments in cases.items():
         assert main(["quantize", *arguments]) == 2
         assert message in capsys.readouterr().err
+    for command in ("certify", "elastic", "budget"):
+        assert main([command, "runs/exact"]) == 2
+        assert "`quantize` the run first" in capsys.readouterr().err
 
 
 def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
@@ -284,6 +288,62 @@ def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
     for message, arguments in refused.items():
         assert main(["certify", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_measured_at_other_widths_and_its_blocks_get_widths_within_a_budget(config, tmp_path, capsys):
+    assert main(["run", config, "--only", "symmetric", "--epochs", "1"]) == 0
+    capsys.readouterr()
+    assert main(["elastic", "runs/tiny", "--bits", "2", "W4A4", "32"]) == 0
+    assert "one set of weights at several widths" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "tiny"
+    assert (folder / "elastic.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / "elastic.csv") as file:
+        rows = {row["widths"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["W2A2", "W4A4", "W32A32"]
+    assert float(rows["W4A4"]["accuracy"]) == pytest.approx(_summary(tmp_path)["symmetric"]["accuracy"], abs=1 / 320)
+    assert float(rows["W4A4"]["agreement"]) == pytest.approx(_summary(tmp_path)["symmetric"]["agreement"], abs=1 / 320)
+    assert float(rows["W32A32"]["agreement_full"]) == 1 > float(rows["W2A2"]["agreement_full"])
+    assert float(rows["W32A32"]["kl_full"]) == 0
+
+    assert main(["budget", "runs/tiny", "--bits", "2", "4", "8", "--at", "3", "--images", "256"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    uniform, mixed = [line.split() for line in printed if "W3A3" in line or "mixed" in line]
+    assert int(mixed[1].replace(",", "")) <= int(uniform[2].replace(",", ""))
+    assert len(mixed[5:]) == 2  # one pair of widths for each block
+
+    for message, *arguments in (
+        ("widths '1' must lie in 2 to 32", "elastic", "runs/tiny", "--bits", "1"),
+        ("is no folder of a run", "elastic", "runs/nowhere"),
+        ("--bits (=33) must lie in 2 to 32", "budget", "runs/tiny", "--bits", "33"),
+        ("less than the cheapest of --bits", "budget", "runs/tiny", "--bits", "4", "--at", "3"),
+        ("images (=0)", "budget", "runs/tiny", "--images", "0"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_widths_drawn_at_every_step_train_one_network_and_survive_an_interruption(config, tmp_path, monkeypatch):
+    draw = []
+    for part in ("weights", "activations"):
+        draw += [f"--annealing.{part}.schedule", "random", f"--annealing.{part}.widths", "3", "8"]
+    only = ["run", config, "--only", "symmetric", "--epochs", "2", *draw]
+    assert main([*only, "--name", "whole"]) == 0
+    step = Display.step
+    steps = []
+
+    def interrupt(display):
+        steps.append(1)
+        if len(steps) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(display)
+
+    monkeypatch.setattr(Display, "step", interrupt)
+    assert main([*only, "--name", "cut"]) == 143
+    assert main([*only, "--name", "cut"]) == 0
+    assert _summary(tmp_path, "cut") == _summary(tmp_path, "whole")
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["weight_bits"], line["act_bits"]) for line in lines] == [(4, 4)] * 2
 
 
 def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config, tmp_path, monkeypatch, capsys):
@@ -423,7 +483,7 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     printed = capsys.readouterr().out
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
-    assert "choose from ['run', 'sweep', 'quantize', 'certify', 'data', 'replay']" in capsys.readouterr().err
+    assert f"choose from {list(COMMANDS)}" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0

@@ -10,9 +10,11 @@ from typing import Annotated, Generic, TypeVar
 import tyro
 from rich.console import Console
 
+from train.budget import Budget, prepare_budget
 from train.certify import Certify, prepare_certify
 from train.checkpoints import CheckpointError
 from train.config import Experiment
+from train.elastic import ElasticRun, prepare_elastic
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
@@ -126,6 +128,16 @@ def parse_certify(arguments: Sequence[str]) -> Callable[[Console], None]:
     return prepare_certify(tyro.cli(Certify, args=list(arguments), prog=f"{_PROGRAM} certify"))
 
 
+def parse_elastic(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The job that the arguments of `elastic` describe, everything about it checked."""
+    return prepare_elastic(tyro.cli(ElasticRun, args=list(arguments), prog=f"{_PROGRAM} elastic"))
+
+
+def parse_budget(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The job that the arguments of `budget` describe, everything about it checked."""
+    return prepare_budget(tyro.cli(Budget, args=list(arguments), prog=f"{_PROGRAM} budget"))
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table.
@@ -146,6 +158,8 @@ COMMANDS = {
     "sweep": Command(parse_sweep, "sweep CONFIG.py --seeds 5 --bits 2 4 8", "many runs, one table with intervals"),
     "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
     "certify": Command(parse_certify, "certify RUN --bits 8 6 4", "predictions that rounding provably keeps"),
+    "elastic": Command(parse_elastic, "elastic RUN --bits 2 3 4 6 8 32", "the same weights at several widths"),
+    "budget": Command(parse_budget, "budget RUN --bits 2 3 4 6 8 --at 3 4", "widths for each block, within a cost"),
     "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }
