@@ -19,7 +19,7 @@ from train.elastic import check_quantized, compare_widths
 from train.finished import Finished, read_finished
 from train.quantize import parse_widths
 
-_COLUMNS = ("variant", "widths", "bit-operations", "accuracy", "agreement", "KL", "blocks")
+_COLUMNS = ("variant", "widths", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: lis
     return [
         (
             text,
-            f"{qpde.models.summary(model, training.images.shape, bits=row).bit_operations:,}",
+            f"{qpde.models.summary(model, training.images.shape, bits=row).bit_operations / 1e6:,.2f}",
             f"{found.accuracy[i]:.2%}",
             f"{found.agreement[i]:.2%}",
             f"{found.kl[i]:.4g}",
