@@ -1,8 +1,8 @@
 """qpde: networks that survive quantization, built as partial differential equations, in JAX.
 
 Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` hold one idea each, as pure functions; `models`
-assembles them; `calibration` and `equalization` quantize trained ones; `stability`, `certificate`, `diagnostics` and
-`plots` measure and show; `datasets` reads real data.
+assembles them; `calibration` and `equalization` quantize trained ones; `stability`, `certificate`, `diagnostics`,
+`distributions` and `plots` measure and show; `datasets` reads real data.
 """
 
 from qpde import (
@@ -10,6 +10,7 @@ from qpde import (
     certificate,
     datasets,
     diagnostics,
+    distributions,
     equalization,
     graphs,
     integrators,
@@ -27,6 +28,7 @@ __all__ = [
     "certificate",
     "datasets",
     "diagnostics",
+    "distributions",
     "equalization",
     "graphs",
     "integrators",
