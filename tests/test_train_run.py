@@ -423,7 +423,7 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     printed = capsys.readouterr().out
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
-    assert "choose from ['run', 'sweep', 'quantize', 'certify', 'data', 'replay']" in capsys.readouterr().err
+    assert "choose from ['run', 'sweep', 'quantize', 'certify', 'report', 'data', 'replay']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qpde.bits import Bits
-from qpde.certificate import certify
+from qpde.certificate import certify, step_bounds
 from qpde.models import converge_norms
 from train.config import check_at_least
 from train.finished import Finished, read_finished
@@ -89,7 +89,7 @@ def measure(finished: Finished, width: int, *, images: int, window: int = 1) -> 
 
 
 def measure_images(finished: Finished, width: int, *, images: int, window: int = 1) -> dict[str, np.ndarray]:
-    """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, and "error" and
+    """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, "error" and
     "bound" of every logit difference from the predicted class.
     """
     model = finished.training.model
@@ -99,7 +99,8 @@ def measure_images(finished: Finished, width: int, *, images: int, window: int =
     for x, labels in finished.test_images(images):
         if not parts:
             variables = converge_norms(model, variables, x, bits=bits)
-        found = certify(model, variables, x, bits, window=window)
+            steps = step_bounds(model, variables, x.shape[1:3], bits)
+        found = certify(model, variables, x, bits, window=window, steps=steps)
         z = model.apply(variables, x, bits=bits)
         twin = model.apply(variables, x, bits=bits.twin)
         chosen = found.prediction[:, None]

@@ -16,6 +16,7 @@ from train.config import Experiment
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.page.command import Report, prepare_report
 from train.prepare import parse_data
 from train.prepared import DataError
 from train.processes import is_first, join
@@ -126,6 +127,11 @@ def parse_certify(arguments: Sequence[str]) -> Callable[[Console], None]:
     return prepare_certify(tyro.cli(Certify, args=list(arguments), prog=f"{_PROGRAM} certify"))
 
 
+def parse_report(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The page that the arguments of `report` describe, everything about it checked."""
+    return prepare_report(tyro.cli(Report, args=list(arguments), prog=f"{_PROGRAM} report"))
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table.
@@ -146,6 +152,7 @@ COMMANDS = {
     "sweep": Command(parse_sweep, "sweep CONFIG.py --seeds 5 --bits 2 4 8", "many runs, one table with intervals"),
     "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
     "certify": Command(parse_certify, "certify RUN --bits 8 6 4", "predictions that rounding provably keeps"),
+    "report": Command(parse_report, "report RUN [RUN ...]", "one page of figures on finished runs"),
     "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }

@@ -132,6 +132,8 @@ def against_bits_figure(
     path: str | os.PathLike | None = None,
     *,
     title: str | None = None,
+    x: str = "widths of weights and activations",
+    legend_below: bool = False,
 ) -> "matplotlib.figure.Figure":
     """What was measured against the widths of networks: a panel for each quantity.
 
@@ -139,7 +141,7 @@ def against_bits_figure(
       panels: by quantity, by network, by widths ("W4A4", in the order to draw): mean and half width of its interval,
         NaN for none.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
-      title: above the panels.
+      title: above the panels.   x: name of the widths.   legend_below: below the panels, not beside them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
@@ -160,8 +162,12 @@ def against_bits_figure(
             places = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
             axes.errorbar(places, mean, np.nan_to_num(half), **style, **mark)
         axes.set_xticks(range(len(points)), labels=list(points))
-        label(axes, quantity, "widths of weights and activations", quantity)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK)
+        label(axes, quantity, x, quantity)
+    if legend_below:
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=3, frameon=False, labelcolor=INK)
+    else:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK)
     if path is not None:
         figure.savefig(path)
     return figure

@@ -57,12 +57,14 @@ def maps_figure(
     rows: Mapping[str, Sequence[ArrayLike]],
     columns: Sequence[str],
     path: str | os.PathLike | None = None,
+    *,
+    heading: str | None = None,
 ) -> "matplotlib.figure.Figure":
     """Feature maps in a grid, each column with grey values of its own range, which its first row sets.
 
     Args:
       rows: by heading, a map (H, W) for each column.   columns: headings.
-      path: file to write, its format by its ending; None writes none.
+      path: file to write, its format by its ending; None writes none.   heading: above the grid.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
@@ -75,7 +77,7 @@ def maps_figure(
             raise ValueError(f"row {name!r} has {len(maps)} maps for {len(columns)} columns")
     first = next(iter(rows.values()))
     ranges = [(float(np.min(m)), float(np.max(m))) for m in first]
-    figure = new_figure(height=0.3 + 5.0 * len(rows) / len(columns))
+    figure = new_figure(title=heading, height=(0.7 if heading else 0.3) + 5.0 * len(rows) / len(columns))
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     subplots = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (name, maps) in zip(subplots, rows.items(), strict=True):
@@ -144,15 +146,13 @@ def bound_figure(
     everything = np.concatenate(list(positive.values()), axis=1)
     if everything.size == 0:
         raise ValueError("all errors or bounds are 0: there is nothing to draw on logarithmic axes")
-    low, high = everything.min() / 1.5, everything.max() * 1.5
+    low, high = np.quantile(everything[0], 0.002) / 1.5, everything[0].max() * 1.5
     figure = new_figure(height=4.6)
     axes = figure.subplots()
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.text(high, high, "bound = error ", color=GREY, fontsize=9, ha="right", va="top")
     for i, (name, (error, bound)) in enumerate(positive.items()):
-        axes.scatter(error, bound, s=7, color=COLOURS[i], alpha=0.5, linewidths=0, label=name, rasterized=True)
-    axes.set(xscale="log", yscale="log", ylim=(low, high))
-    axes.set_xlim(np.quantile(everything[0], 0.002) / 1.2, everything[0].max() * 1.5)
+        axes.scatter(error, bound, s=7, color=COLOURS[i], alpha=0.5, linewidths=0, label=name)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, everything[1].max() * 3))
     label(axes, heading, "measured error of a logit difference", "proven bound")
     figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, markerscale=2.5)
     return _written(figure, path)
