@@ -85,7 +85,7 @@ def _layer_error(experiment, results, stages, folder) -> str:
     caption = (
         "Lower is more faithful. The absolute error rewards a network whose activations are small, the relative one "
         f"does not. The last panel shows the paper's curves ({escape(published.SOURCE)}), where the symmetric network "
-        f"has {ratio:.2f} times the plain one's mean error; another network on other images, so compare shapes and ratios."
+        f"has {ratio:.2f} times the plain one's mean error; another network on other images: compare shapes and ratios."
     )
     what = formula("‖a − a<sub>q</sub>‖ / √numel &nbsp; and &nbsp; ‖a − a<sub>q</sub>‖ / ‖a‖")
     lead = (
@@ -203,8 +203,8 @@ def _spectra(measured, folder) -> str:
     what = formula("J = I − h K<sup>T</sup> D K, &nbsp; 0 ≤ D ≤ 1, &nbsp; h ‖K‖² ≤ 2 &nbsp; ⇒ &nbsp; −1 ≤ λ ≤ 1")
     caption = (
         "Dashes are Ritz values: they lie inside the true spectrum, the outermost first, at four test images. A "
-        "network whose dashes leave the grey band amplifies some perturbations; the published blocks with separate norms "
-        "are no gradient steps. Blocks that change the shape, and the first, are left out."
+        "network whose dashes leave the grey band amplifies some perturbations; the published blocks are no "
+        "gradient steps. Blocks that change the shape, and the first, are left out."
     )
     alt = "; ".join(f"{name}: from {low} to {high}" for name, low, high, _ in rows)
     header = ("", "smallest eigenvalue", "largest", "largest gain")
@@ -236,8 +236,8 @@ def _certificates(measured, folder) -> str:
     )
     caption = (
         "Each point is one logit difference of one test image. All lie above the dashed diagonal, where the bound "
-        "would be the error; the closer the tighter. L is 1 where the step is proven non-expansive. “A priori” counts images "
-        "for which clips and widths alone suffice."
+        "would be the error; the closer the tighter. L is 1 where the step is proven non-expansive. “A priori” counts "
+        "images for which clips and widths alone suffice."
     )
     header = ("", "agree", "certified", "a priori", "bound / error")
     return lead + what + figure(pictures, caption) + table(header, rows, "Shares of the images; median of the ratio.")

@@ -4,8 +4,8 @@ from train.config import Experiment
 
 SOURCE = "Ben-Yair, Ben Shalom, Eliasof and Treister, 2022"
 
-# The curves of the paper's figure, block by block, to three decimals.
-_CURVES = {
+# By network and form: the paper's figure, block by block, to three decimals.
+CURVES = {
     "resnet56, CIFAR-10": {
         "symmetric": (
             ".070 .061 .056 .052 .053 .053 .054 .053 .050 .036 .036 .036 .038 .037 .038 .039 .039 .039 .028 "
@@ -41,4 +41,4 @@ def nearest(experiment: Experiment) -> tuple[str, dict[str, list[float]]]:
         name = "resnet56, CIFAR-100"
     else:
         name = "resnet56, CIFAR-10"
-    return name, {form: [float(value) for value in values.split()] for form, values in _CURVES[name].items()}
+    return name, {form: [float(value) for value in values.split()] for form, values in CURVES[name].items()}
