@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
+from qpde.models.blocks import StableBlock
 from train import experiment
 from train.cli import main
 from train.nodes.config import GraphExperiment, GraphVariant
@@ -57,7 +57,7 @@ def shown(tmp_path_factory, compiled_once):
 
     measure = command.measure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((8, 8, 3, 1, 1),)))
+        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(StableBlock, ((8, 8, 3, 1, 1),)))
         patch.chdir(folder)
         patch.setattr(command, "measure", spy)
         patch.setattr(experiment, "fit", untrained)
