@@ -2,7 +2,7 @@
 
 Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` hold one idea each, as pure functions; `models`
 assembles them; `calibration` and `equalization` quantize trained ones; `stability`, `certificate`, `diagnostics`,
-`elastic`, `budget` and `plots` measure and show; `datasets` reads real data.
+`distributions`, `elastic`, `budget` and `plots` measure and show; `datasets` reads real data.
 """
 
 from qpde import (
@@ -11,6 +11,7 @@ from qpde import (
     certificate,
     datasets,
     diagnostics,
+    distributions,
     elastic,
     equalization,
     graphs,
@@ -30,6 +31,7 @@ __all__ = [
     "certificate",
     "datasets",
     "diagnostics",
+    "distributions",
     "elastic",
     "equalization",
     "graphs",

@@ -85,7 +85,13 @@ class StepBound(NamedTuple):
 
 
 def certify(
-    model: Network, variables: dict, x: Float[Array | np.ndarray, "n h w c"], bits: Bits, *, window: int = 1
+    model: Network,
+    variables: dict,
+    x: Float[Array | np.ndarray, "n h w c"],
+    bits: Bits,
+    *,
+    window: int = 1,
+    steps: "list[StepBound] | None" = None,
 ) -> Certificate:
     """The certificate of a quantized image network on a batch of inputs.
 
@@ -95,6 +101,7 @@ def certify(
       window: steps that the twin runs from a quantized state before the error is measured. With more of them errors
         grow as they do, not as they could, and the bound tightens: over all steps it is the difference itself, found by
         running the twin.
+      steps: of `step_bounds`, which takes seconds, for who certifies several batches; None finds them.
     Returns:
       `Certificate`.
     Raises:
@@ -107,7 +114,7 @@ def certify(
     if window < 1:
         raise ValueError(f"`window` (={window}) must be at least 1 step")
     x = jnp.asarray(x)
-    steps = step_bounds(model, variables, x.shape[1:3], bits)
+    steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
     windows = [steps[start : start + window] for start in range(0, len(steps), window)]
     lipschitz = jnp.asarray([math.prod(s.lipschitz for s in w) for w in windows], jnp.float32)
     a_priori = 0.0

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int8, Num, UInt8
+from jaxtyping import Float, Int8, Int32, Num, UInt8
 
 WEIGHT_CLIP = 3.0
 """Published start of a weight's clip, in standard deviations of the weight."""
@@ -233,6 +233,38 @@ def dequantize(
     return codes.astype(scale.dtype) * _along_channels(scale, codes.ndim)
 
 
+LARGEST_LEVEL = 3840
+"""Of `level_index`, for up to 8 bits of any level set."""
+
+
+def level_index(
+    x: Num[Array | np.ndarray, "*shape"],
+    clip: ArrayLike,
+    bits: ArrayLike | None,
+    *,
+    levels: str = "uniform",
+    signed: bool = False,
+) -> Int32[Array, "*shape"]:
+    """A whole number for the level that every value is rounded to, to count with: equal levels have equal numbers.
+
+    The numbers keep the levels' order, and 0 is the level 0. Of uniform levels they are the integer codes, of powers of
+    two 127 + log2(level / clip) and of additive powers of two the sum's integer multiple, with the level's sign.
+
+    Args:
+      x: (..., C).   clip: scalar or (C,).   bits: 2..8, or a traced scalar.   levels, signed: of the quantizer.
+    Returns:
+      int32 in the shape of x, from -LARGEST_LEVEL to LARGEST_LEVEL.
+    Raises:
+      ValueError: bits None or outside 2..8, an unknown level set, a clip <= 0 or of another shape.
+    """
+    grid, traced_bits = _resolve(levels, _require_bits(bits), signed=signed)
+    if grid.bits is not None and grid.bits > _CODE_BITS:
+        raise ValueError(f"bits={bits} have too many levels to count: at most {_CODE_BITS}")
+    code = _snap(grid, *_operands(x, clip), traced_bits).code
+    number = _LEVEL_SETS[levels].number(jnp.abs(code), _bits(grid, traced_bits) - int(signed))
+    return jnp.sign(code).astype(jnp.int32) * number
+
+
 def initial_clip(
     x: Num[Array | np.ndarray, "*shape"],
     bits: ArrayLike | None,
@@ -408,6 +440,7 @@ def _sum_for_clip(values: Array, shape: tuple[int, ...]) -> Array:
 
 class _LevelSet(NamedTuple):
     snap: Callable[[Array, Array | int], Array]
+    number: Callable[[Array, Array | int], Array]  # of a snapped magnitude, see `level_index`
     has_steps: bool  # levels are the integers up to n = 2^bits - 1; otherwise n = 1
     largest_bits: int
 
@@ -443,10 +476,25 @@ def _snap_apot(t, bits):
     return jnp.sign(t) * level
 
 
+def _number_uniform(magnitude, bits):
+    del bits
+    return magnitude.astype(jnp.int32)
+
+
+def _number_pot(magnitude, bits):
+    del bits
+    return jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32) >> 23  # the exponent
+
+
+def _number_apot(magnitude, bits):
+    units = _look_up(_apot_table()[2] / 2, bits, jnp.float32)
+    return jnp.round(magnitude.astype(jnp.float32) * units).astype(jnp.int32)
+
+
 _LEVEL_SETS = {
-    "uniform": _LevelSet(_snap_uniform, has_steps=True, largest_bits=_EXACT_BITS),
-    "pot": _LevelSet(_snap_pot, has_steps=False, largest_bits=8),
-    "apot": _LevelSet(_snap_apot, has_steps=False, largest_bits=8),
+    "uniform": _LevelSet(_snap_uniform, _number_uniform, has_steps=True, largest_bits=_EXACT_BITS),
+    "pot": _LevelSet(_snap_pot, _number_pot, has_steps=False, largest_bits=8),
+    "apot": _LevelSet(_snap_apot, _number_apot, has_steps=False, largest_bits=8),
 }
 
 # Indexed by the bits of a magnitude, from 1. Tables rather than formulas, so that static and traced bits give the same

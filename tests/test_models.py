@@ -290,9 +290,13 @@ def test_summary_counts_operations_and_bits():
     assert by_name["head"].macs == 640
     assert table.macs == sum(row.macs for row in table.rows) == 40_813_184
     assert "total" in str(table)
+    assert by_name["opening"].weight_bytes == 4 * (27 * 16 + 2 * 16)
+    assert by_name["stage0.block1"].weight_bytes == 9 * 16 * 16 // 2 + 4 * 4 * 16  # four bits, and two norms in float32
+    assert table.weight_bytes == sum(row.weight_bytes for row in table.rows)
     halved = models.summary(
         models.create("resnet20", num_classes=10), (32, 32, 3), bits=qpde.Bits(tuple([4] * 8 + [2]), 4)
     )
+    assert halved.weight_bytes < table.weight_bytes
     assert halved.rows[9].bit_operations * 2 == table.rows[9].bit_operations
 
 

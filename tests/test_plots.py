@@ -9,7 +9,17 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qpde.plots import COLOURS, against_bits_figure, layer_error_figure, over_smoothing_figure
+from qpde.plots import (
+    COLOURS,
+    against_bits_figure,
+    along_depth_figure,
+    bound_figure,
+    histogram_figure,
+    layer_error_figure,
+    maps_figure,
+    over_smoothing_figure,
+    spectrum_figure,
+)
 
 ABSOLUTE = {"plain": np.array([0.1, 0.2, 0.4]), "symmetric": [0.1, 0.05, 0.06]}
 RELATIVE = {"plain": np.array([0.1, 0.1, 0.1]), "symmetric": [0.1, 0.12, 0.2]}
@@ -141,3 +151,78 @@ def test_what_was_measured_at_each_width_stands_with_its_interval(tmp_path):
         against_bits_figure({})
     with pytest.raises(ValueError, match="8 networks are more than the 7 colours"):
         against_bits_figure({"accuracy": dict.fromkeys("abcdefgh", points)})
+
+
+EDGES = np.linspace(-1, 3, 401)
+COUNTS = np.arange(400.0)
+SPREAD = {
+    "block 1": {"symmetric": (EDGES, COUNTS), "plain": (EDGES, COUNTS[::-1])},
+    "block 9": {"plain": (EDGES, COUNTS)},
+}
+
+
+def test_a_histogram_shows_shares_and_the_clip(tmp_path):
+    figure = histogram_figure(SPREAD, tmp_path / "a.png", clip=2.5)
+    first, second = figure.axes
+    shares = [patch.get_data().values for patch in first.patches]
+    for values in shares:
+        assert values.sum() == pytest.approx(1)
+    np.testing.assert_allclose(shares[0][-1], COUNTS[-5:].sum() / COUNTS.sum())
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["block 1", "block 9"]
+    # One colour for a network in every row.
+    assert second.patches[0].get_edgecolor() == first.patches[1].get_edgecolor() != first.patches[0].get_edgecolor()
+    assert first.lines[0].get_xdata()[0] == 2.5
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_maps_of_a_column_share_the_range_of_the_first():
+    maps = [np.arange(4.0).reshape(2, 2), np.ones((3, 3))]
+    figure = maps_figure({"before": maps, "after": [maps[0] / 2, maps[1]]}, ["block 1", "block 2"])
+    limits = [axes.images[0].get_clim() for axes in figure.axes]
+    assert limits == [(0, 3), (1, 1), (0, 3), (1, 1)]
+    np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), maps[0] / 2)
+
+
+def test_a_spectrum_holds_every_eigenvalue_near_its_block(tmp_path):
+    spectra = {"symmetric": {2: [-0.5, 1.0], 5: [[0.1], [0.2]]}, "plain": {2: [1.5]}}
+    axes = spectrum_figure(spectra, tmp_path / "a.png").axes[0]
+    points = np.concatenate([collection.get_offsets() for collection in axes.collections])
+    np.testing.assert_array_equal(np.sort(points[:, 1]), [-0.5, 0.1, 0.2, 1.0, 1.5])
+    np.testing.assert_array_equal(np.round(points[:, 0]), [2, 2, 5, 5, 2])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_bound_is_drawn_over_its_error_and_zeros_are_left_out():
+    figure = bound_figure({"a": ([1e-3, 1e-2, 0.0], [1e-2, 1.0, 1.0]), "b": ([0.1], [0.5])}, heading="8 bits")
+    points = [collection.get_offsets() for collection in figure.axes[0].collections]
+    np.testing.assert_array_equal(points[0], [[1e-3, 1e-2], [1e-2, 1.0]])
+    np.testing.assert_array_equal(points[1], [[0.1, 0.5]])
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+
+
+def test_any_quantity_is_drawn_along_depth():
+    axes = along_depth_figure(ABSOLUTE, heading="kurtosis", unit="of block inputs", stages=(1, 2)).axes[0]
+    assert (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()) == (
+        "kurtosis",
+        "block",
+        "of block inputs",
+    )
+    np.testing.assert_array_equal(data_lines(axes)[0].get_ydata(), ABSOLUTE["plain"])
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: histogram_figure({}), "no networks"),
+        (lambda: histogram_figure({"a": {"b": (EDGES, 0 * COUNTS)}}), "no values"),
+        (lambda: histogram_figure({"a": dict.fromkeys("abcdefgh", (EDGES, COUNTS))}), "8 networks are more than the 7"),
+        (lambda: maps_figure({}, ["a"]), "no maps"),
+        (lambda: maps_figure({"a": []}, ["a"]), "row 'a' has 0 maps for 1 columns"),
+        (lambda: spectrum_figure({}), "no networks"),
+        (lambda: bound_figure({"a": ([0.0], [0.0])}, heading=""), "all errors or bounds are 0"),
+        (lambda: along_depth_figure({}, heading="", unit=""), "no curves"),
+    ],
+)
+def test_nothing_to_draw_is_refused(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()

@@ -16,11 +16,13 @@ from jax.test_util import check_grads
 from qpde import quantizers
 from qpde.quantizers import (
     ACTIVATION_CLIP,
+    LARGEST_LEVEL,
     WEIGHT_CLIP,
     dequantize,
     encode_activation,
     encode_weight,
     initial_clip,
+    level_index,
     quantization_step,
     quantize_activation,
     quantize_weight,
@@ -165,6 +167,23 @@ def test_level_sets_are_complete_and_keep_their_levels(levels, bits_are_traced):
             x = jnp.asarray(magnitudes)
             y = quantize(x, 1.0, jnp.int32(bits) if bits_are_traced else bits, levels=levels, signed=signed)
             np.testing.assert_array_equal(y, magnitudes)
+
+
+@pytest.mark.parametrize(("levels", "signed"), KINDS)
+def test_levels_are_numbered_in_their_order_and_one_by_one(levels, signed):
+    fine = np.linspace(0, 1, 4001, dtype=np.float32)
+    x = np.concatenate([-fine, fine, 2.0 ** -np.arange(126, dtype=np.float32)])
+    number = jax.jit(lambda bits: level_index(x, 1.0, bits, levels=levels, signed=signed))
+    for bits in (2, 3, 5, 8):
+        y, found = quantize(jnp.asarray(x), 1.0, bits, levels=levels, signed=signed), number(jnp.int32(bits))
+        np.testing.assert_array_equal(found, level_index(x, 1.0, bits, levels=levels, signed=signed))
+        pairs = np.unique(np.stack([y, np.asarray(found, np.float32)], axis=1), axis=0)
+        assert len(pairs) == len(np.unique(pairs[:, 0])) == len(np.unique(pairs[:, 1]))
+        assert (np.diff(pairs[:, 1]) > 0).all()
+        assert np.abs(pairs[:, 1]).max() <= LARGEST_LEVEL
+        assert (pairs[pairs[:, 0] == 0, 1] == 0).all()
+    with pytest.raises(ValueError, match="bits=16 have too many levels"):
+        level_index(x, 1.0, 16, levels=levels, signed=signed)
 
 
 def test_ties_between_levels_go_to_the_smaller_magnitude():

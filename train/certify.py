@@ -1,7 +1,7 @@
 """How many predictions of a finished run its rounding provably does not change: `qpde.certificate` over test images."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qpde.bits import Bits
-from qpde.certificate import certify
+from qpde.certificate import certify, step_bounds
 from qpde.models import converge_norms
 from train.config import check_at_least
 from train.finished import Finished, read_finished
@@ -82,14 +82,25 @@ def measure(finished: Finished, width: int, *, images: int, window: int = 1) -> 
     Returns:
       "accuracy", "agreement", "certified", "a_priori" and "tightness".
     """
+    whole = measure_images(finished, width, images=images, window=window)
+    with np.errstate(divide="ignore"):
+        tightness = np.median(whole.pop("bound") / whole.pop("error"))
+    return {key: float(values.mean()) for key, values in whole.items()} | {"tightness": float(tightness)}
+
+
+def measure_images(finished: Finished, width: int, *, images: int, window: int = 1) -> dict[str, np.ndarray]:
+    """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, "error" and
+    "bound" of every logit difference from the predicted class.
+    """
     model = finished.training.model
     bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(width))
     variables = finished.at(bits)
     parts: list[dict[str, Any]] = []
-    for x, labels in _first(finished.training.test_images(), images):
+    for x, labels in finished.test_images(images):
         if not parts:
             variables = converge_norms(model, variables, x, bits=bits)
-        found = certify(model, variables, x, bits, window=window)
+            steps = step_bounds(model, variables, x.shape[1:3], bits)
+        found = certify(model, variables, x, bits, window=window, steps=steps)
         z = model.apply(variables, x, bits=bits)
         twin = model.apply(variables, x, bits=bits.twin)
         chosen = found.prediction[:, None]
@@ -101,16 +112,8 @@ def measure(finished: Finished, width: int, *, images: int, window: int = 1) -> 
                 "agreement": found.prediction == twin.argmax(-1),
                 "certified": found.certified,
                 "a_priori": found.certified_a_priori,
-                "tightness": np.asarray(found.bound / error)[others],
+                "error": np.asarray(error)[others],
+                "bound": np.asarray(found.bound)[others],
             }
         )
-    whole = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
-    return {key: float(np.median(v) if key == "tightness" else np.mean(v)) for key, v in whole.items()}
-
-
-def _first(batches: Iterator, count: int) -> Iterator:
-    for x, labels in batches:
-        if count <= 0:
-            return
-        yield x[:count], labels[:count]
-        count -= len(x)
+    return {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}

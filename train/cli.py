@@ -18,6 +18,7 @@ from train.elastic import ElasticRun, prepare_elastic
 from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
+from train.page.command import Report, prepare_report
 from train.prepare import parse_data
 from train.prepared import DataError
 from train.processes import is_first, join
@@ -138,6 +139,11 @@ def parse_budget(arguments: Sequence[str]) -> Callable[[Console], None]:
     return prepare_budget(tyro.cli(Budget, args=list(arguments), prog=f"{_PROGRAM} budget"))
 
 
+def parse_report(arguments: Sequence[str]) -> Callable[[Console], None]:
+    """The page that the arguments of `report` describe, everything about it checked."""
+    return prepare_report(tyro.cli(Report, args=list(arguments), prog=f"{_PROGRAM} report"))
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table.
@@ -160,6 +166,7 @@ COMMANDS = {
     "certify": Command(parse_certify, "certify RUN --bits 8 6 4", "predictions that rounding provably keeps"),
     "elastic": Command(parse_elastic, "elastic RUN --bits 2 3 4 6 8 32", "the same weights at several widths"),
     "budget": Command(parse_budget, "budget RUN --bits 2 3 4 6 8 --at 3 4", "widths for each block, within a cost"),
+    "report": Command(parse_report, "report RUN [RUN ...]", "one page of figures on finished runs"),
     "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
     "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
 }

@@ -1,8 +1,11 @@
 """The networks of a finished run, ready to be looked at."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Array
 
 from qpde.bits import Bits
 from qpde.diagnostics import reestimate_statistics
@@ -25,6 +28,14 @@ class Finished:
     def at(self, bits: Bits) -> dict[str, Any]:
         """The variables with the batch statistics of these widths."""
         return reestimate_statistics(self.training.model, self.variables, self.training.statistics_batches(), bits)
+
+    def test_images(self, limit: int) -> Iterator[tuple[Array, Array]]:
+        """(network input, labels) of the first test images, batch by batch."""
+        for x, labels in self.training.test_images():
+            yield x[:limit], labels[:limit]
+            limit -= len(x)
+            if limit <= 0:
+                return
 
 
 def read_finished(run: Path, data_dir: Path | None) -> dict[str, Finished]:

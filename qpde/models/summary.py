@@ -18,7 +18,9 @@ __all__ = ["Summary", "summary"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: its name, output (H, W, C), parameters without clips, widths, multiply-accumulates, bit-operations."""
+    """One layer: its name, output (H, W, C), parameters without clips, widths, multiply-accumulates, bit-operations,
+    and the bytes of its parameters, kernels packed at their width and all else in float32.
+    """
 
     name: str
     output: tuple[int, ...]
@@ -27,6 +29,7 @@ class Row:
     act_bits: int
     macs: int
     bit_operations: int
+    weight_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Summary:
     def bit_operations(self) -> int:
         """Sum of multiply-accumulates times weight bits times activation bits."""
         return sum(row.bit_operations for row in self.rows)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters, kernels packed at their width."""
+        return sum(row.weight_bytes for row in self.rows)
 
     def __str__(self) -> str:
         header = ("layer", "output", "parameters", "bits (w/a)", "MACs", "bit-operations")
@@ -105,6 +113,8 @@ def _block(name: str, block: Block, parameters: int, size: tuple[int, int], bits
     macs = block.macs(*size)
     shapes = block.kernel_shapes()
     kernel_bits = {k: DEPTHWISE_BITS if is_depthwise(shapes[k]) and weights < 32 else weights for k in macs}
+    sizes = {k: math.prod(shapes[k]) for k in macs}
+    packed = sum(-(-sizes[k] * kernel_bits[k] // 8) for k in macs)
     return Row(
         name,
         (*block.output_size(*size), block.width_out),
@@ -113,12 +123,13 @@ def _block(name: str, block: Block, parameters: int, size: tuple[int, int], bits
         activations,
         sum(macs.values()),
         sum(macs[k] * kernel_bits[k] * activations for k in macs),
+        packed + 4 * (parameters - sum(sizes.values())),
     )
 
 
 def _full_precision(name: str, params: dict, output: tuple[int, ...], macs: int) -> Row:
     own = {k: v for k, v in params.items() if k.startswith(name)}
-    return Row(name, output, _size(own), 32, 32, macs, macs * 32 * 32)
+    return Row(name, output, _size(own), 32, 32, macs, macs * 32 * 32, 4 * _size(own))
 
 
 def _size(tree: dict) -> int:

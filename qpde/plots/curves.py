@@ -1,4 +1,4 @@
-"""Pictures of what was measured. Needs matplotlib, of the extra `train`; its global state stays as it is."""
+"""Curves: errors along depth, accuracy against depth and against widths."""
 
 import itertools
 import os
@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.typing import ArrayLike
 
-# Okabe and Ito's palette (2008), told apart by colour-blind readers; its yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^vPX"
-_INK, _GREY, _PALE = "#262626", "#767676", "#E4E4E4"
+from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, check_colours, label, new_figure
+
 _LABEL_GAP = 0.15  # between names at the curves' ends, in heights of a panel: two lines of text
 
 
@@ -44,13 +42,42 @@ def layer_error_figure(
         panels.append(("Relative error", "divided by the rms of the twin's output", _checked(relative)))
     # One style for a network in both panels.
     names = list(dict.fromkeys(name for *_, rows in panels for name in rows))
-    if len(names) > len(COLOURS):
-        raise ValueError(f"{len(names)} curves are more than the {len(COLOURS)} colours; draw fewer in one figure")
+    check_colours(names, "curves")
 
-    figure, subplots = _figure(len(panels), title)
+    figure = new_figure(len(panels), title=title)
+    subplots = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (heading, unit, rows) in zip(subplots, panels, strict=True):
         _draw(axes, rows, names, stages)
-        _label(axes, heading, "block", unit, pad=18 if stages else 8)
+        label(axes, heading, "block", unit, pad=18 if stages else 8)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def along_depth_figure(
+    curves: Mapping[str, Sequence[float] | ArrayLike],
+    path: str | os.PathLike | None = None,
+    *,
+    heading: str,
+    unit: str,
+    stages: Sequence[int] = (),
+) -> "matplotlib.figure.Figure":
+    """Any quantity of networks' blocks against block number, drawn as `layer_error_figure` draws the error.
+
+    Args:
+      curves: by network, a number for each block.   path, stages: as there.
+      heading: of the panel.   unit: of the numbers.
+    Returns:
+      The figure, for `savefig` or more changes.
+    Raises:
+      ValueError, ImportError: as there.
+    """
+    rows = _checked(curves)
+    check_colours(rows, "curves")
+    figure = new_figure()
+    axes = figure.subplots()
+    _draw(axes, rows, list(rows), stages)
+    label(axes, heading, "block", unit, pad=18 if stages else 8)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -76,25 +103,25 @@ def over_smoothing_figure(
       ImportError: matplotlib is missing.
     """
     deepest = _checked({name: depths[max(depths)][0] for name, depths in families.items()})
-    if len(families) > len(COLOURS):
-        raise ValueError(f"{len(families)} kinds are more than the {len(COLOURS)} colours; draw fewer in one figure")
-    figure, (energies, accuracies) = _figure(2, title)
+    check_colours(families, "kinds")
+    figure = new_figure(2, title=title)
+    energies, accuracies = figure.subplots(1, 2)
     for i, (name, row) in enumerate(deepest.items()):
         style = {"color": COLOURS[i], "linewidth": 1.8, "clip_on": False, "zorder": 3}
         energies.plot(np.arange(1, len(row) + 1), np.maximum(row, np.finfo(np.float32).tiny), **style)
         depths = sorted(families[name])
         scores = [100 * np.asarray(families[name][depth][1], np.float64) for depth in depths]
         mean, spread = [s.mean() for s in scores], [s.std(ddof=1) if s.size > 1 else 0.0 for s in scores]
-        mark = {"marker": _MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        mark = {"marker": MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
         accuracies.errorbar(depths, mean, spread, label=name, capsize=2.5, elinewidth=1, **style, **mark)
     energies.set_yscale("log")
     every = sorted({depth for depths in families.values() for depth in depths})
     accuracies.set_xscale("log", base=2)
     accuracies.set_xticks(every, labels=[str(depth) for depth in every])
     accuracies.minorticks_off()
-    _label(energies, "Energy along the deepest network", "layer", "Dirichlet energy / squared norm")
-    _label(accuracies, "Accuracy", "hidden layers", "test accuracy, %")
-    accuracies.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK)
+    label(energies, "Energy along the deepest network", "layer", "Dirichlet energy / squared norm")
+    label(accuracies, "Accuracy", "hidden layers", "test accuracy, %")
+    accuracies.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -105,6 +132,8 @@ def against_bits_figure(
     path: str | os.PathLike | None = None,
     *,
     title: str | None = None,
+    x: str = "widths of weights and activations",
+    legend_below: bool = False,
 ) -> "matplotlib.figure.Figure":
     """What was measured against the widths of networks: a panel for each quantity.
 
@@ -112,7 +141,7 @@ def against_bits_figure(
       panels: by quantity, by network, by widths ("W4A4", in the order to draw): mean and half width of its interval,
         NaN for none.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
-      title: above the panels.
+      title: above the panels.   x: name of the widths.   legend_below: below the panels, not beside them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
@@ -121,46 +150,27 @@ def against_bits_figure(
     if not panels:
         raise ValueError("there are no curves to draw")
     names = list(next(iter(panels.values())))
-    if len(names) > len(COLOURS):
-        raise ValueError(f"{len(names)} networks are more than the {len(COLOURS)} colours; draw fewer in one figure")
-    figure, subplots = _figure(len(panels), title)
+    check_colours(names, "networks")
+    figure = new_figure(len(panels), title=title)
+    subplots = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (quantity, curves) in zip(subplots, panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
             mean, half = np.array(list(points.values()), np.float64).T
-            mark = {"marker": _MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+            mark = {"marker": MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
             style = {"color": COLOURS[i], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1, "label": name}
             # A little apart, so that intervals of equal means are both seen.
             places = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
             axes.errorbar(places, mean, np.nan_to_num(half), **style, **mark)
         axes.set_xticks(range(len(points)), labels=list(points))
-        _label(axes, quantity, "widths of weights and activations", quantity)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK)
+        label(axes, quantity, x, quantity)
+    if legend_below:
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=3, frameon=False, labelcolor=INK)
+    else:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK)
     if path is not None:
         figure.savefig(path)
     return figure
-
-
-def _figure(panels, title):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("qpde.plots needs matplotlib: pip install 'qpde[train]'") from error
-    figure = Figure(figsize=(5.4 * panels, 4.2), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
-
-
-def _label(axes, heading, x, y, *, pad=8):
-    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=pad)
-    axes.set_xlabel(x, fontsize=10, color=_INK)
-    axes.set_ylabel(y, fontsize=10, color=_INK)
-    axes.tick_params(colors=_INK, labelsize=9.5, length=3)
-    axes.grid(axis="y", color=_PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
 
 
 def _checked(curves):
@@ -185,7 +195,7 @@ def _draw(axes, rows, names, stages):
         style = names.index(name)
         mark = {
             "color": COLOURS[style],
-            "marker": _MARKERS[style],
+            "marker": MARKERS[style],
             "markeredgecolor": "white",
             "markeredgewidth": 0.6,
             "clip_on": False,
@@ -196,7 +206,7 @@ def _draw(axes, rows, names, stages):
         # The name stays in ink, which is readable where the curve's colour is pale; its mark leads to the curve.
         axes.plot(1.03, height, markersize=7.5, transform=axes.transAxes, **mark)
         text = f"{name}\nmean {np.mean(row):.3g}"
-        axes.text(1.055, height, text, transform=axes.transAxes, color=_INK, va="center", linespacing=1.25)
+        axes.text(1.055, height, text, transform=axes.transAxes, color=INK, va="center", linespacing=1.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
 
 
@@ -204,14 +214,14 @@ def _mark_stages(axes, stages, depth):
     ends = itertools.accumulate(stages, initial=0)
     for i, (start, end) in enumerate(itertools.pairwise(ends)):
         if end < depth:
-            axes.axvline(end + 0.5, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            axes.axvline(end + 0.5, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.text(
             (start + end + 1) / 2,
             1.02,
             f"stage {i + 1}",
             transform=axes.get_xaxis_transform(),
             ha="center",
-            color=_GREY,
+            color=GREY,
             fontsize=9,
         )
 

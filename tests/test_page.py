@@ -1,0 +1,282 @@
+"""`python -m train report`: what the page holds, and that a browser shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from qpde.models import registry
+from qpde.models.blocks import StableBlock
+from train import experiment
+from train.cli import main
+from train.nodes.config import GraphExperiment, GraphVariant
+from train.page import command, published
+from train.page.html import figure, page, table
+from train.stored import to_json
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+CONFIG = """
+from train.config import Data, Experiment, Model, Variant
+
+recipes = {"fast": Experiment(
+    name="tiny",
+    variants=(
+        Variant("symmetric"),
+        Variant("full_plain", {"symmetric": False, "weight_bits": None, "act_bits": None}),
+    ),
+    data=Data("digits", size=8, crop_padding=1, flip=False),
+    model=Model("tiny"),
+    epochs=1,
+    batch_size=256,
+)}
+"""
+
+
+def untrained(state, plan, *, run, checkpoints, display):
+    """In place of `train.loop.fit`, whose program takes long to compile: the first state is the best."""
+    state = state.replace(step=state.step + 1)
+    checkpoints.save(1, (state, plan.totals), {"accuracy": 0.1, "loss": 1.0})
+    run.log(variant=plan.variant, epoch=1, step=1, validation_accuracy=0.1, seconds=0.0)
+    return state
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, compiled_once):
+    """A folder with a run of a tiny network, its page, and what was measured for it."""
+    folder, measured = tmp_path_factory.mktemp("shown"), {}
+
+    def spy(finished, **options):
+        measured[finished.training.variant.name] = found = measure(finished, **options)
+        return found
+
+    measure = command.measure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(StableBlock, ((8, 8, 3, 1, 1),)))
+        patch.chdir(folder)
+        patch.setattr(command, "measure", spy)
+        patch.setattr(experiment, "fit", untrained)
+        (folder / "tiny.py").write_text(CONFIG)
+        assert main(["run", "tiny.py"]) == 0
+        # All 320 test images, so that the run's own numbers must come out again.
+        assert main(["report", "runs/tiny", "--bits", "2", "4", "--certify", "4", "--images", "320"]) == 0
+    return folder, measured
+
+
+class Elements(HTMLParser):
+    """All elements of a page, with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def of(self, *tags):
+        return [attributes for tag, attributes in self.found if tag in tags]
+
+
+def read(folder):
+    path = folder / "runs" / "tiny" / "report"
+    text = (path / "report.html").read_text()
+    return path, text, Elements(text)
+
+
+def test_the_page_holds_its_figures_and_asks_for_nothing_else(shown):
+    path, text, elements = read(shown[0])
+    images = elements.of("img")
+    files = {file.read_bytes() for file in path.glob("*.png")}
+    assert {b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images} == files
+    assert len(images) == len(files) > 12
+    assert not elements.of("script", "iframe", "object", "embed")
+    for element in (attributes for _, attributes in elements.found):
+        for key in ("src", "href"):
+            assert element.get(key, "#").startswith(("#", "data:"))
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_every_figure_says_what_it_shows_and_how_to_read_it(shown):
+    _, text, elements = read(shown[0])
+    assert all(len(image["alt"]) > 20 for image in elements.of("img"))
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.S)
+    assert len(captions) == len(elements.of("figure"))
+    assert all(len(caption) > 60 for caption in captions)
+    anchors = [link["href"] for link in elements.of("a")]
+    assert anchors == [f"#{heading['id']}" for heading in elements.of("h2")]
+    assert ("viewport", "width=device-width, initial-scale=1") in [
+        (meta.get("name"), meta.get("content")) for meta in elements.of("meta")
+    ]
+
+
+def test_the_numbers_are_those_of_the_run(shown):
+    folder, measured = shown
+    results = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())["variants"]
+    _, text, _ = read(folder)
+    for result in results.values():
+        assert f"{result['accuracy']:.2%}" in text
+        assert f"{result['parameters']:,}" in text
+    found, own = measured["symmetric"].by_width[4], results["symmetric"]
+    assert found.samples == own["samples"] == 320
+    # One image's weight: statistics of traced and of static widths differ by rounding.
+    assert found.accuracy == pytest.approx(own["accuracy"], abs=1.01 / 320)
+    np.testing.assert_allclose(found.layer_error, own["layer_error"], rtol=0.02)
+    assert measured["symmetric"].by_width[2].mean_relative_layer_error > found.mean_relative_layer_error
+
+
+def test_what_is_measured_is_true_to_its_name(shown):
+    symmetric, plain = shown[1]["symmetric"], shown[1]["full_plain"]
+    error, bound = (symmetric.certified[4][key] for key in ("error", "bound"))
+    assert error.shape == bound.shape == (320 * 9,)
+    assert (bound >= error - 1e-5).all()
+    assert [d.block for d in symmetric.inputs] == [0, 1, 2]
+    assert all(d.index == 0 for d in symmetric.inputs)
+    assert list(symmetric.spectra) == list(plain.spectra) == [2, 3]
+    for values, gain in symmetric.spectra.values():
+        assert np.abs(values).max() <= gain * (1 + 1e-4)
+    maps = symmetric.maps
+    assert maps.blocks == [2, 3]
+    for raw, rounded, smoothed in zip(maps.rows["as it is"], maps.rows["rounded"], maps.rows["smoothed"], strict=True):
+        assert len(np.unique(rounded)) <= 16
+        assert smoothed.min() >= raw.min() - 1e-6
+        assert smoothed.max() <= raw.max() + 1e-6
+        assert not np.array_equal(raw, smoothed)
+
+
+def test_a_full_precision_network_has_no_twin_and_still_a_place(shown):
+    plain = shown[1]["full_plain"]
+    assert (plain.by_width, plain.inputs, plain.maps, plain.certified) == ({}, [], None, {})
+    assert plain.cost.weight_bytes == 4 * plain.cost.parameters
+
+
+PROBE = """
+<script>
+var errors = [];
+window.addEventListener("error", function (event) { errors.push(String(event.message)) }, true);
+window.addEventListener("load", function () {
+  var widths = Array.from(document.images, function (image) { return image.naturalWidth });
+  parent.postMessage({images: widths, errors: errors, inner: innerWidth,
+    content: document.documentElement.scrollWidth,
+    widest: Math.max.apply(null, Array.from(document.images, function (i) { return i.getBoundingClientRect().right }))
+  }, "*");
+});
+</script>
+"""
+
+OUTER = """<!DOCTYPE html><title>waiting</title><link rel="icon" href="data:,">
+<script>window.addEventListener("message", function (event) { document.title = JSON.stringify(event.data) })</script>
+<iframe src="probe.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_all_figures_without_errors_or_overflow(shown, tmp_path, width):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here: `apt-get install chromium`")
+    _, text, elements = read(shown[0])
+    # The page as it is, with a reporter inside, in a frame as wide as a telephone: a window cannot be so narrow.
+    (tmp_path / "probe.html").write_text(text.replace("<head>", "<head>" + PROBE, 1))
+    (tmp_path / "outer.html").write_text(OUTER.replace("WIDTH", str(width)))
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=9000",
+    ]
+    run = subprocess.run(
+        [browser, *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", (tmp_path / "outer.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    report = json.loads(re.search(r"<title>(.*?)</title>", run.stdout).group(1))
+    assert report["errors"] == []
+    assert "CONSOLE" not in run.stderr
+    assert len(report["images"]) == len(elements.of("img"))
+    assert min(report["images"]) > 0
+    assert report["inner"] == width
+    assert report["content"] <= width
+    assert report["widest"] <= width
+
+
+def test_text_from_runs_cannot_break_the_page(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"picture")
+    nasty = '<b>"&'
+    body = figure([(tmp_path / "a.png", nasty)], "caption") + table((nasty,), [(nasty, nasty)], nasty)
+    text = page(nasty, "<p>lead</p>", [(nasty, body)], nasty)
+    assert nasty not in text
+    assert not Elements(text).of("b")
+    assert Elements(text).of("img")[0]["alt"] == nasty
+
+
+@pytest.fixture
+def graph_run(tmp_path):
+    """What a finished run on a graph leaves, made up."""
+    experiment = GraphExperiment(
+        "nodes", variants=(GraphVariant("a"), GraphVariant("b")), bits=((4, 8), (4, 4)), seeds=2
+    )
+    quantized = {
+        "accuracy": [0.9, 0.8],
+        "accuracy_twin": [0.91, 0.82],
+        "agreement": [0.97, 0.99],
+        "layer_error": [[0.1, 0.2, 0.3]] * 2,
+        "relative_layer_error": [[0.2, 0.2, 0.2]] * 2,
+    }
+    full = {"accuracy": [0.9, 0.92], "energy": [[0.3, 0.2, 0.1]] * 2}
+    variant = {"parameters": 1234, "full": full, "W4A8": quantized, "W4A4": quantized}
+    run = tmp_path / "nodes"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(experiment))
+    (run / "summary.json").write_text(json.dumps({"name": "nodes", "variants": {"a": variant, "b": variant}}))
+    return run
+
+
+def test_a_run_on_a_graph_is_shown_with_the_sections_that_apply(graph_run, tmp_path):
+    assert main(["report", str(graph_run), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    headings = re.findall(r"<h2.*?>(.*?)</h2>", text)
+    assert headings == [
+        "Results",
+        "Layer-wise error",
+        "Accuracy and agreement against bits",
+        "Over-smoothing",
+        "Sizes",
+    ]
+    assert "85.0 ± 7.1" in text
+    assert len(Elements(text).of("img")) == len(list((tmp_path / "out").glob("*.png"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name a run"),
+        (["nowhere"], "no folder of a run"),
+        (["RUN", "--bits", "4", "33"], "--bits holds 33: give widths from 2 to 32"),
+        (["RUN", "--certify", "16"], "--certify holds 16: give widths from 2 to 15"),
+        (["RUN", "--images", "0"], r"images (=0) must be at least 1"),
+        (["RUN", "RUN"], "give it a page of its own"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(graph_run, options, message, capsys):
+    assert main(["report", *(option.replace("RUN", str(graph_run)) for option in options)]) == 2
+    assert message in capsys.readouterr().err
+    (graph_run / "summary.json").unlink()
+    assert main(["report", str(graph_run)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    assert not (graph_run / "report").exists()
+
+
+def test_the_published_curves_have_the_published_means():
+    """The ratios of the means that the paper's claim is quoted with: 0.33, 0.13 and 0.42."""
+    for curves, ratio in zip(published.CURVES.values(), (0.33, 0.13, 0.42), strict=True):
+        symmetric, plain = (np.mean([float(v) for v in curves[form].split()]) for form in ("symmetric", "plain"))
+        assert round(symmetric / plain, 2) == ratio

@@ -1,0 +1,109 @@
+"""`python -m train report`: the page of one run or of several."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from train.config import Experiment, check_at_least
+from train.finished import read_finished
+from train.nodes.config import GraphExperiment
+from train.page import graphs, images
+from train.page.html import page
+from train.page.measure import measure
+from train.report import check_drawable
+from train.rundir import SUMMARY, read_experiment
+
+PAGE = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Show what finished runs measured, and measure more, on one page.
+
+    Writes report.html, which holds its figures and needs no network, and the figures as PNG files, into RUN/report of
+    the first run.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs: one or several on images, or one on a graph."""
+    bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    """Widths of activations to run the networks at."""
+    certify: tuple[int, ...] = (8, 6, 4)
+    """Widths of activations to certify predictions at."""
+    images: int = 500
+    """Test images to measure on, from the first on."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    output: Path | None = None
+    """Where the page goes instead."""
+
+
+def prepare_report(options: Report) -> Callable[[Console], None]:
+    """The job, everything about it checked.
+
+    Raises:
+      ValueError, OSError: no finished runs are there, they do not fit on one page, or an option is out of range.
+    """
+    check_at_least("images", options.images, 1)
+    for name, widths, most in (("bits", options.bits, 32), ("certify", options.certify, 15)):
+        if outside := [width for width in widths if not 2 <= width <= most]:
+            raise ValueError(f"--{name} holds {outside[0]}: give widths from 2 to {most}")
+    if not options.runs:
+        raise ValueError("name a run: report runs/digits")
+    if not options.bits:
+        raise ValueError("--bits is empty: give widths, such as --bits 2 4 8")
+    experiments = {run: read_experiment(run) for run in options.runs}
+    on_graph = [run for run, experiment in experiments.items() if isinstance(experiment, GraphExperiment)]
+    if on_graph and len(options.runs) > 1:
+        raise ValueError(f"{on_graph[0]} is a run on a graph: give it a page of its own")
+    for run in options.runs:
+        if not (run / SUMMARY).is_file():
+            raise FileNotFoundError(f"{run} holds no finished run: it has no {SUMMARY}")
+    results = {run: json.loads((run / SUMMARY).read_text())["variants"] for run in options.runs}
+    folder = options.output or options.runs[0] / "report"
+    first = experiments[options.runs[0]]
+    if on_graph:
+        (named,) = results.values()
+        return _work(first, named, folder, lambda _: graphs.sections(first, named, folder))
+
+    named = {_name(run, variant, options): r for run, variants in results.items() for variant, r in variants.items()}
+    check_drawable(named)
+    found = {
+        _name(run, variant, options): finished
+        for run in options.runs
+        for variant, finished in read_finished(run, options.data_dir).items()
+    }
+
+    def sections(console: Console) -> list[tuple[str, str]]:
+        measured = {}
+        for name, finished in found.items():
+            console.print(f"measuring {name}", markup=False, highlight=False)
+            measured[name] = measure(finished, widths=options.bits, certify_at=options.certify, images=options.images)
+        return images.sections(first, named, measured, folder)
+
+    return _work(first, named, folder, sections)
+
+
+def _name(run: Path, variant: str, options: Report) -> str:
+    return variant if len(options.runs) == 1 else f"{run.name}/{variant}"
+
+
+def _work(experiment: Experiment | GraphExperiment, results: dict[str, Any], folder: Path, sections):
+    def work(console: Console) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        model, data = experiment.model.name, experiment.data.name
+        lead = (
+            f"<p>{model} on {data}: {', '.join(results)}. How accurate each network is, and how faithfully it follows "
+            "its own high-precision twin.</p>"
+        )
+        footer = f"Made by python -m train report from the run {experiment.name}."
+        document = page(f"{experiment.name}: {model} on {data}", lead, sections(console), footer)
+        (folder / PAGE).write_text(document, encoding="utf-8")
+        console.print(f"written to {folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
+
+    return work
