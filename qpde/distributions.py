@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jraph
 import numpy as np
 from jaxtyping import Float
 
 from qpde import quantizers
+from qpde.batches import Batch, split_batch
 from qpde.bits import Bits
 from qpde.calibration import histogram, merge
 from qpde.models.graph_networks import GraphNetwork
@@ -69,7 +69,7 @@ class Distribution:
 def distributions(
     model: Network | GraphNetwork,
     variables: dict,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     bits: Bits,
     *,
     deviations: float = 4.0,
@@ -88,7 +88,7 @@ def distributions(
       One `Distribution` a quantizer of activations, block by block. What a graph network rounds on edges is
       seen without its sign, which depends on the edges' orientation.
     Raises:
-      ValueError: no width for activations or one above 8, an empty set, `deviations` <= 0, or NaN or infinite
+      ValueError: no width for activations or one above 8, an empty set or batch, `deviations` <= 0, or NaN or infinite
         activations, naming the block.
     """
     widths = _widths(model, bits)
@@ -96,8 +96,8 @@ def distributions(
         raise ValueError(f"`deviations` (={deviations}) must be positive, such as 4")
     total: dict[tuple[int, int], _Total] = {}
     for i, batch in enumerate(batches):
-        is_pair = isinstance(batch, tuple | list) and not isinstance(batch, jraph.GraphsTuple)
-        found = _by_block(model, jax.device_get(_seen(model, variables, batch[0] if is_pair else batch, bits)))
+        x, _ = split_batch(batch, i)
+        found = _by_block(model, jax.device_get(_seen(model, variables, x, bits)))
         for block, quantized in enumerate(found):
             for index, seen in enumerate(quantized):
                 if not np.isfinite(seen.moments).all():

@@ -140,6 +140,7 @@ def test_a_constant_activation_has_one_level_and_no_outliers(network):
         ([IMAGES], Bits(4, None), {}, r"`bits.activations` \(=None\): there are no quantizers"),
         ([IMAGES], Bits(4, 9), {}, "holds 9: levels are counted for 2 to 8 bits"),
         ([], BITS, {}, "`batches` is empty"),
+        ([IMAGES[:0]], BITS, {}, "batch 0 holds no images"),
         ([IMAGES], BITS, {"deviations": 0.0}, r"`deviations` \(=0.0\)"),
         ([IMAGES, np.full_like(IMAGES, np.nan)], BITS, {}, r"quantizer 0 of block 0 \(of 0 to 3\) .* in batch 1"),
     ],

@@ -21,6 +21,8 @@ from train.stored import to_json
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
+TINY = registry.Architecture(StableBlock, ((8, 8, 3, 1, 1),))
+
 CONFIG = """
 from train.config import Data, Experiment, Model, Variant
 
@@ -57,7 +59,7 @@ def shown(tmp_path_factory, compiled_once):
 
     measure = command.measure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(StableBlock, ((8, 8, 3, 1, 1),)))
+        patch.setitem(registry.ARCHITECTURES, "tiny", TINY)
         patch.chdir(folder)
         patch.setattr(command, "measure", spy)
         patch.setattr(experiment, "fit", untrained)
@@ -154,6 +156,18 @@ def test_a_full_precision_network_has_no_twin_and_still_a_place(shown):
     plain = shown[1]["full_plain"]
     assert (plain.by_width, plain.inputs, plain.maps, plain.certified) == ({}, [], None, {})
     assert plain.cost.weight_bytes == 4 * plain.cost.parameters
+
+
+def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
+    folder, measured = shown
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", TINY)
+    monkeypatch.setattr(command, "measure", lambda finished, **_: measured[finished.training.variant.name])
+    shutil.copytree("runs/tiny", "runs/again")
+    assert main(["report", "runs/tiny", "runs/again", "--output", "both"]) == 0
+    text = (folder / "both" / "report.html").read_text()
+    for name in ("tiny/symmetric", "tiny/full_plain", "again/symmetric", "again/full_plain"):
+        assert f'<th scope="row">{name}</th>' in text
 
 
 PROBE = """
@@ -263,11 +277,14 @@ def test_a_run_on_a_graph_is_shown_with_the_sections_that_apply(graph_run, tmp_p
         (["RUN", "--bits", "4", "33"], "--bits holds 33: give widths from 2 to 32"),
         (["RUN", "--certify", "16"], "--certify holds 16: give widths from 2 to 15"),
         (["RUN", "--images", "0"], r"images (=0) must be at least 1"),
-        (["RUN", "RUN"], "give it a page of its own"),
+        (["RUN", "RUN"], "two runs have the same name"),
+        (["RUN", "OTHER"], "give it a page of its own"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(graph_run, options, message, capsys):
-    assert main(["report", *(option.replace("RUN", str(graph_run)) for option in options)]) == 2
+    shutil.copytree(graph_run, graph_run.parent / "other")
+    places = {"RUN": str(graph_run), "OTHER": str(graph_run.parent / "other")}
+    assert main(["report", *(places.get(option, option) for option in options)]) == 2
     assert message in capsys.readouterr().err
     (graph_run / "summary.json").unlink()
     assert main(["report", str(graph_run)]) == 2

@@ -57,6 +57,8 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
         raise ValueError("name a run: report runs/digits")
     if not options.bits:
         raise ValueError("--bits is empty: give widths, such as --bits 2 4 8")
+    if len({run.resolve().name for run in options.runs}) < len(options.runs):
+        raise ValueError("two runs have the same name, which is what tells their networks apart: leave one out")
     experiments = {run: read_experiment(run) for run in options.runs}
     on_graph = [run for run, experiment in experiments.items() if isinstance(experiment, GraphExperiment)]
     if on_graph and len(options.runs) > 1:
@@ -90,7 +92,7 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
 
 
 def _name(run: Path, variant: str, options: Report) -> str:
-    return variant if len(options.runs) == 1 else f"{run.name}/{variant}"
+    return variant if len(options.runs) == 1 else f"{run.resolve().name}/{variant}"
 
 
 def _work(experiment: Experiment | GraphExperiment, results: dict[str, Any], folder: Path, sections):

@@ -42,7 +42,8 @@ def sections(
     if not low:
         found.append(("Faithfulness", "<p>No activation of these networks is quantized: there is no twin.</p>"))
     else:
-        stages = next(iter(low.values())).stages
+        depths = [m.stages for m in low.values()]
+        stages = depths[0] if all(stages == depths[0] for stages in depths) else ()
         found += [
             ("Layer-wise error", _layer_error(experiment, {n: results[n] for n in low}, stages, folder)),
             ("Accuracy and agreement against bits", _bits(low, folder)),
