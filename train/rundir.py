@@ -96,7 +96,7 @@ def open_run(
       FileExistsError: the folder holds a finished run, a run of another experiment or anything else, or
         another process is at work in it; nothing is changed.
     """
-    board = Board(runs_dir / experiment.name / FOLDER) if tensorboard and is_first() else None
+    board = Board(runs_dir / experiment.name / FOLDER) if tensorboard else None  # missing in one process, none goes on
     locks = []  # held where they were taken, in the first process
 
     def claim():
@@ -105,7 +105,7 @@ def open_run(
         return str(path), changes
 
     folder, changes = from_first(claim)
-    return RunDirectory(Path(folder), locks, changes, board)
+    return RunDirectory(Path(folder), locks, changes, board if is_first() else None)
 
 
 def _claim(runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: bool, resume_changed: bool):
