@@ -59,9 +59,9 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
             raise ValueError(f"{name} of {options.run} rounds no activations: `quantize` the run first")
 
     def work(console: Console) -> None:
-        table = Table(
-            title=f"{options.run.name}: {options.images} test images, window {options.window}", box=box.SIMPLE_HEAD
-        )
+        # Seven columns in the 80 of a plain terminal.
+        title = f"{options.run.name}: {options.images} test images, window {options.window}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
         for width in options.bits:
