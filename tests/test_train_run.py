@@ -376,7 +376,7 @@ def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config
 
 
 def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(config, tmp_path, monkeypatch, capsys):
-    sweep = ["sweep", config, "--only", "symmetric", "--epochs", "2", "--seeds", "2", "--bits", "2", "W3A4"]
+    sweep = ["sweep", config, "--only", "symmetric", "--epochs", "1", "--seeds", "2", "--bits", "2", "W3A4"]
     names = [f"{widths}_seed{seed}" for widths in ("W2A2", "W3A4") for seed in (0, 1)]
     assert main([*sweep, "--name", "alone"]) == 0
     alone = [_summary(tmp_path, f"alone_sweep/{name}")["symmetric"] for name in names]
@@ -403,7 +403,7 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
 
         def __call__(self, requests):
             self.count += 1
-            if self.count == 6:
+            if self.count == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__call__(requests)
 

@@ -114,34 +114,13 @@ def parse_sweep(arguments: Sequence[str]) -> Callable[[Console], None]:
     return prepare_sweep(_parse_with_recipe(Sweep, "sweep", arguments))
 
 
-def parse_replay(arguments: Sequence[str]) -> Callable[[Console], int]:
-    """The repetition that the arguments of `replay` describe, everything about it checked."""
-    return prepare_replay(tyro.cli(Replay, args=list(arguments), prog=f"{_PROGRAM} replay"))
+def command_of(name: str, options: type, prepare: Callable) -> Callable[[Sequence[str]], Callable]:
+    """arguments -> the job that they describe, for a command whose options are the fields of a dataclass.
 
-
-def parse_quantize(arguments: Sequence[str]) -> Callable[[Console], None]:
-    """The job that the arguments of `quantize` describe, everything about it checked."""
-    return prepare_quantize(tyro.cli(Quantize, args=list(arguments), prog=f"{_PROGRAM} quantize"))
-
-
-def parse_certify(arguments: Sequence[str]) -> Callable[[Console], None]:
-    """The job that the arguments of `certify` describe, everything about it checked."""
-    return prepare_certify(tyro.cli(Certify, args=list(arguments), prog=f"{_PROGRAM} certify"))
-
-
-def parse_elastic(arguments: Sequence[str]) -> Callable[[Console], None]:
-    """The job that the arguments of `elastic` describe, everything about it checked."""
-    return prepare_elastic(tyro.cli(ElasticRun, args=list(arguments), prog=f"{_PROGRAM} elastic"))
-
-
-def parse_budget(arguments: Sequence[str]) -> Callable[[Console], None]:
-    """The job that the arguments of `budget` describe, everything about it checked."""
-    return prepare_budget(tyro.cli(Budget, args=list(arguments), prog=f"{_PROGRAM} budget"))
-
-
-def parse_report(arguments: Sequence[str]) -> Callable[[Console], None]:
-    """The page that the arguments of `report` describe, everything about it checked."""
-    return prepare_report(tyro.cli(Report, args=list(arguments), prog=f"{_PROGRAM} report"))
+    Args:
+      name: of the command.   options: the dataclass.   prepare: options -> the job, everything about it checked.
+    """
+    return lambda arguments: prepare(tyro.cli(options, args=list(arguments), prog=f"{_PROGRAM} {name}"))
 
 
 @dataclass(frozen=True)
@@ -162,13 +141,35 @@ class Command:
 COMMANDS = {
     "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
     "sweep": Command(parse_sweep, "sweep CONFIG.py --seeds 5 --bits 2 4 8", "many runs, one table with intervals"),
-    "quantize": Command(parse_quantize, "quantize RUN --bits W8A8 W4A4", "quantize a full-precision run, untrained"),
-    "certify": Command(parse_certify, "certify RUN --bits 8 6 4", "predictions that rounding provably keeps"),
-    "elastic": Command(parse_elastic, "elastic RUN --bits 2 3 4 6 8 32", "the same weights at several widths"),
-    "budget": Command(parse_budget, "budget RUN --bits 2 3 4 6 8 --at 3 4", "widths for each block, within a cost"),
-    "report": Command(parse_report, "report RUN [RUN ...]", "one page of figures on finished runs"),
+    "quantize": Command(
+        command_of("quantize", Quantize, prepare_quantize),
+        "quantize RUN --bits W8A8 W4A4",
+        "quantize a full-precision run, untrained",
+    ),
+    "certify": Command(
+        command_of("certify", Certify, prepare_certify),
+        "certify RUN --bits 8 6 4",
+        "predictions that rounding provably keeps",
+    ),
+    "elastic": Command(
+        command_of("elastic", ElasticRun, prepare_elastic),
+        "elastic RUN --bits 2 3 4 6 8 32",
+        "the same weights at several widths",
+    ),
+    "budget": Command(
+        command_of("budget", Budget, prepare_budget),
+        "budget RUN --bits 2 3 4 6 8 --at 3 4",
+        "widths for each block, within a cost",
+    ),
+    "report": Command(
+        command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
     "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
-    "replay": Command(parse_replay, "replay RUN [--option value ...]", "repeat a run: is the result identical?"),
+    "replay": Command(
+        command_of("replay", Replay, prepare_replay),
+        "replay RUN [--option value ...]",
+        "repeat a run: is the result identical?",
+    ),
 }
 
 

@@ -48,6 +48,11 @@ _STATISTICS_BATCHES = 32
 def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
     """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
     images = load_images(experiment.data, data_dir, batch_size=experiment.batch_size, workers=experiment.workers)
+    return prepare_on(images, experiment)
+
+
+def prepare_on(images: ImageSet, experiment: Experiment) -> tuple[dict[str, "Training"], partial]:
+    """`prepare` on images that are there, such as those of another seed's experiment."""
     if images.count < experiment.batch_size:
         raise ValueError(
             f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
@@ -124,20 +129,18 @@ class Training:
         ):
             return local(fit(self.first_state(), plan, run=run, checkpoints=checkpoints, display=display))
 
-    def plan(self, *, traced: bool) -> Plan:
+    def plan(self, *, traced: bool, leader: "Training | None" = None) -> Plan:
         """What training is made of.
 
         Args:
           traced: whether widths are arguments of the compiled programs. If not they are the model's own, constants of
             the programs, which is a little faster.
+          leader: a training that differs in name, seed and widths alone, whose images on the device and compiled
+            programs are used; None uses its own. With one, widths must be traced.
         """
-        experiment, images, mesh = self.experiment, self.images, self.mesh
+        experiment, mesh, row = self.experiment, self.mesh, LOSSES[self.experiment.loss.name]
+        shared = self if leader is None else leader
         everywhere = partial(put, sharding=replicated(mesh))
-        steps_per_epoch = images.count // experiment.batch_size
-        row = LOSSES[experiment.loss.name]
-        draw = make_draw(experiment.annealing, self.model.bits)
-        explain = make_explain(self.model, self._loss, make_prepare(experiment.data, images), draw)
-        validation = images.stacks("validation", mesh)
 
         def widths(bits):
             return everywhere(jax.tree.map(np.int32, bits)) if traced else None
@@ -145,42 +148,59 @@ class Training:
         def evaluate(variables, bits):
             if is_random(experiment.annealing):  # the running statistics are a mixture that fits no width
                 batches = self.statistics_batches()
-                variables = everywhere(reestimate_statistics(self.model, local(variables), batches, bits))
-            return self._scores(variables, validation, widths(bits))
+                variables = everywhere(reestimate_statistics(shared.model, local(variables), batches, bits))
+            return shared._scores(variables, shared._validation, widths(bits))
 
         return Plan(
             variant=self.variant.name,
-            title=self.variant.name,
+            title=self.variant.name if leader is None else f"{experiment.name} {self.variant.name}",
             epochs=experiment.epochs,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=self.images.count // experiment.batch_size,
             checkpoint_every=experiment.checkpoint_every,
             bits=self.widths,
             enter=self.enter,
-            step=lambda state, totals, bits, *data: self.step(state, totals, widths(bits), *data),
+            step=lambda state, totals, bits, *data: shared.step(state, totals, widths(bits), *data),
             totals=everywhere(empty_totals(*row.logged)),
-            batches=images.feed(mesh),
+            batches=shared._feed,
             evaluate=evaluate,
             score=_by_accuracy if row.labels else _by_similarity,
             reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
-            explain=lambda state, bits, *data: explain(state, *images.select(state, *data), widths(bits)),
-            chance=images.chance,
+            explain=lambda state, bits, *data: shared._explain(state, *self.images.select(state, *data), widths(bits)),
+            chance=self.images.chance,
         )
 
     @cached_property
     def step(self):
         """(state, totals, bits, *batch) -> (state, totals), compiled; see `train.step.make_epoch_step`."""
-        experiment, images = self.experiment, self.images
-        averaging, accumulate = experiment.optimizer.averaging, experiment.accumulate
-        prepare = make_prepare(experiment.data, images)
-        draw = make_draw(experiment.annealing, self.model.bits)
+        averaging, accumulate = self.experiment.optimizer.averaging, self.experiment.accumulate
         train_step = make_train_step(
-            self._loss, self.optimizer, prepare, draw=draw, averaging=averaging, accumulate=accumulate
+            self._loss, self.optimizer, self._prepare, draw=self._draw, averaging=averaging, accumulate=accumulate
         )
-        return make_epoch_step(train_step, images.select, mesh=self.mesh)
+        return make_epoch_step(train_step, self.images.select, mesh=self.mesh)
+
+    @cached_property
+    def _explain(self):
+        return make_explain(self.model, self._loss, self._prepare, self._draw)
 
     @cached_property
     def _loss(self):
         return make_loss(self.model, _for_parts(self.experiment.loss, self.experiment.accumulate))
+
+    @cached_property
+    def _prepare(self):
+        return make_prepare(self.experiment.data, self.images)
+
+    @cached_property
+    def _draw(self):
+        return make_draw(self.experiment.annealing, self.model.bits)
+
+    @cached_property
+    def _feed(self):
+        return self.images.feed(self.mesh)
+
+    @cached_property
+    def _validation(self):
+        return self.images.stacks("validation", self.mesh)
 
     def widths(self, epoch: int) -> Bits:
         """Of an epoch, from 1 on."""

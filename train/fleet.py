@@ -1,11 +1,11 @@
 """Many trainings in one compiled step: cells of a sweep, which differ in their seeds and widths, vmapped.
 
 Each keeps its own run directory, checkpoints, metrics and best state, as if it were trained alone, and is taken up from
-them after an interruption; only the steps are shared. Trained alone, its numbers differ by the order of float32 sums.
+them after an interruption; only the steps are shared. Trained alone, its sums are taken in another order, which
+training magnifies as it does a change of machine.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from rich.console import Console
 
 from train.checkpoints import Checkpoints
 from train.config import Experiment
-from train.experiment import Training, prepare
+from train.experiment import Training, prepare_on
 from train.interrupt import StopRequest
+from train.load import load_images
 from train.loop import Request, course, in_step
 from train.progress import Display
 from train.rundir import RunDirectory, open_run
@@ -36,7 +37,8 @@ def prepare_fleet(cells: Sequence[Experiment], *, data_dir: Path | None, runs_di
     """
     if cells[0].devices != 1 or jax.process_count() > 1:
         raise ValueError(f"devices (={cells[0].devices}) must be 1 where runs are trained together: --at-once 1")
-    prepared = [prepare(cell, data_dir) for cell in cells]
+    images = load_images(cells[0].data, data_dir, batch_size=cells[0].batch_size, workers=cells[0].workers)
+    prepared = [prepare_on(images, cell) for cell in cells]
     runs = [open_run(runs_dir, cell) for cell in cells]
 
     def work(console: Console) -> None:
@@ -58,23 +60,18 @@ def prepare_fleet(cells: Sequence[Experiment], *, data_dir: Path | None, runs_di
 
 def fit_together(members: Sequence[Training], runs: Sequence[RunDirectory], console: Console) -> list[TrainState]:
     """`Training.fit` of each, with the first one's images and compiled programs."""
-    shared = members[0].plan(traced=True)
-    plans = [
-        dataclasses.replace(
-            shared, title=f"{member.experiment.name} {shared.variant}", bits=member.widths, enter=member.enter
-        )
-        for member in members
-    ]
+    leader = members[0]
+    plans = [member.plan(traced=True, leader=leader) for member in members]
     with contextlib.ExitStack() as open_, StopRequest() as stop:
-        kept = [open_.enter_context(Checkpoints(run.checkpoints(shared.variant))) for run in runs]
+        kept = [open_.enter_context(Checkpoints(run.checkpoints(leader.variant.name))) for run in runs]
         done = sum(checkpoints.last_step for checkpoints in kept)
-        steps = len(members) * shared.epochs * shared.steps_per_epoch
-        display = open_.enter_context(Display(console, shared.variant, steps=steps, done=done))
+        steps = sum(plan.epochs * plan.steps_per_epoch for plan in plans)
+        display = open_.enter_context(Display(console, leader.variant.name, steps=steps, done=done))
         courses = [
             course(member.first_state(), plan, run=run, checkpoints=checkpoints, display=display, stop=stop)
             for member, plan, run, checkpoints in zip(members, plans, runs, kept, strict=True)
         ]
-        return in_step(courses, Together(members[0].step))
+        return in_step(courses, Together(leader.step))
 
 
 class Together:

@@ -61,7 +61,7 @@ class Sweep:
     """Symmetric and plain networks, or one kind of them, instead of the experiment's variants."""
     at_once: int | None = None
     """Runs that share each compiled step (vmap), whatever their seeds and widths. None is 1 on a CPU, where more are
-    slower, and as many as there are seeds elsewhere. Trained together, results differ by the order of sums."""
+    slower, and as many as there are seeds elsewhere. Sums are then taken in another order than alone."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
     runs_dir: Path = Path("runs")
