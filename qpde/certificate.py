@@ -37,7 +37,7 @@ from qpde import operators, quantizers
 from qpde.bits import Bits
 from qpde.conv_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.models.blocks import Block, InvertedBlock, StableBlock, is_depthwise
-from qpde.models.layers import NORM_EPSILON, Mode, normalize
+from qpde.models.layers import NORM_EPSILON, Mode, divide_by_rms, normalize
 from qpde.models.network import Network
 
 __all__ = ["Certificate", "StepBound", "certify", "step_bound", "step_bounds"]
@@ -286,7 +286,10 @@ def _logits(model, params, stats, y):
         norm = stats["closing_norm"]
         y = normalize(operators.conv(y, params["closing_kernel"]), params["closing_norm"], norm["mean"], norm["var"])
         y = jax.nn.relu(y)
-    return y.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"][None]
+    pooled = y.mean((1, 2))
+    if model.head == "scaled":
+        pooled = divide_by_rms(pooled, stats["pooled"]["mean_square"])
+    return pooled @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 def _head_norms(model, params, stats, shape, prediction) -> tuple[Any, Array]:
@@ -295,6 +298,8 @@ def _head_norms(model, params, stats, shape, prediction) -> tuple[Any, Array]:
     if model.closing_width is not None:
         norm = params["closing_norm"]["scale"] * jax.lax.rsqrt(stats["closing_norm"]["var"] + NORM_EPSILON)
         gain = gain * jnp.linalg.norm(params["closing_kernel"][0, 0] * norm[None], 2)
+    if model.head == "scaled":
+        gain = divide_by_rms(jnp.full((1, 1), gain), stats["pooled"]["mean_square"])[0, 0]
     w = params["head"]["kernel"]
     return gain, jnp.linalg.norm(w[:, prediction].T[:, :, None] - w[None], axis=1)
 

@@ -80,6 +80,8 @@ class Model:
     """MobileNet's block inputs are quantized with a sign, not clipped at 0 as published."""
     smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None
     """Total-variation smoothing before the activations' quantizers."""
+    head: Literal["dense", "scaled"] = "dense"
+    """Whether pooled features are divided by their size before the dense head. Non-expansive networks need it."""
     loop: Literal["auto", "scan", "unroll"] = "auto"
     """How the equal blocks of a stage are run."""
     remat: bool = False

@@ -19,6 +19,7 @@ __all__ = [
     "Quantizer",
     "average_pool",
     "batch_moments",
+    "divide_by_rms",
     "he_normal",
     "he_normals",
     "moments",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 NORM_EPSILON = 1e-5
+TINY = 1e-12  # below it a mean square counts as zero
 
 
 class Quantizer(NamedTuple):
@@ -114,6 +116,11 @@ def normalize(
     """(x - mean) / sqrt(var + 1e-5) * scale + bias per channel, with params {"scale": (C,), "bias": (C,)}."""
     scale = params["scale"] * jax.lax.rsqrt(var + NORM_EPSILON)
     return x * row(scale) + row(params["bias"] - mean * scale)
+
+
+def divide_by_rms(x: Float[Array, "n c"], mean_square: Float[Array, ""]) -> Float[Array, "n c"]:
+    """x / sqrt(m), m the mean square of all numbers of x together, which have mean square 1 then."""
+    return x * jax.lax.rsqrt(jnp.maximum(mean_square, TINY))
 
 
 def row(v: Float[Array, " c"]) -> Float[Array, "1 1 1 c"]:

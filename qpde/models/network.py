@@ -21,7 +21,7 @@ from qpde import operators
 from qpde.bits import Bits
 from qpde.integrators import integrate
 from qpde.models.blocks import Block, Smoothing
-from qpde.models.layers import Mode, Observe, he_normal, moments, normalize
+from qpde.models.layers import Mode, Observe, divide_by_rms, he_normal, moments, normalize
 
 __all__ = ["Network", "Stage", "groups"]
 
@@ -54,6 +54,21 @@ class Norm(nn.Module):
         mean, var, updated = moments(x, {k: v.value for k, v in running.items()}, mode)
         _store(self, running, updated)
         return normalize(x, params, mean, var)
+
+
+class RootMeanSquare(nn.Module):
+    """Division of x (N, C) by the root mean square of all its numbers; in evaluation by the running one."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        running = {"mean_square": self.variable("batch_stats", "mean_square", jnp.ones, ())}
+        old = running["mean_square"].value
+        if not mode.train:
+            return divide_by_rms(x, old)
+        own = jnp.mean(x * x)
+        kept = mode.momentum * old + (1 - mode.momentum) * jax.lax.stop_gradient(own)
+        _store(self, running, {"mean_square": kept})
+        return divide_by_rms(x, own)
 
 
 class Stage(nn.Module):
@@ -135,6 +150,7 @@ class Network(nn.Module):
     loop: str
     remat: bool
     compute_dtype: str = "float32"
+    head: str = "dense"
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -226,7 +242,10 @@ class Network(nn.Module):
         if self.closing_width is not None:
             closing = self.param("closing_kernel", he_normal, (1, 1, x.shape[-1], self.closing_width))
             x = jax.nn.relu(Norm(name="closing_norm")(self._conv(x, closing), mode))
-        logits = nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+        pooled = x.mean((1, 2))
+        if self.head == "scaled":
+            pooled = RootMeanSquare(name="pooled")(pooled, mode)
+        logits = nn.Dense(self.num_classes, name="head")(pooled)
         return (logits, tuple(states)) if return_states else logits
 
     def _conv(self, x, kernel):

@@ -16,6 +16,7 @@ __all__ = ["ARCHITECTURES", "GRAPH_NETWORKS", "Architecture", "create", "image_n
 LOOPS = ("auto", "scan", "unroll")
 LEVELS = ("uniform", "pot", "apot")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+HEADS = ("dense", "scaled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ def image_network(
     per_channel: bool = False,
     signed_inputs: bool = False,
     smoothing: Smoothing | None = None,
+    head: str = "dense",
     loop: str = "auto",
     remat: bool = False,
     compute_dtype: str = "float32",
@@ -131,6 +133,8 @@ def image_network(
       per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
       signed_inputs: MobileNet's block inputs can be negative; quantize them with a sign instead of clipping at 0.
       smoothing: total-variation smoothing, or None.
+      head: what makes logits of the pooled features, "dense" or, after their division by their root mean square, one
+        number, "scaled". Non-expansive steps shrink features, which this head can see nevertheless.
       loop: over the equal blocks of a stage: "scan" (compiles fast), "unroll", or "auto".
       remat: recompute each block in the backward pass instead of keeping its intermediates.
       compute_dtype: "float32", or "bfloat16" for the convolutions, their gradients and what they keep for them.
@@ -145,6 +149,7 @@ def image_network(
         ("norm", norm, NORMS),
         ("residual", residual, RESIDUALS),
         ("levels", levels, LEVELS),
+        ("head", head, HEADS),
         ("loop", loop, LOOPS),
         ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
     ):
@@ -188,6 +193,7 @@ def image_network(
         loop=loop,
         remat=remat,
         compute_dtype=compute_dtype,
+        head=head,
     )
 
 

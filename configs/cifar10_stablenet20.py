@@ -1,0 +1,25 @@
+"""python -m train run configs/cifar10_stablenet20.py --data-dir FOLDER
+
+Symmetric and plain stablenet20 with 4-bit weights and activations on CIFAR-10, as the other configs/cifar10_*.py.
+
+python -m train run configs/cifar10_stablenet20.py --recipe non_expansive --data-dir FOLDER
+python -m train certify runs/cifar10_stablenet20_non_expansive --data-dir FOLDER
+
+The same network with every step from the opening to the pooling proven not to amplify an error: spectral norms, a
+shortcut that is not rounded, a head that sees shrunken features. Its learning rate is a quarter of the other's.
+"""
+
+from dataclasses import replace
+
+from train.config import Variant
+from train.recipes import cifar10
+
+_stable = {"symmetric": True, "norm": "spectral", "residual": "precise", "head": "scaled"}
+
+recipes = cifar10("stablenet20", fast_epochs=6)
+recipes["non_expansive"] = replace(
+    recipes["fast"],
+    name="cifar10_stablenet20_non_expansive",
+    variants=(Variant("non-expansive", _stable),),
+    optimizer=replace(recipes["fast"].optimizer, learning_rate=0.05),
+)
