@@ -66,7 +66,7 @@ def test_few_frequencies_still_give_a_bound():
 
 NETWORKS = {
     "spectral, precise": ("stablenet20", {"norm": "spectral", "residual": "precise"}),
-    "tied, auto": ("stablenet20", {"norm": "tied", "step_size": "auto"}),
+    "tied, auto, scaled head": ("stablenet20", {"norm": "tied", "step_size": "auto", "head": "scaled"}),
     "separate": ("resnet20", {"symmetric": True}),
     "plain": ("resnet20", {"symmetric": False}),
     "mobile, plain": ("mobilenetv2", {"symmetric": False}),
@@ -262,7 +262,7 @@ def test_constants_of_steps_whose_kernels_are_multiples_of_the_identity(residual
     np.testing.assert_allclose(bound(BasicBlock, symmetric=True), separate, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["spectral, precise", "tied, auto"])
+@pytest.mark.parametrize("kind", ["spectral, precise", "tied, auto, scaled head"])
 def test_steps_of_a_bounded_norm_have_the_constant_one_by_proof(kind):
     model, init = network(kind)
     for seed in range(3):
@@ -271,7 +271,7 @@ def test_steps_of_a_bounded_norm_have_the_constant_one_by_proof(kind):
 
 
 def test_without_a_proof_of_the_step_size_the_constant_is_above_one():
-    model, init = network("tied, auto")
+    model, init = network("tied, auto, scaled head")
     fixed = model.clone(
         stages=tuple(tuple(b.__class__(**vars(b) | {"step_size": 4.0}) for b in blocks) for blocks in model.stages)
     )
@@ -307,7 +307,7 @@ def assert_between_minus_one_and_one(found):
         assert float(singular_values[0]) <= 1 + 1e-4
 
 
-@pytest.mark.parametrize("kind", ["spectral, precise", "tied, auto"])
+@pytest.mark.parametrize("kind", ["spectral, precise", "tied, auto, scaled head"])
 def test_jacobians_of_tied_steps_lie_between_minus_one_and_one(kind):
     assert_between_minus_one_and_one(spectra(kind))
 

@@ -37,6 +37,14 @@ def apply(model, variables, x, bits=None, return_states=False, train=False):
     return model.apply(variables, x, bits=bits, return_states=return_states, train=train)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "momentum"))
+def train_once(model, variables, x, momentum):
+    """Logits, states and what a training step changes but the parameters."""
+    run = functools.partial(model.apply, variables, x, train=True, return_states=True, mutable=["batch_stats"])
+    (logits, states), updates = run(momentum=momentum)
+    return logits, states, updates
+
+
 PUBLISHED_COUNTS = [
     ("resnet20", 10, 272_474, 175_706),
     ("resnet56", 10, 855_770, 468_698),
@@ -215,6 +223,26 @@ def test_steps_with_a_bounded_norm_are_non_expansive(name, norm):
             assert float(moved) <= float(jnp.linalg.norm(change)) * (1 + 1e-5)
 
 
+def test_a_scaled_head_sees_pooled_features_of_mean_square_one():
+    model, variables = make(head="scaled")
+    head = variables["params"]["head"]
+
+    def logits_of(pooled, mean_square):
+        return pooled / jnp.sqrt(mean_square) @ head["kernel"] + head["bias"][None]
+
+    logits, states, updates = train_once(model, variables, images(4), momentum=0.0)
+    pooled = states[-1].mean((1, 2))
+    own = updates["batch_stats"]["pooled"]["mean_square"]
+    np.testing.assert_allclose(own, jnp.mean(pooled**2), rtol=1e-6)
+    np.testing.assert_allclose(logits, logits_of(pooled, own), rtol=1e-4, atol=1e-5)
+    assert abs(float(own) - 1) > 0.1
+
+    logits, states = apply(model, {**variables, **updates}, images(3, seed=1), return_states=True)
+    np.testing.assert_allclose(logits, logits_of(states[-1].mean((1, 2)), own), rtol=1e-4, atol=1e-5)
+    *_, updates = train_once(model, variables, images(4), momentum=0.75)
+    np.testing.assert_allclose(updates["batch_stats"]["pooled"]["mean_square"], 0.75 + 0.25 * own, rtol=1e-5)
+
+
 def test_a_tied_network_with_a_step_of_its_own_has_no_singular_vectors_to_carry():
     model = shortened(norm="tied", step_size=0.1)
     assert "spectral" not in jax.eval_shape(model.init, jax.random.key(0), images(1))
@@ -320,6 +348,7 @@ def test_depthwise_weights_keep_eight_bits():
         ({"step_size": "auto"}, "norm='tied'"),
         ({"norm": "batch"}, "separate, tied, spectral"),
         ({"residual": "exact"}, "rounded, precise"),
+        ({"head": "normed"}, "dense, scaled"),
         ({"levels": "log"}, "uniform, pot, apot"),
         ({"loop": "while"}, "auto, scan, unroll"),
         ({"num_classes": 0}, "num_classes.*0"),

@@ -1,0 +1,40 @@
+"""python -m train run configs/cifar10_smoothing.py --data-dir FOLDER
+
+Plain resnet20 with and without total-variation smoothing after every nonlinearity, on CIFAR-10 in full precision, to be
+quantized afterwards; and from there, trained in few bits:
+
+python -m train quantize runs/cifar10_smoothing --bits W8A8 W4A4 W3A3 W2A2 --data-dir FOLDER
+python -m train run configs/cifar10_smoothing.py --recipe tuned --name cifar10_smoothing_tuned4 --model.weight-bits 4
+    --model.act-bits 4 --start-from runs/cifar10_smoothing --data-dir FOLDER
+"""
+
+from dataclasses import replace
+
+from qpde.models import Smoothing
+from train.config import Calibration, Variant
+from train.recipes import cifar10
+
+_fast = cifar10("resnet20", fast_epochs=3)["fast"]
+
+full = replace(
+    _fast,
+    name="cifar10_smoothing",
+    variants=(
+        Variant("plain", {"symmetric": False}),
+        Variant("smoothed", {"symmetric": False, "smoothing": Smoothing(gamma2=0.125, eps=0.5, output=True)}),
+    ),
+    model=replace(_fast.model, weight_bits=None, act_bits=None),
+)
+
+recipes = {
+    "full": full,
+    "tuned": replace(
+        full,
+        name="cifar10_smoothing_tuned",
+        model=replace(_fast.model, standardize=False),
+        optimizer=replace(_fast.optimizer, learning_rate=0.02),
+        start_from="runs/cifar10_smoothing",
+        calibration=Calibration(),
+        epochs=1,
+    ),
+}
