@@ -174,7 +174,13 @@ class Training:
         """(state, totals, bits, *batch) -> (state, totals), compiled; see `train.step.make_epoch_step`."""
         averaging, accumulate = self.experiment.optimizer.averaging, self.experiment.accumulate
         train_step = make_train_step(
-            self._loss, self.optimizer, self._prepare, draw=self._draw, averaging=averaging, accumulate=accumulate
+            self._loss,
+            self.optimizer,
+            self._prepare,
+            draw=self._draw,
+            ranges=self.model.ranges,
+            averaging=averaging,
+            accumulate=accumulate,
         )
         return make_epoch_step(train_step, self.images.select, mesh=self.mesh)
 
@@ -218,6 +224,7 @@ class Training:
         statistics = list(self.statistics_batches())
         variables = reestimate_statistics(model, state.variables, statistics, model.bits)
         results = {"parameters": qpde.models.summary(model, images.shape).parameters}
+        results |= _smoothing_of(model, state.variables)
         if model.bits.activations is None:  # there is nothing to be faithful to
             scores = self._scores(variables, images.stacks("test"))
             return results | {"accuracy": scores["accuracy"]}
@@ -322,6 +329,17 @@ def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]
     if model.bits == Bits(None, None):
         return variables
     return qpde.models.calibrate_clips(model, variables, x, method=method, train=True)
+
+
+def _smoothing_of(model: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:
+    """The learned or scheduled gamma2 by block, None where a block does not smooth, and the mean of the others."""
+    if all(block.smoothing is None for block in model.blocks):
+        return {}
+    found = [gamma2 for *_, gamma2 in model.steps(variables)]
+    if not any(isinstance(gamma2, jax.Array) for gamma2 in found):
+        return {}
+    values = [None if gamma2 is None else float(gamma2) for gamma2 in found]
+    return {"gamma2": values, "mean_gamma2": float(np.mean([value for value in values if value is not None]))}
 
 
 def _check_loss(experiment: Experiment, bits: Bits) -> None:
