@@ -19,10 +19,21 @@ from hypothesis import strategies as st
 from qpde.bits import Bits
 from qpde.datasets import Split
 from qpde.models import Smoothing
-from train.annealing import is_annealed, make_draw, widths_of
+from train.annealing import is_annealed, make_draw, strength_of, widths_of
 from train.augment import random_crop, random_flip
 from train.checkpoints import CheckpointError, Checkpoints
-from train.config import Annealing, BitSchedule, Data, Experiment, Loss, Model, Optimizer, Rule, Variant
+from train.config import (
+    Annealing,
+    BitSchedule,
+    Data,
+    Experiment,
+    Loss,
+    Model,
+    Optimizer,
+    Rule,
+    StrengthSchedule,
+    Variant,
+)
 from train.data import stack_batches
 from train.guards import SMALLEST_CLIP, clips_of, hold, make_explain
 from train.losses import IGNORED, classification_sums
@@ -86,6 +97,7 @@ def test_an_experiment_survives_json():
         (lambda: Optimizer(averaging=1.0), r"averaging \(=1.0\) must lie in \[0, 1\)"),
         (lambda: BitSchedule(every=0), r"every \(=0\)"),
         (lambda: BitSchedule(widths=(8, 40)), "holds 40: widths are 2 to 32"),
+        (lambda: StrengthSchedule("rise", 0), r"annealing.smoothing.epochs \(=0\)"),
         (lambda: BitSchedule("random"), "needs widths to draw from"),
         (lambda: from_json("{}"), "not an experiment of this version"),
         (lambda: from_json("{"), "property name"),
@@ -282,6 +294,17 @@ def test_a_schedule_must_reach_the_models_width(annealing, target, message):
     else:
         with pytest.raises(ValueError, match=message):
             widths_of(annealing, target, 10)
+
+
+def test_smoothing_rises_or_falls_in_equal_steps():
+    rise, fall = (strength_of(StrengthSchedule(name, 4), smooths=True, epochs=6) for name in ("rise", "fall"))
+    assert [rise(epoch) for epoch in range(1, 7)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [fall(epoch) for epoch in range(1, 7)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert strength_of(StrengthSchedule(), smooths=False, epochs=0)(1) is None
+    with pytest.raises(ValueError, match="nothing to schedule: give the model smoothing"):
+        strength_of(StrengthSchedule("fall", 4), smooths=False, epochs=6)
+    with pytest.raises(ValueError, match=r"annealing.smoothing.epochs \(=4\) leaves none of 4 epochs"):
+        strength_of(StrengthSchedule("rise", 4), smooths=True, epochs=4)
 
 
 def test_random_widths_are_all_drawn_alike_from_the_key_alone_and_validated_at_the_models_own():
