@@ -301,7 +301,7 @@ def test_smoothing_rises_or_falls_in_equal_steps():
     assert [rise(epoch) for epoch in range(1, 7)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert [fall(epoch) for epoch in range(1, 7)] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert strength_of(StrengthSchedule(), smooths=False, epochs=0)(1) is None
-    with pytest.raises(ValueError, match="nothing to schedule: give the model smoothing"):
+    with pytest.raises(ValueError, match="nothing to schedule: give the recipe's model smoothing"):
         strength_of(StrengthSchedule("fall", 4), smooths=False, epochs=6)
     with pytest.raises(ValueError, match=r"annealing.smoothing.epochs \(=4\) leaves none of 4 epochs"):
         strength_of(StrengthSchedule("rise", 4), smooths=True, epochs=4)

@@ -135,8 +135,8 @@ def strength_of(schedule: StrengthSchedule, *, smooths: bool, epochs: int) -> St
         return lambda epoch: None
     if not smooths:
         raise ValueError(
-            f"annealing.smoothing.schedule (={schedule.schedule!r}) has nothing to schedule: give the model smoothing, "
-            "as --model.smoothing.gamma2 0.025, or leave the schedule constant"
+            f"annealing.smoothing.schedule (={schedule.schedule!r}) has nothing to schedule: give the recipe's model "
+            "smoothing, Model(smoothing=qpde.models.Smoothing()), or leave the schedule constant"
         )
     if epochs <= schedule.epochs:
         raise ValueError(
