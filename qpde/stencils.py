@@ -158,7 +158,7 @@ def tv_step(
       x: (..., H, W, C), floating.  Images and channels do not see each other.  Half precision is computed in float32
         and rounded once, which keeps the maximum principle.
       gamma2: step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
-        clamped to that interval; its gradient is 0 outside, so learn it as bound * sigmoid(.) if it may leave.
+        clamped to that interval; its gradient is 0 outside, not at the ends, so project a learned one onto it.
       eps: positive; a Python number, or a scalar array, which is not checked.
       kind: a key of `KINDS`.   boundary: as in `gradient`.
     Returns:

@@ -49,7 +49,8 @@ def _plan(**changes):
         steps_per_epoch=3,
         checkpoint_every=0,
         bits=lambda epoch: Bits(4, 4),
-        enter=lambda state, bits: pytest.fail("the widths never change"),
+        strength=lambda epoch: None,
+        enter=lambda state, epoch: pytest.fail("the widths never change"),
         step=step,
         totals=empty_totals(),
         batches=lambda state: [()] * (3 - int(state.step) % 3),
@@ -176,8 +177,8 @@ def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered
     entered, seen = [], []
     count = _plan().step
 
-    def enter(state, bits):
-        entered.append((int(state.step), bits))
+    def enter(state, epoch):
+        entered.append((int(state.step), epoch))
         return state
 
     def step(state, totals, bits):
@@ -194,9 +195,9 @@ def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered
         evaluate=lambda variables, bits: {"accuracy": bits.weights / 10, "loss": 1.0},
     )
     _fit(tmp_path, plan)
-    assert entered == [(3, Bits(5, 4))]
+    assert entered == [(3, 2)]
     state, said, _, lines = _fit(tmp_path, plan)
-    assert entered == [(3, Bits(5, 4)), (6, Bits(4, 4))]  # not again in the middle of the second epoch
+    assert entered == [(3, 2), (6, 3)]  # not again in the middle of the second epoch
     assert seen == [6] * 3 + [5] * 3 + [4] * 24
     assert int(state.step) == 30
     assert [line["weight_bits"] for line in lines] == [6, 5] + [4] * 8
@@ -207,7 +208,7 @@ def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered
 def test_training_ends_early_where_its_target_is_reached_at_the_final_widths_and_a_resumed_one_knows(tmp_path):
     plan = _plan(
         bits=lambda epoch: Bits(4, 8 if epoch < 3 else 4),
-        enter=lambda state, bits: state,
+        enter=lambda state, epoch: state,
         reached=lambda line: line["epoch"] != 3,  # already in the first epoch, at other widths
         score=lambda line: {"accuracy": 0.0, "loss": line["epoch"]},
     )
@@ -215,3 +216,19 @@ def test_training_ends_early_where_its_target_is_reached_at_the_final_widths_and
         state, _, last, lines = _fit(tmp_path, plan)
         assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
         assert (int(state.step), last) == (9, 12)  # the lower score of the two epochs at the final widths
+
+
+def test_only_epochs_at_the_final_strength_of_smoothing_can_be_the_best_and_a_change_is_entered(tmp_path):
+    entered = []
+    plan = _plan(
+        epochs=4,
+        strength=lambda epoch: min(1.0, (epoch - 1) / 2),
+        enter=lambda state, epoch: entered.append(epoch) or state,
+        evaluate=lambda variables, bits: {"accuracy": 1 / (1 + float(variables["params"]["w"])), "loss": 1.0},
+    )
+    state, said, _, lines = _fit(tmp_path, plan)
+    assert entered == [2, 3]
+    assert int(state.step) == 9  # the first of the two
+    assert [line["smoothing_strength"] for line in lines] == [0, 0.5, 1, 1]
+    assert "epoch 2 of 4 at 4 and 4 bits and 50% of the smoothing" in said
+    assert "epoch 3 of 4, " in said

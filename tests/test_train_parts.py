@@ -19,12 +19,23 @@ from hypothesis import strategies as st
 from qpde.bits import Bits
 from qpde.datasets import Split
 from qpde.models import Smoothing
-from train.annealing import is_annealed, make_draw, widths_of
+from train.annealing import is_annealed, make_draw, strength_of, widths_of
 from train.augment import random_crop, random_flip
 from train.checkpoints import CheckpointError, Checkpoints
-from train.config import Annealing, BitSchedule, Data, Experiment, Loss, Model, Optimizer, Rule, Variant
+from train.config import (
+    Annealing,
+    BitSchedule,
+    Data,
+    Experiment,
+    Loss,
+    Model,
+    Optimizer,
+    Rule,
+    StrengthSchedule,
+    Variant,
+)
 from train.data import stack_batches
-from train.guards import SMALLEST_CLIP, clips_of, hold_clips, make_explain
+from train.guards import SMALLEST_CLIP, clips_of, hold, make_explain
 from train.losses import IGNORED, classification_sums
 from train.memory import keep_freed_memory
 from train.optimizer import create_optimizer, rule_of_each
@@ -86,6 +97,7 @@ def test_an_experiment_survives_json():
         (lambda: Optimizer(averaging=1.0), r"averaging \(=1.0\) must lie in \[0, 1\)"),
         (lambda: BitSchedule(every=0), r"every \(=0\)"),
         (lambda: BitSchedule(widths=(8, 40)), "holds 40: widths are 2 to 32"),
+        (lambda: StrengthSchedule("rise", 0), r"annealing.smoothing.epochs \(=0\)"),
         (lambda: BitSchedule("random"), "needs widths to draw from"),
         (lambda: from_json("{}"), "not an experiment of this version"),
         (lambda: from_json("{"), "property name"),
@@ -175,6 +187,15 @@ def test_the_optimizer_is_the_formula_with_a_group_for_each_rule(nesterov):
             expected[name] = expected[name] - factor * rate * direction
     for name, value in expected.items():
         np.testing.assert_allclose(params[name], value, rtol=1e-5)  # float32, five steps
+
+
+def test_a_learned_gamma2_decays_by_its_own_rule_alone():
+    params = {"stage0": {"gamma2": jnp.ones(2), "kernel": jnp.ones(2)}}
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    for rules, decays in (((), False), ((Rule("gamma2", 10.0),), False), ((Rule("gamma2", weight_decay=0.1),), True)):
+        optimizer = create_optimizer(Optimizer(weight_decay=0.1, rules=rules), params, steps=5)
+        updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+        assert [bool(leaf.any()) for leaf in jax.tree.leaves(updates)] == [decays, True]
 
 
 # Losses
@@ -273,6 +294,17 @@ def test_a_schedule_must_reach_the_models_width(annealing, target, message):
     else:
         with pytest.raises(ValueError, match=message):
             widths_of(annealing, target, 10)
+
+
+def test_smoothing_rises_or_falls_in_equal_steps():
+    rise, fall = (strength_of(StrengthSchedule(name, 4), smooths=True, epochs=6) for name in ("rise", "fall"))
+    assert [rise(epoch) for epoch in range(1, 7)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [fall(epoch) for epoch in range(1, 7)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert strength_of(StrengthSchedule(), smooths=False, epochs=0)(1) is None
+    with pytest.raises(ValueError, match="nothing to schedule: give the recipe's model smoothing"):
+        strength_of(StrengthSchedule("fall", 4), smooths=False, epochs=6)
+    with pytest.raises(ValueError, match=r"annealing.smoothing.epochs \(=4\) leaves none of 4 epochs"):
+        strength_of(StrengthSchedule("rise", 4), smooths=True, epochs=4)
 
 
 def test_random_widths_are_all_drawn_alike_from_the_key_alone_and_validated_at_the_models_own():
@@ -481,12 +513,20 @@ def test_a_clip_that_collapses_is_raised_and_counted_and_no_other_parameter_is()
         "stage0": {"act_clips": jnp.array([[1.0, -0.5], [0.0, 2.0]]), "kernel": jnp.array([-1.0])},
         "weight_clips": jnp.array([SMALLEST_CLIP]),
     }
-    held, count = jax.jit(hold_clips)(params)
+    held, count = jax.jit(hold)(params, {})
     np.testing.assert_array_equal(held["stage0"]["act_clips"], np.float32([[1.0, SMALLEST_CLIP], [SMALLEST_CLIP, 2.0]]))
     assert float(held["stage0"]["kernel"][0]) == -1.0
     assert float(count) == 2
     assert set(clips_of(params)) == {"stage0/act_clips", "weight_clips"}
-    assert float(hold_clips({"kernel": jnp.zeros(3)})[1]) == 0
+    assert float(hold({"kernel": jnp.zeros(3)}, {})[1]) == 0
+
+
+def test_parameters_are_projected_onto_their_ranges_and_what_is_not_finite_is_left_to_be_seen():
+    params = {"a": {"gamma2": jnp.array([-1.0, 0.01, 2.0, jnp.nan, jnp.inf])}, "b": {"gamma2": jnp.array([3.0])}}
+    held, count = jax.jit(lambda params: hold(params, {"a/gamma2": (0.0, 0.025)}))(params)
+    np.testing.assert_array_equal(held["a"]["gamma2"], np.float32([0, 0.01, 0.025, np.nan, np.inf]))
+    assert float(held["b"]["gamma2"][0]) == 3
+    assert float(count) == 0  # of clips
 
 
 # Evaluation

@@ -15,6 +15,7 @@ from qpde.models.blocks import BasicBlock
 from train import fleet
 from train.checkpoints import Checkpoints, read_best
 from train.cli import COMMANDS, load_recipes, main
+from train.finished import read_finished
 from train.optimizer import path_name
 from train.progress import Display
 
@@ -178,6 +179,7 @@ def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_las
     lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["weight_bits"], line["act_bits"]) for line in lines] == [(5, 8), (4, 6), (4, 4)]
     assert _summary(tmp_path)["symmetric"]["best_epoch"] == 3
+    assert list(read_finished(tmp_path / "runs" / "tiny", None)) == ["symmetric"]
     assert main([*command, "--name", "short", "--epochs", "2"]) == 2
     assert "annealing.activations ends at 6 bits after 2 epochs" in capsys.readouterr().err
 

@@ -1,13 +1,17 @@
-"""Widths over a run: functions from the epoch, 1 for the first, to the bits of weights and activations.
+"""Widths and smoothing over a run: functions from the epoch, 1 for the first, to bits and to a strength.
 
 A network that starts with many bits and loses them one after the other reaches a better minimum than one that starts
 with few (Ben-Yair et al., 2022, section 5).  Widths are traced in the training step, so all of them share one compiled
 program; and they follow from the epoch, so a resumed run needs no record of them.
 
 Random widths belong to a step, not to an epoch: they are drawn inside it, from its key (`make_draw`).
+
+The strength of smoothing is a part of the state, which every part of the program hands to the network as it does batch
+statistics; it is set when an epoch begins.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,13 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from qpde.bits import Bits
-from train.config import Annealing, BitSchedule
+from train.config import Annealing, BitSchedule, StrengthSchedule
 
 Widths = Callable[[int], int]
+Strength = Callable[[int], float | None]
+
+SMOOTHING = "smoothing"
+"""The collection of a network's variables that holds the strength."""
 
 
 def constant(schedule: BitSchedule, target: int) -> Widths:
@@ -112,3 +120,36 @@ def widths_of(annealing: Annealing, target: Bits, epochs: int) -> Callable[[int]
 
     weights, activations = part("weights"), part("activations")
     return lambda epoch: Bits(weights(epoch), activations(epoch))
+
+
+def strength_of(schedule: StrengthSchedule, *, smooths: bool, epochs: int) -> Strength:
+    """The epoch's strength of smoothing, within 0 and 1, or None where nothing is scheduled.
+
+    Args:
+      schedule: rises as min(1, (epoch - 1) / schedule.epochs), falls as 1 less this.
+      smooths: whether the model does.   epochs: length of the run.
+    Raises:
+      ValueError: nothing to smooth, or a schedule that is not at its end by the last epoch.
+    """
+    if schedule.schedule == "constant":
+        return lambda epoch: None
+    if not smooths:
+        raise ValueError(
+            f"annealing.smoothing.schedule (={schedule.schedule!r}) has nothing to schedule: give the recipe's model "
+            "smoothing, Model(smoothing=qpde.models.Smoothing()), or leave the schedule constant"
+        )
+    if epochs <= schedule.epochs:
+        raise ValueError(
+            f"annealing.smoothing.epochs (={schedule.epochs}) leaves none of {epochs} epochs at the final strength: "
+            "give more --epochs, or a shorter schedule"
+        )
+
+    def rise(epoch):
+        return min(1.0, (epoch - 1) / schedule.epochs)
+
+    return rise if schedule.schedule == "rise" else lambda epoch: 1.0 - rise(epoch)
+
+
+def with_strength(collections: dict[str, Any], strength: float | None) -> dict[str, Any]:
+    """Collections of a network at this strength of smoothing, see `qpde.models.Network`; None leaves them."""
+    return collections if strength is None else {**collections, SMOOTHING: {"strength": jnp.float32(strength)}}

@@ -194,14 +194,30 @@ class BitSchedule:
 
 
 @dataclass(frozen=True)
+class StrengthSchedule:
+    """Strength of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
+
+    schedule: Literal["constant", "rise", "fall"] = "constant"
+    """1 throughout, or what start_from ended with; from 0 to 1 in equal steps; or from 1 to 0, where smoothing helps to
+    train a network that then does without."""
+    epochs: int = 10
+    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final strength."""
+
+    def __post_init__(self):
+        check_at_least("annealing.smoothing.epochs", self.epochs, 1)
+
+
+@dataclass(frozen=True)
 class Annealing:
-    """How widths change over a run. Only epochs at the model's own widths can be the best. Where widths are drawn for
-    every step, an epoch is validated at the model's, with batch statistics of these."""
+    """How widths and smoothing change over a run. Only epochs at the model's own widths and at the final strength of
+    smoothing can be the best. Where widths are drawn for every step, an epoch is validated at the model's, with batch
+    statistics of these."""
 
     weights: BitSchedule = field(default_factory=BitSchedule)
     activations: BitSchedule = field(default_factory=BitSchedule)
+    smoothing: StrengthSchedule = field(default_factory=StrengthSchedule)
     reestimate: bool = False
-    """Estimate batch statistics again after each change, from training images at the new widths."""
+    """Estimate batch statistics again after each change, from training images as the network now takes them."""
 
 
 @dataclass(frozen=True)

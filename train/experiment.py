@@ -18,7 +18,7 @@ from qpde import calibration
 from qpde.bits import Bits
 from qpde.diagnostics import compare, reestimate_statistics
 from train import twin
-from train.annealing import is_annealed, is_random, make_draw, widths_of
+from train.annealing import is_annealed, is_random, make_draw, strength_of, widths_of, with_strength
 from train.checkpoints import Checkpoints
 from train.config import Experiment, Loss, Variant
 from train.data import ImageSet, make_prepare, make_vary
@@ -105,6 +105,7 @@ class Training:
             start = read_start(run, variant.name, jax.eval_shape(source.init, jax.random.key(0), sample))
         _check_loss(experiment, model.bits)
         widths_of(experiment.annealing, model.bits, experiment.epochs)
+        strength_of(experiment.annealing.smoothing, smooths=config.smoothing is not None, epochs=experiment.epochs)
         steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
@@ -158,6 +159,7 @@ class Training:
             steps_per_epoch=self.images.count // experiment.batch_size,
             checkpoint_every=experiment.checkpoint_every,
             bits=self.widths,
+            strength=self.strength,
             enter=self.enter,
             step=lambda state, totals, bits, *data: shared.step(state, totals, widths(bits), *data),
             totals=everywhere(empty_totals(*row.logged)),
@@ -174,7 +176,13 @@ class Training:
         """(state, totals, bits, *batch) -> (state, totals), compiled; see `train.step.make_epoch_step`."""
         averaging, accumulate = self.experiment.optimizer.averaging, self.experiment.accumulate
         train_step = make_train_step(
-            self._loss, self.optimizer, self._prepare, draw=self._draw, averaging=averaging, accumulate=accumulate
+            self._loss,
+            self.optimizer,
+            self._prepare,
+            draw=self._draw,
+            ranges=self.model.ranges,
+            averaging=averaging,
+            accumulate=accumulate,
         )
         return make_epoch_step(train_step, self.images.select, mesh=self.mesh)
 
@@ -206,11 +214,16 @@ class Training:
         """Of an epoch, from 1 on."""
         return widths_of(self.experiment.annealing, self.model.bits, self.experiment.epochs)(epoch)
 
-    def enter(self, state: TrainState, bits: Bits) -> TrainState:
-        """The state at other widths than before; see `train.config.Annealing.reestimate`."""
-        if not self.experiment.annealing.reestimate:
-            return state
-        return put(self._reestimated(local(state), bits), replicated(self.mesh))
+    def strength(self, epoch: int) -> float | None:
+        """Of smoothing in an epoch, from 1 on; None where it is not scheduled."""
+        return strength_of(self.experiment.annealing.smoothing, smooths=True, epochs=self.experiment.epochs)(epoch)
+
+    def enter(self, state: TrainState, epoch: int) -> TrainState:
+        """The state at other widths or another strength of smoothing; see `train.config.Annealing.reestimate`."""
+        state = _at_strength(local(state), self.strength(epoch))
+        if self.experiment.annealing.reestimate:
+            state = self._reestimated(state, self.widths(epoch))
+        return put(state, replicated(self.mesh))
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own."""
@@ -218,6 +231,7 @@ class Training:
         statistics = list(self.statistics_batches())
         variables = reestimate_statistics(model, state.variables, statistics, model.bits)
         results = {"parameters": qpde.models.summary(model, images.shape).parameters}
+        results |= _smoothing_of(model, state.variables)
         if model.bits.activations is None:  # there is nothing to be faithful to
             scores = self._scores(variables, images.stacks("test"))
             return results | {"accuracy": scores["accuracy"]}
@@ -260,9 +274,11 @@ class Training:
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
             ((x, _),) = self.training_batches(limit=1)
-            variables = jax.jit(partial(_first_variables, self.model, method=experiment.clip_start))(init_key, x)
+            options = {"method": experiment.clip_start, "strength": self.strength(1)}
+            variables = jax.jit(partial(_first_variables, self.model, **options))(init_key, x)
         else:
-            variables = self._started(self.start)
+            variables = with_strength(self.start.variables, self.strength(1))
+            variables = self._started(dataclasses.replace(self.start, variables=variables))
         params = variables["params"]
         if not LOSSES[experiment.loss.name].twin:
             params = twin.low(params)
@@ -317,11 +333,30 @@ class Training:
             yield vary(key, jnp.asarray(x)), jnp.asarray(labels, jnp.int32)
 
 
-def _first_variables(model: nn.Module, key, x, *, method: str) -> dict[str, Any]:
-    variables = model.init(key, x)
+def _first_variables(model: nn.Module, key, x, *, method: str, strength: float | None = None) -> dict[str, Any]:
+    variables = with_strength(model.init(key, x), strength)
     if model.bits == Bits(None, None):
         return variables
     return qpde.models.calibrate_clips(model, variables, x, method=method, train=True)
+
+
+def _at_strength(state: TrainState, strength: float | None) -> TrainState:
+    """The state at this strength of smoothing. Averages take it at once: one of strengths would lag behind."""
+    averages = state.averages
+    if averages is not None:
+        averages = {**averages, "model_state": with_strength(averages["model_state"], strength)}
+    return state.replace(model_state=with_strength(state.model_state, strength), averages=averages)
+
+
+def _smoothing_of(model: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:
+    """The learned or scheduled gamma2 by block, None where a block does not smooth, and the mean of the others."""
+    if all(block.smoothing is None for block in model.blocks):
+        return {}
+    found = [gamma2 for *_, gamma2 in model.steps(variables)]
+    if not any(isinstance(gamma2, jax.Array) for gamma2 in found):
+        return {}
+    values = [None if gamma2 is None else float(gamma2) for gamma2 in found]
+    return {"gamma2": values, "mean_gamma2": float(np.mean([value for value in values if value is not None]))}
 
 
 def _check_loss(experiment: Experiment, bits: Bits) -> None:

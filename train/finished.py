@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from qpde.bits import Bits
 from qpde.diagnostics import reestimate_statistics
-from train.config import Experiment
+from train.config import Annealing, Experiment
 from train.experiment import Training, prepare
 from train.rundir import SUMMARY, read_experiment
 
@@ -50,7 +50,8 @@ def read_finished(run: Path, data_dir: Path | None) -> dict[str, Finished]:
         raise FileNotFoundError(f"{run} holds no finished run: it has no {SUMMARY}; the command that began it goes on")
     if not isinstance(experiment, Experiment):
         raise ValueError(f"{run} is a run on a graph: its summary.json holds what was measured; give one on images")
-    # The same networks, started from the run itself: so its folder, data and shapes are checked as anywhere else.
-    own = dataclasses.replace(experiment, start_from=str(run), calibration=None, epochs=0)
+    # The same networks, started from the run itself: so its folder, data and shapes are checked as anywhere else. What
+    # was annealed is so no more.
+    own = dataclasses.replace(experiment, start_from=str(run), calibration=None, epochs=0, annealing=Annealing())
     trainings, _ = prepare(dataclasses.replace(own, devices=1, accumulate=1), data_dir)
     return {name: Finished(training, training.first_state().variables) for name, training in trainings.items()}

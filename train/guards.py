@@ -1,4 +1,4 @@
-"""Guards of training: a step that breaks down changes nothing and is explained; a clip stays positive.
+"""Guards of training: a step that breaks down changes nothing and is explained; parameters stay in their ranges.
 
 Whether a step broke down is found and acted on inside jit, so nothing waits for the device: from the first step whose
 loss, parameters, momenta or statistics are not all finite, state and sums stay as they were before it.  The loop reads
@@ -6,7 +6,8 @@ the flag when it is about to save or to log, and the state it then finds is the 
 broke; replaying that step tells where.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,14 @@ from jaxtyping import Array, Bool, Float, PyTree
 from train.optimizer import path_name
 
 SMALLEST_CLIP = 1e-3
-"""Weights are standardised and activations normalised, so a useful clip is of order 1."""
+"""Weights are standardised and activations normalised, so a useful clip is of order 1. One of 0 or less quantizes
+everything to nothing, and no gradient leads back."""
+
+CLIPS = "clips"
+"""What the paths of clips end in."""
+
+Ranges = Mapping[str, tuple[float, float]]
+"""(lowest, largest) by the end of a parameter's path, as `qpde.models.Network.ranges` gives them."""
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -33,18 +41,24 @@ def choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def hold_clips(params: PyTree) -> tuple[PyTree, Float[Array, ""]]:
-    """Parameters whose clips are at least `SMALLEST_CLIP`, and how many had to be raised.
+def hold(params: PyTree, ranges: Ranges) -> tuple[PyTree, Float[Array, ""]]:
+    """Parameters projected onto their ranges, and how many clips had to be raised.
 
-    A clip of 0 or less quantizes everything to nothing, and no gradient leads back.  Clips are the leaves whose names
-    end in "clips".  One at minus infinity is left as it is: that step broke down, and `all_finite` is to see it.
+    What is not finite is left as it is: that step broke down, and `all_finite` is to see it.
+
+    Args:
+      params: the clips among them have to be at least `SMALLEST_CLIP`.   ranges: of others.
     """
-    fallen = {name: (clip < SMALLEST_CLIP) & jnp.isfinite(clip) for name, clip in clips_of(params).items()}
-    count = sum((jnp.sum(f) for f in fallen.values()), start=jnp.int32(0))
-    held = jax.tree.map_with_path(
-        lambda path, leaf: jnp.where(fallen[path_name(path)], SMALLEST_CLIP, leaf) if _is_clip(path) else leaf, params
-    )
-    return held, count.astype(jnp.float32)
+    ranges = {CLIPS: (SMALLEST_CLIP, math.inf)} | dict(ranges)
+
+    def held(path, leaf):
+        limits = next((limits for end, limits in ranges.items() if path_name(path).endswith(end)), None)
+        return leaf if limits is None else jnp.where(jnp.isfinite(leaf), jnp.clip(leaf, *limits), leaf)
+
+    new = jax.tree.map_with_path(held, params)
+    before = clips_of(params)
+    raised = (jnp.sum((clip > before[name]).astype(jnp.float32)) for name, clip in clips_of(new).items())
+    return new, sum(raised, start=jnp.float32(0))
 
 
 def clips_of(params: PyTree) -> dict[str, Array]:
@@ -91,4 +105,4 @@ def make_explain(
 
 
 def _is_clip(path) -> bool:
-    return path_name(path).endswith("clips")
+    return path_name(path).endswith(CLIPS)

@@ -43,7 +43,8 @@ class Plan:
       epochs, steps_per_epoch: its length.
       checkpoint_every: steps between saves; 0 saves at the end of epochs only.
       bits: epoch, from 1 on -> its `Bits`, of Python integers or None.
-      enter: (state, bits) -> state, called before an epoch whose widths are not those of the epoch before.
+      strength: epoch -> its strength of smoothing, or None where that is not scheduled.
+      enter: (state, epoch) -> state, called before an epoch whose widths or strength are not those of the one before.
       step: (state, totals, bits, *batch) -> (state, totals), as `make_epoch_step` makes it; donates the state.
       totals: sums before the first batch of an epoch.
       batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
@@ -61,7 +62,8 @@ class Plan:
     steps_per_epoch: int
     checkpoint_every: int
     bits: Callable[[int], Bits]
-    enter: Callable[[TrainState, Bits], TrainState]
+    strength: Callable[[int], float | None]
+    enter: Callable[[TrainState, int], TrainState]
     step: Callable[..., tuple[TrainState, Any]]
     totals: Any
     batches: Callable[[TrainState], Iterable[tuple]]
@@ -70,6 +72,10 @@ class Plan:
     reached: Callable[[dict[str, Any]], bool]
     explain: Callable[..., str]
     chance: float
+
+    def alike(self, epoch: int, other: int) -> bool:
+        """Whether two epochs have the same widths and the same strength of smoothing."""
+        return (self.bits(epoch), self.strength(epoch)) == (self.bits(other), self.strength(other))
 
 
 class Request(NamedTuple):
@@ -86,7 +92,7 @@ Course = Generator[Request, tuple[TrainState, Any], TrainState]
 
 
 def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display) -> TrainState:
-    """Trains to the end of the last epoch and returns the state of the best one among those at the last one's widths.
+    """Trains to the end of the last epoch and returns the state of the best one among those like the last one.
 
     Each epoch ends with a line in metrics.jsonl, then a save.  SIGTERM and SIGINT end the current step and save.
 
@@ -156,8 +162,8 @@ def course(
     while step < last and not ended:
         epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
         bits = plan.bits(epoch)
-        if step % plan.steps_per_epoch == 0 and epoch > 1 and bits != plan.bits(epoch - 1):
-            state = plan.enter(state, bits)
+        if step % plan.steps_per_epoch == 0 and epoch > 1 and not plan.alike(epoch, epoch - 1):
+            state = plan.enter(state, epoch)
         for batch in plan.batches(state):
             before = totals
             state, totals = yield Request(state, totals, bits, batch)
@@ -176,10 +182,10 @@ def course(
             line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
             run.log(**line)
             totals = plan.totals
-            final = bits == plan.bits(plan.epochs)
+            final = plan.alike(epoch, plan.epochs)
             checkpoints.save(step, (state, totals), plan.score(line) if final else None)
             display.line(
-                f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits)}, "
+                f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits, plan.strength(epoch))}, "
                 f"loss {line['train_loss']:.4g}, "
                 f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
             )
@@ -230,6 +236,7 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "step": epoch * plan.steps_per_epoch,
         "weight_bits": bits.weights,
         "act_bits": bits.activations,
+        **({} if plan.strength(epoch) is None else {"smoothing_strength": plan.strength(epoch)}),
         "train_loss": float(sums["loss"] / sums["count"]),
         "train_accuracy": float(sums["correct"] / sums["count"]),
         **{f"train_{name}": float(value / sums["count"]) for name, value in sums.items() if name not in _KNOWN_SUMS},
@@ -242,12 +249,13 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
 
 def _ended(line: dict[str, Any], plan: Plan) -> bool:
     """Whether training ends with the line's epoch before its time; the line says so to a resumed run, too."""
-    return Bits(line["weight_bits"], line["act_bits"]) == plan.bits(plan.epochs) and plan.reached(line)
+    return plan.alike(line["epoch"], plan.epochs) and plan.reached(line)
 
 
-def _at(bits: Bits) -> str:
+def _at(bits: Bits, strength: float | None) -> str:
     weights, activations = ("32" if width is None else str(width) for width in bits)
-    return f" at {weights} and {activations} bits"
+    smoothing = "" if strength is None else f" and {strength:.0%} of the smoothing"
+    return f" at {weights} and {activations} bits{smoothing}"
 
 
 def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:

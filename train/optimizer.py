@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import optax
@@ -16,6 +17,7 @@ def create_optimizer(config: Optimizer | Adam, params, *, steps: int) -> optax.G
         g <- g + decay w,    d <- direction(g),    w <- w - rate(t) factor d
 
     decay and factor are `config`'s and 1, or those of the first rule whose pattern is found in the parameter's path.
+    A learned gamma2 decays by its rule alone: it is no weight, and no smoothing is no simpler a network.
     The direction of `Optimizer` is m <- momentum m + g, or g + momentum m for the last m if it is Nesterov's; that
     of `Adam`, whose rate is constant, is Kingma and Ba's.
 
@@ -27,7 +29,7 @@ def create_optimizer(config: Optimizer | Adam, params, *, steps: int) -> optax.G
       ValueError: a rule matches no parameter, so it is misspelled or does not belong to this network.
     """
     chosen = rule_of_each(config.rules, params)
-    decays = jax.tree.map(lambda rule: config.weight_decay if rule.weight_decay is None else rule.weight_decay, chosen)
+    decays = jax.tree.map_with_path(partial(_decay_of, config.weight_decay), chosen)
     factors = jax.tree.map(lambda rule: rule.learning_rate, chosen)
     if isinstance(config, Adam):
         direction, rate = optax.scale_by_adam(), config.learning_rate
@@ -52,6 +54,12 @@ def rule_of_each(rules: Sequence[Rule], params):
             raise ValueError(f"rule {rule.pattern!r} matches none of the {len(names)} parameters ({shown}, ...)")
     everything = Rule("")
     return jax.tree.map(lambda name: next((rule for rule in rules if re.search(rule.pattern, name)), everything), paths)
+
+
+def _decay_of(shared: float, path, rule: Rule) -> float:
+    if rule.weight_decay is not None:
+        return rule.weight_decay
+    return 0.0 if path_name(path).endswith("gamma2") else shared
 
 
 def path_name(path) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import qpde.models
 from qpde.bits import Bits
-from train.config import Calibration, Experiment, Model, Variant
+from train.config import Annealing, Calibration, Experiment, Model, Variant
 from train.jobs import prepare_job
 from train.rundir import read_experiment
 
@@ -91,6 +91,7 @@ def _quantized(source: Experiment, bits: Bits, options: Quantize) -> Experiment:
         variants=variants,
         start_from=str(options.run),
         calibration=options.calibration,
+        annealing=Annealing(),
         epochs=0,
     )
 

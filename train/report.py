@@ -21,6 +21,7 @@ _ROWS = (
     ("agreement with it", "agreement_start", "{:.2%}"),
     ("layer-wise error, mean", "mean_layer_error", "{:.4f}"),
     ("layer-wise error, relative, mean", "mean_relative_layer_error", "{:.4f}"),
+    ("gamma2 of the blocks that smooth, mean", "mean_gamma2", "{:.4f}"),
     ("best validation accuracy", "validation_accuracy", "{:.2%}"),
     ("at epoch", "best_epoch", "{}"),
     ("training time", "training_seconds", "{:.0f} s"),

@@ -8,6 +8,7 @@ import jax
 
 from qpde.bits import Bits
 from train import twin
+from train.annealing import SMOOTHING
 from train.checkpoints import read_best
 from train.config import Experiment, Model
 from train.optimizer import path_name
@@ -83,6 +84,7 @@ def check_rounding(there: Model, here: Model, *, calibrated: bool) -> None:
 def _check_shapes(run: Path, variables: dict[str, Any], shapes: dict[str, Any]) -> None:
     def described(tree):
         tree = {**tree, "params": twin.low(tree["params"])}
+        tree.pop(SMOOTHING, None)  # any network takes it, and goes on with it
         return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
     found, needed = described(variables), described(shapes)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from qpde.bits import Bits
 from train import twin
 from train.config import Loss
-from train.guards import all_finite, choose, hold_clips
+from train.guards import Ranges, all_finite, choose, hold
 from train.losses import LOSSES, Outputs, classification_sums
 from train.mesh import batch_sharding, replicated
 from train.state import TrainState, update_averages
@@ -67,6 +67,7 @@ def make_train_step(
     prepare: Callable[..., tuple[Array, Array]],
     *,
     draw: Callable[[Key[Array, ""], Bits | None], Bits | None] = lambda key, bits: bits,
+    ranges: Ranges | None = None,
     averaging: float = 0.0,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Key[Array, ""], Bits | None], tuple[TrainState, Metrics]]:
@@ -77,12 +78,13 @@ def make_train_step(
       optimizer: its state is `state.opt_state`.
       prepare: (key, images, labels) -> the model's input and the targets, as `train.data.make_prepare` makes it.
       draw: (key, bits) -> the widths of the step, as `train.annealing.make_draw` makes it.
+      ranges: where parameters have to stay; each step ends with their projection. None: only clips have a limit.
       averaging: share that moving averages keep; 0 for a state without them.
       accumulate: parts of the batch, a divisor of its size, whose gradients are averaged.  Batch norms normalise each
         part by its own statistics, and running ones move after each; without batch norms the step is the same.
     Returns:
       A pure function.  Its batch is (images, labels); its sums over the images are the loss's terms, "correct", "count"
-      and "collapsed_clips", the clips that had to be held up (`train.guards.hold_clips`).
+      and "collapsed_clips", the clips that had to be held up (`train.guards.hold`).
     """
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
@@ -91,7 +93,7 @@ def make_train_step(
         bits = draw(key, bits)
         model_state, grads, sums = gradients(state.params, state.model_state, (x, targets, labels), bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params, collapsed = hold_clips(optax.apply_updates(state.params, updates))
+        params, collapsed = hold(optax.apply_updates(state.params, updates), ranges or {})
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
         if averaging:
             state = update_averages(state, averaging)

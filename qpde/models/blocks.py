@@ -49,6 +49,7 @@ class Smoothing:
       steps: number of explicit steps.   gamma2: their size.   eps: of the energy sqrt(|grad x|^2 + eps^2).
       blocks: indices of the blocks that smooth, counted through the network; None is all of them.
       output: smooth the block's output too (the next block's quantizer input), not only the hidden map.
+      learned: each block that smooths has a parameter "gamma2" of its own, which starts at the one given.
     """
 
     kind: str = "isotropic"
@@ -57,6 +58,7 @@ class Smoothing:
     eps: float = 0.1
     blocks: tuple[int, ...] | None = None
     output: bool = False
+    learned: bool = False
 
 
 class Scaling(NamedTuple):
@@ -105,6 +107,11 @@ class Block(abc.ABC):
         """Whether the step's size follows from a spectral norm, whose singular vector is carried along."""
         return self.symmetric and (self.norm == "spectral" or self.step_size == "auto")
 
+    @property
+    def learns_gamma2(self) -> bool:
+        """Whether the size of the smoothing steps is a parameter."""
+        return self.smoothing is not None and self.smoothing.learned
+
     @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, int, int, int]]:
         """HWIO shape of every kernel by name, in the order of `weight_clips`, one number (or one a channel) each."""
@@ -148,6 +155,8 @@ class Block(abc.ABC):
             del stats["norm1"]["var"]
         params["weight_clips"] = self._initial_weight_clips(params)
         params["act_clips"] = jnp.full(self.act_count, quantizers.ACTIVATION_CLIP)
+        if self.learns_gamma2:
+            params["gamma2"] = jnp.float32(self.smoothing.gamma2)
         return params, stats
 
     def _initial_weight_clips(self, kernels: dict) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from qpde import operators
+from qpde import operators, stencils
 from qpde.bits import Bits
 from qpde.integrators import integrate
 from qpde.models.blocks import Block, Smoothing
@@ -85,15 +85,21 @@ class Stage(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, bits: Bits, mode: Mode, return_states: bool) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(
+        self, x: jax.Array, bits: Bits, mode: Mode, strength: jax.Array | None, return_states: bool
+    ) -> tuple[jax.Array, list[jax.Array]]:
         """The last block's output, and all of them in order when asked for (else none)."""
         states = []
         for name, block, start, count in groups(self.blocks):
-            x, new = self._integrate(block, count, name, self.first_block + start, x, bits, mode, return_states)
+            x, new = self._integrate(
+                block, count, name, self.first_block + start, x, bits, mode, strength, return_states
+            )
             states += new
         return x, states
 
-    def _integrate(self, block, count, name, first, x, bits, mode, return_states):
+    def _integrate(self, block, count, name, first, x, bits, mode, strength, return_states):
+        if not any(_smooths(block.smoothing, first, count)):
+            block = dataclasses.replace(block, smoothing=None)
         params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
         held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
         if block.has_spectral_state:
@@ -108,13 +114,13 @@ class Stage(nn.Module):
 
         # Widths and smoothing given per block travel with the stacked variables; common ones stay outside the loop.
         own_bits = Bits(*(None if v is None or jnp.ndim(v) == 0 else v[first : first + count] for v in bits))
-        own_gamma2, gamma2 = _smoothing_strength(block.smoothing, first, count)
+        gamma2 = _gamma2(block.smoothing, params, strength, first, count)
+        own_gamma2 = None if gamma2 is None or jnp.ndim(gamma2) == 0 else gamma2
 
         def step(x, scanned, step_size):
-            variables, widths, strength = scanned
+            variables, widths, own = scanned
             widths = Bits(*(common if own is None else own for own, common in zip(widths, bits, strict=True)))
-            strength = gamma2 if strength is None else strength
-            x, updates = block(variables, x, step_size, widths, mode, strength)
+            x, updates = block(variables, x, step_size, widths, mode, gamma2 if own is None else own)
             return x, (updates, x if return_states else None)
 
         variables = {"params": params, **{k: v.value for k, v in held.items()}}
@@ -139,7 +145,11 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """Image classifier of qpde; make one with `qpde.models.create`; `image_network` documents the attributes."""
+    """Image classifier of qpde; make one with `qpde.models.create`; `image_network` documents the attributes.
+
+    A collection "smoothing" with a scalar "strength" in [0, 1], added to the variables of a network that smooths,
+    multiplies every gamma2: at 0 it is the network without smoothing, at 1 what it is without the collection.
+    """
 
     name_of_architecture: str
     stages: tuple[tuple[Block, ...], ...]
@@ -180,16 +190,33 @@ class Network(nn.Module):
 
     def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
         """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with."""
-        found = []
+        found, strength = [], variables.get("smoothing", {}).get("strength")
         for s, blocks in enumerate(self.stages):
             for name, block, _, count in groups(blocks):
                 step_size = block.step_size if isinstance(block.step_size, float) else 1.0
                 stacked = {k: v[f"stage{s}"][name] for k, v in variables.items() if name in v.get(f"stage{s}", {})}
                 for i in range(count):
                     own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                    strength = _smoothing_strength(block.smoothing, len(found), 1)
-                    found.append((block, own, step_size, strength[1]))
+                    gamma2 = _gamma2(block.smoothing, own["params"], strength, len(found), 1)
+                    found.append((block, own, step_size, gamma2))
         return found
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """(lowest, largest) of parameters that must stay in between, by path: of a learned gamma2, where it is stable.
+
+        Outside its range a gamma2 acts as the nearer end of it and has no gradient. So project it after each step of
+        learning; from the ends themselves the gradient leads back.
+        """
+        return {
+            f"stage{s}/{name}/gamma2": (
+                0.0,
+                stencils.max_stable_step(eps=block.smoothing.eps, kind=block.smoothing.kind),
+            )
+            for s, blocks in enumerate(self.stages)
+            for name, block, _, _ in groups(blocks)
+            if block.learns_gamma2
+        }
 
     @property
     def total_stride(self) -> int:
@@ -234,10 +261,10 @@ class Network(nn.Module):
 
         opening = self.param("opening_kernel", he_normal, (3, 3, x.shape[-1], self.stages[0][0].width_in))
         x = jax.nn.relu(Norm(name="opening_norm")(self._conv(x, opening), mode))
-        states, first = [], 0
+        states, first, strength = [], 0, self.get_variable("smoothing", "strength")
         for i, blocks in enumerate(self.stages):
             stage = Stage(blocks, first, self.loop, self.remat, name=f"stage{i}")
-            x, new = stage(x, bits, mode, return_states)
+            x, new = stage(x, bits, mode, strength, return_states)
             states, first = states + new, first + len(blocks)
         if self.closing_width is not None:
             closing = self.param("closing_kernel", he_normal, (1, 1, x.shape[-1], self.closing_width))
@@ -288,13 +315,22 @@ def _stacked_statistics(block: Block, count: int) -> Any:
     return jax.tree.map(lambda v: jnp.tile(v[None], (count, *[1] * v.ndim)), stats)
 
 
-def _smoothing_strength(smoothing: Smoothing | None, first: int, count: int) -> tuple[jax.Array | None, float | None]:
-    """gamma2 for each of these blocks where they differ, or one for all of them, or neither."""
-    if smoothing is None:
-        return None, None
-    chosen = [smoothing.blocks is None or i in smoothing.blocks for i in range(first, first + count)]
-    if all(chosen):
-        return None, smoothing.gamma2
+def _smooths(smoothing: Smoothing | None, first: int, count: int) -> list[bool]:
+    """Which of `count` blocks from `first` on are chosen for smoothing."""
+    return [
+        smoothing is not None and (smoothing.blocks is None or i in smoothing.blocks)
+        for i in range(first, first + count)
+    ]
+
+
+def _gamma2(
+    smoothing: Smoothing | None, params: dict, strength: jax.Array | None, first: int, count: int
+) -> jax.Array | float | None:
+    """gamma2 for each of these blocks where they may differ, or one for all of them, or None where none smooths."""
+    chosen = _smooths(smoothing, first, count)
     if not any(chosen):
-        return None, None
-    return jnp.asarray(chosen, jnp.float32) * smoothing.gamma2, None
+        return None
+    gamma2 = params["gamma2"] if smoothing.learned else smoothing.gamma2
+    if strength is not None:
+        gamma2 = strength * gamma2
+    return gamma2 if all(chosen) else jnp.asarray(chosen, jnp.float32) * gamma2

@@ -34,7 +34,7 @@ class Maps:
       rows: by what was done to them, maps (H, W).
       errors: relative rounding error of all channels and some images, without and with smoothing, by block.
       spread: of the first and last of them, before and after smoothing, the histogram of all values / clip.
-      smoothing: what was applied.   is_own: whether the network itself has it.
+      smoothing: what was applied, its gamma2 the mean of the blocks.   is_own: whether the network itself has it.
     """
 
     blocks: list[int]
@@ -123,7 +123,7 @@ def _spectra(model, variables, x) -> dict[int, tuple[np.ndarray, float]]:
     return found
 
 
-@partial(jax.jit, static_argnames=("block", "bits", "gamma2"))
+@partial(jax.jit, static_argnames=("block", "bits"))
 def _spectrum(block, own, points, step_size, bits, gamma2):
     def step(y):
         return block(own, y, step_size, bits, Mode(), gamma2)[0]
@@ -140,8 +140,8 @@ def _maps(model, variables, x) -> Maps:
     steps = model.steps(variables)
     states = _states(model, variables, x, model.bits)
     chosen = sorted({round(k) for k in np.linspace(1, len(steps) - 1, min(_MAPS, len(steps) - 1))})
-    own = steps[0][0].smoothing
-    smoothing = own or Smoothing()
+    own = [float(gamma2) for *_, gamma2 in steps if gamma2 is not None]
+    smoothing = dataclasses.replace(steps[0][0].smoothing, gamma2=float(np.mean(own))) if own else Smoothing()
     rows: dict[str, list[np.ndarray]] = {"as it is": [], "rounded": [], "smoothed": [], "then rounded": []}
     errors, spread = [], {}
     for i in chosen:
@@ -161,7 +161,7 @@ def _maps(model, variables, x) -> Maps:
         errors.append(tuple(_relative(v, rounded(v)) for v in (state, smoothed)))
         if i in (chosen[0], chosen[-1]):
             spread[f"block {i + 1}"] = {"before": _spread(state / clip), "after smoothing": _spread(smoothed / clip)}
-    return Maps([i + 1 for i in chosen], rows, errors, spread, smoothing, own is not None)
+    return Maps([i + 1 for i in chosen], rows, errors, spread, smoothing, bool(own))
 
 
 def _relative(v, rounded) -> float:
