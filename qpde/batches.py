@@ -1,7 +1,8 @@
 """Means over a set of inputs that is read batch by batch: labels, padding, sums in float64.
 
 A batch is images (N, H, W, C) float32 or a `jraph.GraphsTuple`, alone or in a pair with integer labels: one for each
-image in 0 .. classes - 1, or one for each node, -1 where a node does not count.
+image in 0 .. classes - 1; or one for each node, or for each pixel of a segmentation network's logits, -1 where it does
+not count.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,19 +26,20 @@ def mean_over(
     """Means of what two networks are measured by, over all inputs.
 
     A shorter batch is padded to the longest so far, so that one compiled program serves it too; what was padded is not
-    counted, and neither is a node without a label.
+    counted, and neither is a node or a pixel without a label.
 
     Args:
       batches: read once.
       measure: (x, index of the batch) -> numbers by name, (N, ...) each, and the number of classes. Two of them,
-        "prediction" and "prediction_q", are the classes that the networks choose, (N,) or (N, pairs of networks).
+        "prediction" and "prediction_q", are the classes that the networks choose, (N,), or (N, H, W) pixel by pixel,
+        with one axis more where there are several pairs of networks.
     Returns:
       The number of inputs, and the mean of each of these numbers: "agreement" of the predictions in place of them, and
       "accuracy" of prediction_q and "accuracy_twin" of prediction, which are None where there are no labels.
     Raises:
       ValueError: an empty set, labels on some batches only, of the wrong number or out of range.
     """
-    samples, longest, labelled, sums = 0, 0, None, {}
+    samples, longest, labelled, sums, choices = 0, 0, None, {}, 0
     for index, batch in enumerate(batches):
         x, labels = split_batch(batch, index)
         if labelled is None:
@@ -49,21 +51,30 @@ def mean_over(
         longest = max(longest, count)
         found, classes = measure(x if is_graph else _pad(x, longest), index)
         measured = {name: values[:count] for name, values in jax.device_get(found).items()}
+        prediction, prediction_q = measured.pop("prediction"), measured.pop("prediction_q")
+        of_pixels = prediction.ndim >= 3
+        shape = prediction.shape[: 3 if of_pixels else 1]
+        prediction, prediction_q = (p.reshape(-1, *p.shape[len(shape) :]) for p in (prediction, prediction_q))
+        chosen = {"agreement": prediction == prediction_q}
         if labelled:
-            _check_labels(labels, count, smallest=-1 if is_graph else 0, classes=classes, index=index)
+            has_gaps = is_graph or of_pixels
+            _check_labels(labels, shape, smallest=-1 if has_gaps else 0, classes=classes, index=index)
+            labels = labels.reshape(-1, *[1] * (prediction.ndim - 1))
+            chosen |= {"accuracy": prediction_q == labels, "accuracy_twin": prediction == labels}
+            if has_gaps:
+                counts = labels.reshape(-1) >= 0
+                chosen = {name: values[counts] for name, values in chosen.items()}
             if is_graph:
-                measured, labels = {k: v[labels >= 0] for k, v in measured.items()}, labels[labels >= 0]
-                count = len(labels)
-            for name, chosen in (("accuracy", "prediction_q"), ("accuracy_twin", "prediction")):
-                prediction = measured[chosen]
-                measured[name] = prediction == labels.reshape(-1, *[1] * (prediction.ndim - 1))
-        measured["agreement"] = measured.pop("prediction") == measured.pop("prediction_q")
-        samples += count
-        for name, values in measured.items():
+                measured = {name: values[counts] for name, values in measured.items()}
+                count = counts.sum()
+        samples += int(count)
+        choices += len(chosen["agreement"])
+        for name, values in (measured | chosen).items():
             sums[name] = sums.get(name, 0.0) + values.sum(axis=0, dtype=np.float64)
-    if samples == 0:
+    if choices == 0:
         raise ValueError("`batches` is empty, or no label counts: there is nothing to compare")
-    return samples, {"accuracy": None, "accuracy_twin": None} | {k: np.asarray(v / samples) for k, v in sums.items()}
+    means = {k: np.asarray(v / (choices if k in chosen else samples)) for k, v in sums.items()}
+    return samples, {"accuracy": None, "accuracy_twin": None} | means
 
 
 def split_batch(batch: Batch, index: int) -> tuple[Any, np.ndarray | None]:
@@ -88,11 +99,11 @@ def _pad(images, length):
     return jnp.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1), mode="edge")
 
 
-def _check_labels(labels, count, *, smallest, classes, index):
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+def _check_labels(labels, shape, *, smallest, classes, index):
+    if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"labels of batch {index} are {labels.dtype} of shape {labels.shape}; they must be integers, "
-            f"one for each of its {count} images or nodes"
+            f"one for each of its {shape[0]} images or nodes, or for each pixel of the logits: shape {shape}"
         )
     if labels.min() < smallest or labels.max() >= classes:
         raise ValueError(

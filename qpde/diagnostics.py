@@ -26,7 +26,7 @@ class Faithfulness:
     Below a and z are the twin's block outputs and logits, a_q and z_q those of the quantized network.
 
     Attributes:
-      samples: number of inputs: images, or nodes.
+      samples: number of inputs: images, or nodes. Shares of a segmentation network's predictions are of pixels.
       accuracy, accuracy_twin: of the quantized network and of the twin; None without labels.
       agreement: fraction of inputs with the same argmax.
       margin: mean gap between the two largest of z, the yardstick for the logits' error.
@@ -89,7 +89,8 @@ def compare(
       variables: of the quantized network.
       batches: images (N, H, W, C) float32, or pairs of these and integer labels (N,) in 0 .. classes - 1; read
         once. Or a `jraph.GraphsTuple`, or pairs of one and labels of its nodes, -1 where a node does not count: the
-        labels of one split make it the set that is measured.
+        labels of one split make it the set that is measured. A segmentation network, whose logits are
+        (N, H, W, classes), has labels (N, H, W), -1 where a pixel does not count.
       bits: `qpde.Bits` of the quantized network, its activations not None. The twin's weights have the same.
       twin: variables of the twin if they differ, for instance from an earlier `reestimate_statistics`.
       statistics_batches: batches, best of the training set, from which the twin's batch statistics are
@@ -164,23 +165,26 @@ def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], 
     return {**variables, "batch_stats": mean}
 
 
-def logit_difference(logits: Float[Array, "n classes"], logits_q: Float[Array, "n classes"]) -> dict[str, Array]:
+def logit_difference(
+    logits: Float[Array, "n *pixels classes"], logits_q: Float[Array, "n *pixels classes"]
+) -> dict[str, Array]:
     """How logits z_q differ from z, per input: what `qpde.batches.mean_over` takes means of.
 
     Args:
-      logits, logits_q: z and z_q, (N, classes).
+      logits, logits_q: z and z_q, (N, classes), or (N, H, W, classes) of a segmentation network.
     Returns:
-      (N,) each: "kl", the divergence of softmax(z_q) from softmax(z); "logit_error", the mean of |z - z_q|^2 over the
-      classes; "margin" between the two largest of z; "prediction" and "prediction_q".
+      (N,) each, means over pixels where there are any: "kl", the divergence of softmax(z_q) from softmax(z);
+      "logit_error", the mean of |z - z_q|^2 over the classes; "margin" between the two largest of z. And "prediction"
+      and "prediction_q", (N,) or (N, H, W).
     """
     log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits_q)
     largest, _ = jax.lax.top_k(logits, min(2, logits.shape[-1]))
     return {
         "logit_error": _mean_of_squares(logits - logits_q),
-        "kl": jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1),
-        "margin": largest[:, 0] - largest[:, -1],
-        "prediction": jnp.argmax(logits, axis=1),
-        "prediction_q": jnp.argmax(logits_q, axis=1),
+        "kl": _mean_of_pixels(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)),
+        "margin": _mean_of_pixels(largest[..., 0] - largest[..., -1]),
+        "prediction": jnp.argmax(logits, axis=-1),
+        "prediction_q": jnp.argmax(logits_q, axis=-1),
     }
 
 
@@ -206,7 +210,11 @@ def _difference(exact, quantized):
 
 
 def _mean_of_squares(x):
-    return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
+    return _mean_of_pixels(jnp.square(x))
+
+
+def _mean_of_pixels(x):
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
 def _check_finite(measured, index):

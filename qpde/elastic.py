@@ -152,7 +152,7 @@ def _logits(family, variables, x, bits):
 @jax.jit
 def _differences(logits, high, low):
     """`logit_difference` of pairs of rows, (N, pairs) each."""
-    return jax.vmap(lambda i, j: logit_difference(logits[i], logits[j]), out_axes=1)(high, low)
+    return jax.vmap(lambda i, j: logit_difference(logits[i], logits[j]), out_axes=-1)(high, low)
 
 
 def _distinct(bits: Bits) -> tuple[Bits, jax.Array]:

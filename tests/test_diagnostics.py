@@ -314,3 +314,43 @@ def test_labels_of_nodes_outside_the_classes_are_refused():
         compare(GRAPH_MODEL, variables, [(graph, labels)], BITS)
     with pytest.raises(ValueError, match="no label counts"):
         compare(GRAPH_MODEL, variables, [(graph, np.full(6, -1))], BITS)
+
+
+class Segmenter(nn.Module):
+    """Two quantized convolutions and logits for every pixel."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False, return_states=False, bits=None):
+        states = []
+        for i in range(2):
+            x = nn.relu(nn.Conv(4, (3, 3), name=f"conv{i}")(quantize(x, bits.activations)))
+            states.append(x)
+        logits = nn.Dense(CLASSES, name="head")(x)
+        return (logits, tuple(states)) if return_states else logits
+
+
+def test_a_segmentation_network_is_compared_pixel_by_pixel_and_the_label_minus_one_does_not_count():
+    model, rng = Segmenter(), np.random.default_rng(0)
+    images = rng.normal(0.7, 1.0, (5, 6, 4, 3)).astype(np.float32)
+    labels = rng.integers(-1, CLASSES, (5, 6, 4))
+    labels[0] = -1
+    variables = model.init(jax.random.key(0), images[:1], bits=BITS)
+    result = compare(model, variables, split(images, labels, 2), BITS)
+
+    z, states = model.apply(variables, images, bits=Bits(4, 32), return_states=True)
+    z_q, states_q = model.apply(variables, images, bits=BITS, return_states=True)
+    counted, chosen, chosen_q = labels >= 0, z.argmax(-1), z_q.argmax(-1)
+    assert result.samples == 5
+    np.testing.assert_allclose(result.accuracy, np.mean((chosen_q == labels)[counted]))
+    np.testing.assert_allclose(result.accuracy_twin, np.mean((chosen == labels)[counted]))
+    np.testing.assert_allclose(result.agreement, np.mean((chosen == chosen_q)[counted]))
+    assert 0.5 < result.agreement < 1
+    p, q = (np.asarray(jax.nn.softmax(v)) for v in (z, z_q))
+    np.testing.assert_allclose(result.kl, np.mean(np.sum(p * np.log(p / q), -1)), rtol=1e-4)
+    np.testing.assert_allclose(result.logit_error, np.sqrt(np.mean((z - z_q) ** 2)), rtol=1e-5)
+    error = [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(states, states_q, strict=True)]
+    np.testing.assert_allclose(result.layer_error, error, rtol=1e-5)
+    everything = compare(model, variables, [images], BITS)
+    np.testing.assert_allclose(everything.agreement, np.mean(chosen == chosen_q))
+    with pytest.raises(ValueError, match=r"shape \(5, 6\).*shape \(5, 6, 4\)"):
+        compare(model, variables, [(images, labels[..., 0])], BITS)
