@@ -69,6 +69,8 @@ EXPERIMENT = Experiment(
 def test_an_experiment_survives_json():
     assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
     assert from_json(to_json(dataclasses.replace(EXPERIMENT, model=Model(), only=("plain",)))).only == ("plain",)
+    smoothed = dataclasses.replace(EXPERIMENT, variants=(Variant("smoothed", {"smoothing": Smoothing(blocks=(0, 2))}),))
+    assert from_json(to_json(smoothed)) == smoothed
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,13 @@ def from_json(text: str) -> Experiment | GraphExperiment:
     """
     try:
         values = json.loads(text)
-        return _build(KINDS[values.pop("kind")], values)
+        experiment = _build(KINDS[values.pop("kind")], values)
+        hints = get_type_hints(type(experiment.model))
+        variants = tuple(
+            dataclasses.replace(v, changes={name: _build(hints[name], change) for name, change in v.changes.items()})
+            for v in experiment.variants
+        )
+        return dataclasses.replace(experiment, variants=variants)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not an experiment of this version: {error}") from error
 
