@@ -11,10 +11,16 @@ python -m train run configs/digits.py --recipe any_bit
 python -m train elastic runs/digits_any_bit
 
 One set of weights for 2 to 32 bits. The table is in docs/results.md.
+
+python -m train run configs/digits.py --recipe smoothing
+
+Plain nets with total-variation smoothing: inside blocks or behind them too, weak or strong, of several kinds, learned.
+The table is in docs/results.md.
 """
 
 import dataclasses
 
+from qpde.models import Smoothing
 from train.config import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
 
 fast = Experiment(
@@ -41,8 +47,24 @@ fast = Experiment(
 # the learning rate of the other recipe clips collapse, with none at all 2 bits stay bad.
 any_width = BitSchedule("random", widths=(2, 3, 6, 8, 32))
 
+_strong = Smoothing(gamma2=0.125, eps=0.5, output=True)
+
 recipes = {
     "fast": fast,
+    "smoothing": dataclasses.replace(
+        fast,
+        name="digits_smoothing",
+        model=dataclasses.replace(fast.model, symmetric=False),
+        variants=(
+            Variant("none"),
+            Variant("weak", {"smoothing": Smoothing()}),
+            Variant("inside", {"smoothing": dataclasses.replace(_strong, output=False)}),
+            Variant("behind", {"smoothing": _strong}),
+            Variant("huber", {"smoothing": dataclasses.replace(_strong, kind="huber")}),
+            Variant("first_stage", {"smoothing": dataclasses.replace(_strong, blocks=(0, 1, 2))}),
+            Variant("learned", {"smoothing": dataclasses.replace(_strong, learned=True)}),
+        ),
+    ),
     "any_bit": dataclasses.replace(
         fast,
         name="digits_any_bit",
