@@ -299,7 +299,7 @@ def _head_norms(model, params, stats, shape, prediction) -> tuple[Any, Array]:
         norm = params["closing_norm"]["scale"] * jax.lax.rsqrt(stats["closing_norm"]["var"] + NORM_EPSILON)
         gain = gain * jnp.linalg.norm(params["closing_kernel"][0, 0] * norm[None], 2)
     if model.head == "scaled":
-        gain = divide_by_rms(jnp.full((1, 1), gain), stats["pooled"]["mean_square"])[0, 0]
+        gain = divide_by_rms(jnp.asarray(gain), stats["pooled"]["mean_square"])
     w = params["head"]["kernel"]
     return gain, jnp.linalg.norm(w[:, prediction].T[:, :, None] - w[None], axis=1)
 

@@ -118,8 +118,8 @@ def normalize(
     return x * row(scale) + row(params["bias"] - mean * scale)
 
 
-def divide_by_rms(x: Float[Array, "n c"], mean_square: Float[Array, ""]) -> Float[Array, "n c"]:
-    """x / sqrt(m), m the mean square of all numbers of x together, which have mean square 1 then."""
+def divide_by_rms(x: Float[Array, "*shape"], mean_square: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """x / sqrt(m); with m the mean square of all numbers of x together, they have mean square 1 then."""
     return x * jax.lax.rsqrt(jnp.maximum(mean_square, TINY))
 
 
