@@ -1,13 +1,22 @@
 """A certificate: inputs whose prediction the rounding of activations provably does not change.
 
-The twin of a quantized network is the same network, weights rounded, activations clipped but not rounded. With B_j^q
-and B_j the steps of the two, y_j and x_j their states, L_j a Lipschitz constant of B_j and
+The twin of a quantized network is the same network, weights rounded, activations clipped but not rounded. With B_j its
+steps, x_j = B_j(x_{j-1}) its states and L_j a Lipschitz constant of B_j, any other states c_j that start at c_0 = x_0
+keep to them within
 
-    e_j = |B_j^q(y_{j-1}) - B_j(y_{j-1})|             the error that rounding injects at step j,
+    |x_j - c_j| <= E_j = L_j E_{j-1} + d_j,   E_0 = 0,   d_j = |c_j - B_j(c_{j-1})|         the defect of c at step j.
 
-the states differ by |y_j - x_j| <= E_j = L_j E_{j-1} + e_j, E_0 = 0. The logits' difference z_i - z_k is w_i - w_k
-applied to the mean over HW pixels, so between the twin and any network that enters the last step at distance E it
-differs by at most |w_i - w_k| L E / sqrt(HW).
+A posteriori, c starts as the quantized network's own states y_j, whose defects are the errors that rounding injects,
+and is improved by sweeps of Newton's method on c_j = B_j(c_{j-1}), with J_j the Jacobian of B_j at c_{j-1}:
+
+    c_j <- c_j - v_j,   v_j = J_j v_{j-1} + c_j - B_j(c_{j-1}),   v_0 = 0.
+
+The first sweep carries the errors on as a linear network would, with their signs; what is left of the defects are the
+ReLUs and clips that switch between y and c. So the proof is no longer that of the worst direction in every step.
+
+The logits' difference z_i - z_k is w_i - w_k applied to the mean over HW pixels: a last state within E moves it by at
+most |w_i - w_k| E / sqrt(HW). A priori, d_j follows from the clips and bits, with c = y, and the bound holds for every
+input at once.
 
 The constants are proven, not estimated (`qpde.conv_norms`), up to rounding in float32 evaluations. They are those of
 the network as it runs, so its spectral norms should have converged, see `qpde.models.converge_norms`:
@@ -18,9 +27,9 @@ the network as it runs, so its spectral norms should have converged, see `qpde.m
     growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
     clip, ReLU, smoothing within its stable range    1
 
-A posteriori, e_j is measured at the quantized network's own states, which costs one evaluation of every B_j, as much as
-the twin itself: what it proves beyond the twin's own prediction is how far an error can grow. A priori, e_j follows
-from the clips and bits, and the bound holds for every input at once.
+Measuring the defects costs as much as the twin itself, a sweep some times as much, and as many sweeps as steps end at
+the twin: what a certificate of few sweeps adds to the twin's own prediction is why it is the same. Errors were small,
+they did not grow, and they add up as the Jacobians carry them.
 """
 
 import dataclasses
@@ -45,16 +54,15 @@ __all__ = ["Certificate", "StepBound", "certify", "step_bound", "step_bounds"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
-    """What `certify` found, for N inputs, L windows of steps and C classes; i is the quantized network's prediction.
+    """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction.
 
     Attributes:
       prediction: (N,) argmax of the quantized network's logits.
       certified: (N,) whether the twin provably predicts the same.
       bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
       certified_a_priori, bound_a_priori: the same from the clips and bits alone.
-      state_bound: (N, L) E_j.   injected: (N, L) e_j.   lipschitz: (L,) L_j.
-      estimate: (N, C) of the logits' difference from the twin's, errors carried on by the steps' Jacobians. It is not
-        a bound.
+      state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
+      estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
     """
 
     prediction: Int[Array, " n"]
@@ -63,7 +71,7 @@ class Certificate:
     certified_a_priori: Bool[Array, " n"]
     bound_a_priori: Float[Array, "n c"]
     state_bound: Float[Array, "n l"]
-    injected: Float[Array, "n l"]
+    defect: Float[Array, "n l"]
     lipschitz: Float[Array, " l"]
     estimate: Float[Array, "n c"]
 
@@ -77,7 +85,7 @@ class StepBound(NamedTuple):
     """Of one step, for one image size.
 
     Attributes:
-      lipschitz: of the twin's step, in the 2-norm.   injected: a bound of e_j for every input.
+      lipschitz: of the twin's step, in the 2-norm.   injected: a bound of the error of rounding, for every input.
     """
 
     lipschitz: float
@@ -90,7 +98,7 @@ def certify(
     x: Float[Array | np.ndarray, "n h w c"],
     bits: Bits,
     *,
-    window: int = 1,
+    sweeps: int = 2,
     steps: "list[StepBound] | None" = None,
 ) -> Certificate:
     """The certificate of a quantized image network on a batch of inputs.
@@ -98,29 +106,26 @@ def certify(
     Args:
       model: of `qpde.models.create`.   variables: its collections.   x: images.
       bits: widths, scalars or one for each block; activations must have one.
-      window: steps that the twin runs from a quantized state before the error is measured. With more of them errors
-        grow as they do, not as they could, and the bound tightens: over all steps it is the difference itself, found by
-        running the twin.
+      sweeps: of Newton's method, 0 for the injected errors as they are.
       steps: of `step_bounds`, which takes seconds, for who certifies several batches; None finds them.
     Returns:
       `Certificate`.
     Raises:
-      ValueError: no width for activations, a window below 1, or not an image network.
+      ValueError: no width for activations, a negative number of sweeps, or not an image network.
     """
     if not isinstance(model, Network):
         raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
     if bits.activations is None:
         raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
-    if window < 1:
-        raise ValueError(f"`window` (={window}) must be at least 1 step")
+    if sweeps < 0:
+        raise ValueError(f"`sweeps` (={sweeps}) must be at least 0")
     x = jnp.asarray(x)
     steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
-    windows = [steps[start : start + window] for start in range(0, len(steps), window)]
-    lipschitz = jnp.asarray([math.prod(s.lipschitz for s in w) for w in windows], jnp.float32)
+    lipschitz = jnp.asarray([step.lipschitz for step in steps], jnp.float32)
     a_priori = 0.0
     for step in steps:
         a_priori = step.lipschitz * a_priori + step.injected
-    return _certificate(model, variables, x, bits, lipschitz, jnp.float32(a_priori), window=window)
+    return _certificate(model, variables, x, bits, lipschitz, jnp.float32(a_priori), jnp.int32(sweeps))
 
 
 def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bits) -> list[StepBound]:
@@ -228,56 +233,62 @@ def _rounding(clip, bits, block: Block, index) -> float:
     return float(clip) * float(np.abs(np.asarray(rounded) - v).max() + v[1])
 
 
-@partial(jax.jit, static_argnames=("model", "window"))
-def _certificate(model, variables, x, bits, lipschitz, a_priori, *, window):
+@partial(jax.jit, static_argnames="model")
+def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
     params, stats = variables["params"], variables["batch_stats"]
-    opening = operators.conv(x, params["opening_kernel"])
     norm = stats["opening_norm"]
-    y = jax.nn.relu(normalize(opening, params["opening_norm"], norm["mean"], norm["var"]))
+    start = normalize(operators.conv(x, params["opening_kernel"]), params["opening_norm"], norm["mean"], norm["var"])
+    start = jax.nn.relu(start)
+    steps = list(enumerate(model.steps(variables)))
+    twin = [partial(_step, step, bits.twin) for step in steps]
+    states = [start]
+    for step in steps:
+        states.append(_step(step, bits, states[-1]))
 
-    carried = jnp.zeros_like(y)  # the difference to first order
-    state_bound, injected, bounds = jnp.zeros(len(x)), [], []
-    steps = model.steps(variables)
-    for start in range(0, len(steps), window):
-        part = list(enumerate(steps))[start : start + window]
-        quantized = _run(part, bits, y)
-        twin, carried = _jvp(partial(_run, part, bits.twin), y, carried)
-        carried = carried + (quantized - twin)
-        entering = state_bound
-        injected.append(_norms(quantized - twin))
-        state_bound = lipschitz[start // window] * entering + injected[-1]
-        bounds.append(state_bound)
-        y = quantized
+    def sweep(_, candidate):
+        v, improved = jnp.zeros_like(start), [start]
+        for step, entering, leaving in zip(twin, candidate, candidate[1:], strict=False):
+            reached, v = _jvp(step, entering, v)
+            v = v + (leaving - reached)
+            improved.append(leaving - v)
+        return improved
+
+    candidate = jax.lax.fori_loop(0, sweeps, sweep, states)
+    candidate[-1] = twin[-1](candidate[-2])  # without a defect in the last step, what is known of it needs no bound
+    distance, defects, bounds = jnp.zeros(len(x)), [], []
+    for j, step in enumerate(twin):
+        defects.append(_norms(candidate[j + 1] - step(candidate[j])))
+        distance = lipschitz[j] * distance + defects[-1]
+        bounds.append(distance + _norms(states[j + 1] - candidate[j + 1]))
 
     head = partial(_logits, model, params, stats)
-    z, z_reference = head(y), head(twin)  # the reference enters the last window where the quantized network does
-    gain, pair = _head_norms(model, params, stats, y.shape, jnp.argmax(z, axis=-1))
-    rest = pair * (gain * lipschitz[-1] * entering)[:, None]
-    margin, margin_reference = (_margins(v, z) for v in (z, z_reference))
+    z, estimate = head(states[-1]), head(candidate[-1])
+    gain, pair = _head_norms(model, params, stats, states[-1].shape, jnp.argmax(z, axis=-1))
+    rest = pair * (gain * distance)[:, None]
+    margin, margin_estimate = (_margins(v, z) for v in (z, estimate))
     a_priori = pair * (gain * a_priori)
     others = jnp.arange(z.shape[-1])[None] != jnp.argmax(z, axis=-1)[:, None]
     return Certificate(
         prediction=jnp.argmax(z, axis=-1),
-        certified=jnp.all((margin_reference > rest) | ~others, axis=-1),
-        bound=jnp.abs(margin - margin_reference) + rest,
+        certified=jnp.all((margin_estimate > rest) | ~others, axis=-1),
+        bound=jnp.abs(margin - margin_estimate) + rest,
         certified_a_priori=jnp.all((margin > a_priori) | ~others, axis=-1),
         bound_a_priori=a_priori,
         state_bound=jnp.stack(bounds, axis=1),
-        injected=jnp.stack(injected, axis=1),
+        defect=jnp.stack(defects, axis=1),
         lipschitz=lipschitz,
-        estimate=_jvp(head, y, carried)[1],
+        estimate=estimate,
     )
 
 
 jax.tree_util.register_dataclass(Certificate)
 
 
-def _run(part, bits, y):
-    """Some steps of the network: (index, step) each."""
-    for index, (block, own, step_size, gamma2) in part:
-        widths = Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
-        y, _ = block(own, y, step_size, widths, Mode(), gamma2)
-    return y
+def _step(step, bits, y):
+    """One step of the network, given with its index."""
+    index, (block, own, step_size, gamma2) = step
+    widths = Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
+    return block(own, y, step_size, widths, Mode(), gamma2)[0]
 
 
 def _logits(model, params, stats, y):

@@ -36,8 +36,8 @@ class Certify:
     """Widths of activations."""
     images: int = 1000
     """Test images, from the first on."""
-    window: int = 1
-    """Steps that the twin runs from a quantized state before the error is measured; see `qpde.certificate.certify`."""
+    sweeps: int = 2
+    """Of Newton's method before the proof, see `qpde.certificate`: 0 for the worst case of the injected errors."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
 
@@ -50,7 +50,7 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
         is out of range.
     """
     check_at_least("images", options.images, 1)
-    check_at_least("window", options.window, 1)
+    check_at_least("sweeps", options.sweeps, 0)
     if outside := [bits for bits in options.bits if not 2 <= bits <= 15] or not options.bits:
         raise ValueError(f"--bits (={outside or ()}) are widths that round: give some of 2 to 15")
     found = read_finished(options.run, options.data_dir)
@@ -60,13 +60,13 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
 
     def work(console: Console) -> None:
         # Seven columns in the 80 of a plain terminal.
-        title = f"{options.run.name}: {options.images} test images, window {options.window}"
+        title = f"{options.run.name}: {options.images} test images, {options.sweeps} sweeps"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
         for width in options.bits:
             for i, (name, finished) in enumerate(found.items()):
-                measured = measure(finished, width, images=options.images, window=options.window)
+                measured = measure(finished, width, images=options.images, sweeps=options.sweeps)
                 shares = (f"{measured[key]:.1%}" for key in ("accuracy", "agreement", "certified", "a_priori"))
                 table.add_row("" if i else str(width), name, *shares, f"{measured['tightness']:.3g}")
         console.print(table)
@@ -74,21 +74,21 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
     return work
 
 
-def measure(finished: Finished, width: int, *, images: int, window: int = 1) -> dict[str, float]:
+def measure(finished: Finished, width: int, *, images: int, sweeps: int = 2) -> dict[str, float]:
     """Shares of the first test images, and the median of bound over measured difference.
 
     Args:
-      finished: a trained network.   width: of its activations.   images: how many.   window: of `certify`.
+      finished: a trained network.   width: of its activations.   images: how many.   sweeps: of `certify`.
     Returns:
       "accuracy", "agreement", "certified", "a_priori" and "tightness".
     """
-    whole = measure_images(finished, width, images=images, window=window)
+    whole = measure_images(finished, width, images=images, sweeps=sweeps)
     with np.errstate(divide="ignore"):
         tightness = np.median(whole.pop("bound") / whole.pop("error"))
     return {key: float(values.mean()) for key, values in whole.items()} | {"tightness": float(tightness)}
 
 
-def measure_images(finished: Finished, width: int, *, images: int, window: int = 1) -> dict[str, np.ndarray]:
+def measure_images(finished: Finished, width: int, *, images: int, sweeps: int = 2) -> dict[str, np.ndarray]:
     """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, "error" and
     "bound" of every logit difference from the predicted class.
     """
@@ -100,7 +100,7 @@ def measure_images(finished: Finished, width: int, *, images: int, window: int =
         if not parts:
             variables = converge_norms(model, variables, x, bits=bits)
             steps = step_bounds(model, variables, x.shape[1:3], bits)
-        found = certify(model, variables, x, bits, window=window, steps=steps)
+        found = certify(model, variables, x, bits, sweeps=sweeps, steps=steps)
         z = model.apply(variables, x, bits=bits)
         twin = model.apply(variables, x, bits=bits.twin)
         chosen = found.prediction[:, None]

@@ -232,13 +232,15 @@ def _certificates(measured, folder) -> str:
         "not change.</p>"
     )
     what = formula(
-        "‖y<sub>j</sub> − x<sub>j</sub>‖ ≤ E<sub>j</sub> = L<sub>j</sub> E<sub>j−1</sub> + e<sub>j</sub>, &nbsp; "
-        "|Δ(z<sub>i</sub> − z<sub>k</sub>)| ≤ ‖w<sub>i</sub> − w<sub>k</sub>‖ L E / √(HW)"
+        "‖x<sub>j</sub> − c<sub>j</sub>‖ ≤ E<sub>j</sub> = L<sub>j</sub> E<sub>j−1</sub> + "
+        "‖c<sub>j</sub> − B<sub>j</sub>(c<sub>j−1</sub>)‖, &nbsp; "
+        "|Δ(z<sub>i</sub> − z<sub>k</sub>)| ≤ |Δ<sub>c</sub>| + ‖w<sub>i</sub> − w<sub>k</sub>‖ E / √(HW)"
     )
     caption = (
         "Each point is one logit difference of one test image. All lie above the dashed diagonal, where the bound "
-        "would be the error; the closer the tighter. L is 1 where the step is proven non-expansive. “A priori” counts "
-        "images for which clips and widths alone suffice."
+        "would be the error; the closer the tighter. The states c are the quantized network's after two sweeps of "
+        "Newton's method towards those of its twin, x; L is 1 where the step is proven non-expansive. “A priori” "
+        "counts images for which clips and widths alone suffice."
     )
     header = ("", "agree", "certified", "a priori", "bound / error")
     return lead + what + figure(pictures, caption) + table(header, rows, "Shares of the images; median of the ratio.")
