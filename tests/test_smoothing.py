@@ -103,7 +103,7 @@ def test_at_strength_zero_a_network_does_not_smooth_and_at_one_it_is_itself_bit_
     for pair in zip(full, states_of(model, variables), strict=True):
         np.testing.assert_array_equal(*pair)
     for pair in zip(off, states_of(*make(None)), strict=True):
-        np.testing.assert_array_equal(*pair)
+        np.testing.assert_allclose(*pair, rtol=1e-6, atol=1e-6)  # another program, with its own last digits
     assert bool((half[0] != full[0]).any() & (half[0] != off[0]).any())
 
     # What takes the network step by step sees the strength, too.
