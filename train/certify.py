@@ -83,9 +83,14 @@ def measure(finished: Finished, width: int, *, images: int, sweeps: int = 2) -> 
       "accuracy", "agreement", "certified", "a_priori" and "tightness".
     """
     whole = measure_images(finished, width, images=images, sweeps=sweeps)
-    with np.errstate(divide="ignore"):
-        tightness = np.median(whole.pop("bound") / whole.pop("error"))
-    return {key: float(values.mean()) for key, values in whole.items()} | {"tightness": float(tightness)}
+    ratio = tightness(whole.pop("bound"), whole.pop("error"))
+    return {key: float(values.mean()) for key, values in whole.items()} | {"tightness": ratio}
+
+
+def tightness(bound: np.ndarray, error: np.ndarray) -> float:
+    """The median of bounds over the errors that they bound, of those that are not 0; NaN where all are."""
+    found = error > 0
+    return float(np.median(bound[found] / error[found])) if found.any() else float("nan")
 
 
 def measure_images(finished: Finished, width: int, *, images: int, sweeps: int = 2) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qpde import plots
+from train.certify import tightness
 from train.config import Experiment
 from train.page import published
 from train.page.html import figure, formula, table
@@ -218,10 +219,8 @@ def _certificates(measured, folder) -> str:
         points = {name: (m.certified[width]["error"], m.certified[width]["bound"]) for name, m in measured.items()}
         for name, m in measured.items():
             found, (error, bound) = m.certified[width], points[name]
-            positive = error > 0
-            tightness = np.median(bound[positive] / error[positive]) if positive.any() else float("nan")
             shares = (f"{found[key].mean():.1%}" for key in ("agreement", "certified", "a_priori"))
-            rows.append((f"{width} bits, {name}", *shares, f"{tightness:.3g}"))
+            rows.append((f"{width} bits, {name}", *shares, f"{tightness(bound, error):.3g}"))
         path = folder / f"bound_{width}.png"
         thinned = {name: tuple(v[:: max(1, len(v) // 1500)] for v in pair) for name, pair in points.items()}
         plots.bound_figure(thinned, path, heading=f"{width}-bit activations")
