@@ -125,7 +125,8 @@ def certify(
     a_priori = 0.0
     for step in steps:
         a_priori = step.lipschitz * a_priori + step.injected
-    return _certificate(model, variables, x, bits, lipschitz, jnp.float32(a_priori), jnp.int32(sweeps))
+    with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
+        return _certificate(model, variables, x, bits, lipschitz, jnp.float32(a_priori), jnp.int32(sweeps))
 
 
 def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bits) -> list[StepBound]:
