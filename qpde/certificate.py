@@ -27,9 +27,9 @@ the network as it runs, so its spectral norms should have converged, see `qpde.m
     growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
     clip, ReLU, smoothing within its stable range    1
 
-Measuring the defects costs as much as the twin itself, a sweep some times as much, and as many sweeps as steps end at
-the twin: what a certificate of few sweeps adds to the twin's own prediction is why it is the same. Errors were small,
-they did not grow, and they add up as the Jacobians carry them.
+A certificate costs more than the twin itself, and as many sweeps as steps end at the twin: what one of few sweeps adds
+to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add up as the
+Jacobians carry them.
 """
 
 import dataclasses
