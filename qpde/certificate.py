@@ -57,7 +57,9 @@ class Certificate:
     """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction.
 
     Attributes:
-      prediction: (N,) argmax of the quantized network's logits.
+      logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
+        compiled program may round it the other way: what is certified is this evaluation.
+      prediction: (N,) their argmax.
       certified: (N,) whether the twin provably predicts the same.
       bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
       certified_a_priori, bound_a_priori: the same from the clips and bits alone.
@@ -65,6 +67,7 @@ class Certificate:
       estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
     """
 
+    logits: Float[Array, "n c"]
     prediction: Int[Array, " n"]
     certified: Bool[Array, " n"]
     bound: Float[Array, "n c"]
@@ -270,6 +273,7 @@ def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
     a_priori = pair * (gain * a_priori)
     others = jnp.arange(z.shape[-1])[None] != jnp.argmax(z, axis=-1)[:, None]
     return Certificate(
+        logits=z,
         prediction=jnp.argmax(z, axis=-1),
         certified=jnp.all((margin_estimate > rest) | ~others, axis=-1),
         bound=jnp.abs(margin - margin_estimate) + rest,

@@ -130,7 +130,7 @@ def check(model, variables, x, bits, sweeps=2):
     assert (np.stack(moved, 1) <= certificate.state_bound * (1 + 1e-4) + 1e-5).all()
     i = np.argmax(logits, -1)
     np.testing.assert_array_equal(certificate.prediction, i)
-    pairs = [np.take_along_axis(np.asarray(z), i[:, None], 1) - z for z in (logits, logits_twin)]
+    pairs = [np.take_along_axis(np.asarray(z), i[:, None], 1) - z for z in (certificate.logits, logits_twin)]
     difference = np.abs(pairs[0] - pairs[1])
     slack = 1e-4 * np.abs(logits).max()
     assert (difference <= certificate.bound + slack).all()

@@ -106,8 +106,7 @@ def measure_images(finished: Finished, width: int, *, images: int, sweeps: int =
             variables = converge_norms(model, variables, x, bits=bits)
             steps = step_bounds(model, variables, x.shape[1:3], bits)
         found = certify(model, variables, x, bits, sweeps=sweeps, steps=steps)
-        z = model.apply(variables, x, bits=bits)
-        twin = model.apply(variables, x, bits=bits.twin)
+        z, twin = found.logits, model.apply(variables, x, bits=bits.twin)
         chosen = found.prediction[:, None]
         error = jnp.abs(jnp.take_along_axis(z - twin, chosen, axis=1) - (z - twin))
         others = np.arange(z.shape[1])[None] != np.asarray(chosen)
