@@ -10,7 +10,8 @@ has not been run.
 python -m train run configs/cifar10_resnet20.py --recipe stable --data-dir FOLDER
 
 The symmetric network with its symmetric steps kept from amplifying an error, by spectral norms or by tied norms and
-step sizes from power iterations, and with a shortcut that is not rounded. Not run to its end yet.
+step sizes from power iterations, and with a shortcut that is not rounded. Seed 0: 75.25% and 74.96%, agreement 97.92%
+and 97.39%, relative layer-wise error 0.057 and 0.064, where the fast recipe has 0.113 (symmetric) and 0.097 (plain).
 """
 
 from dataclasses import replace
