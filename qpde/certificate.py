@@ -59,7 +59,6 @@ class Certificate:
     Attributes:
       logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
         compiled program may round it the other way: what is certified is this evaluation.
-      prediction: (N,) their argmax.
       certified: (N,) whether the twin provably predicts the same.
       bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
       certified_a_priori, bound_a_priori: the same from the clips and bits alone.
@@ -68,7 +67,6 @@ class Certificate:
     """
 
     logits: Float[Array, "n c"]
-    prediction: Int[Array, " n"]
     certified: Bool[Array, " n"]
     bound: Float[Array, "n c"]
     certified_a_priori: Bool[Array, " n"]
@@ -77,6 +75,11 @@ class Certificate:
     defect: Float[Array, "n l"]
     lipschitz: Float[Array, " l"]
     estimate: Float[Array, "n c"]
+
+    @property
+    def prediction(self) -> Int[Array, " n"]:
+        """Argmax of the quantized network's logits, (N,)."""
+        return jnp.argmax(self.logits, axis=-1)
 
     @property
     def certified_fraction(self) -> float:
@@ -267,14 +270,14 @@ def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
 
     head = partial(_logits, model, params, stats)
     z, estimate = head(states[-1]), head(candidate[-1])
-    gain, pair = _head_norms(model, params, stats, states[-1].shape, jnp.argmax(z, axis=-1))
+    prediction = jnp.argmax(z, axis=-1)
+    gain, pair = _head_norms(model, params, stats, states[-1].shape, prediction)
     rest = pair * (gain * distance)[:, None]
-    margin, margin_estimate = (_margins(v, z) for v in (z, estimate))
+    margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
     a_priori = pair * (gain * a_priori)
-    others = jnp.arange(z.shape[-1])[None] != jnp.argmax(z, axis=-1)[:, None]
+    others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
     return Certificate(
         logits=z,
-        prediction=jnp.argmax(z, axis=-1),
         certified=jnp.all((margin_estimate > rest) | ~others, axis=-1),
         bound=jnp.abs(margin - margin_estimate) + rest,
         certified_a_priori=jnp.all((margin > a_priori) | ~others, axis=-1),
@@ -320,9 +323,9 @@ def _head_norms(model, params, stats, shape, prediction) -> tuple[Any, Array]:
     return gain, jnp.linalg.norm(w[:, prediction].T[:, :, None] - w[None], axis=1)
 
 
-def _margins(logits, of):
-    """z_i - z_k of every input, i the argmax of `of`."""
-    return jnp.take_along_axis(logits, jnp.argmax(of, axis=-1)[:, None], axis=-1) - logits
+def _margins(logits, prediction):
+    """z_i - z_k of every input, i its prediction."""
+    return jnp.take_along_axis(logits, prediction[:, None], axis=-1) - logits
 
 
 def _norms(x):

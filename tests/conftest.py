@@ -8,7 +8,7 @@ from pathlib import Path
 # XLA's own passes over the program, and so its arithmetic, stay as they are. Set before jax is imported.
 FLAGS = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):  # XLA refuses to start with a flag that it no longer knows
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # these make the same kernels in twice the time
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # the present emitters take twice the time
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 import jax

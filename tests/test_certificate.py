@@ -179,9 +179,10 @@ def test_enough_bits_certify_everything_and_sixteen_change_nothing():
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
     certificate, _, _ = check(model, variables, x, Bits(4, 15))
     assert certificate.certified_fraction == 1
-    certificate, _, _ = check(model, variables, x, Bits(4, 16))
+    certificate, _, (logits, _) = check(model, variables, x, Bits(4, 16))
     assert bool(certificate.certified_a_priori.all())
     assert float(certificate.bound_a_priori.max()) == 0
+    np.testing.assert_allclose(certificate.logits, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_one_width_per_block_is_the_bound_of_each():

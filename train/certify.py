@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -60,7 +61,7 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
 
     def work(console: Console) -> None:
         # Seven columns in the 80 of a plain terminal.
-        title = f"{options.run.name}: {options.images} test images, {options.sweeps} sweeps"
+        title = f"{options.run.name}: {options.images} test images, sweeps: {options.sweeps}"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
@@ -106,7 +107,9 @@ def measure_images(finished: Finished, width: int, *, images: int, sweeps: int =
             variables = converge_norms(model, variables, x, bits=bits)
             steps = step_bounds(model, variables, x.shape[1:3], bits)
         found = certify(model, variables, x, bits, sweeps=sweeps, steps=steps)
-        z, twin = found.logits, model.apply(variables, x, bits=bits.twin)
+        with jax.default_matmul_precision("highest"):  # as `certify`
+            twin = model.apply(variables, x, bits=bits.twin)
+        z = found.logits
         chosen = found.prediction[:, None]
         error = jnp.abs(jnp.take_along_axis(z - twin, chosen, axis=1) - (z - twin))
         others = np.arange(z.shape[1])[None] != np.asarray(chosen)
