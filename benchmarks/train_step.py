@@ -53,16 +53,8 @@ def main() -> None:
         return
     for threads in options.threads:
         processors = sorted(os.sched_getaffinity(0))[:threads]
-        arguments = [
-            options.part,
-            "--child",
-            "--threads",
-            str(threads),
-            "--rounds",
-            str(options.rounds),
-            "--nets",
-            *options.nets,
-        ]
+        arguments = [options.part, "--child", "--threads", str(threads)]
+        arguments += ["--rounds", str(options.rounds), "--nets", *options.nets]
         if options.processor_time:
             arguments.append("--processor-time")
         subprocess.run(
