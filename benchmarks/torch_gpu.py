@@ -45,4 +45,5 @@ def recorded(name: str, step: Callable, warmup: int = 5) -> Callable | None:
         graph.replay()
         return result
 
+    replay.step = step  # the recording points into its tensors, which must live as long
     return replay

@@ -109,7 +109,7 @@ def race(options, images, labels, clock) -> None:
             ours, best = theirs.pop("qpde"), min(theirs, key=theirs.get)
             name = f"{net} {'symmetric' if symmetric else 'plain'}"
             row = f"{name:<24}{ours:9.{digits}f}{theirs[best]:9.{digits}f}{ours / theirs[best]:12.2f}"
-            others = ", ".join(f"{name} {value:.2f}" for name, value in theirs.items() if name != best)
+            others = "; ".join(f"{name}: {value:.2f}" for name, value in theirs.items() if name != best)
             print(row + (f"   {best} (others: {others})" if on_gpu else ""), flush=True)
 
 
