@@ -4,6 +4,7 @@
     python benchmarks/graphs.py race --threads 1 --graphs cora --nets gcn
     python benchmarks/graphs.py race --processor-time                  # on a busy machine
     python benchmarks/graphs.py growth
+    python benchmarks/graphs.py race --device gpu --graphs pubmed
 
 "race": an epoch is forward, backward and Adam on the whole graph, width 64, dropout on. Cora and Pubmed are read from
 QPDE_DATA_DIR; without it random graphs of their sizes stand in. "qpde" runs its epochs in one compiled scan, from
@@ -14,6 +15,10 @@ in one process, in turns, on as many processors as threads; medians. W4A4: 4-bit
 "growth": random graphs with ten edges a node, each in a process of its own, which tells its peak memory. "G^T G x" is
 `qpde.graphs.laplacian`, the step one epoch of a PDE-GCN of 8 layers (tanh, W4A4, remat). "temporary" is what the
 compiled program needs beside its arguments. Then what depth costs a compiler that scans over the layers.
+
+On a GPU a measured call takes 20 epochs or steps in a row and waits once. PyTorch has second rows, for the fastest of
+the forms recorded as CUDA graphs. Logits are compared in full precision; then both sides may round the factors of
+products to TF32, JAX's default there. "peak" is the GPU's memory. Compilers of several depths are left out.
 """
 
 import argparse
@@ -41,21 +46,28 @@ NETS = {
     for suffix, bits in (("", {}), ("-W4A4", {"weight_bits": 4, "act_bits": 4}))
 }
 EDGES = (100_000, 1_000_000, 10_000_000)
+EPOCHS = {"cpu": 5, "gpu": 20}
+STEPS = {"cpu": 1, "gpu": 20}
+"""In a measured call."""
 
 
 def main() -> None:
     """Starts one process for each number of threads and each size: pools and peaks belong to a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("race", "growth", "all"), default="all")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--graphs", nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--nets", nargs="+", default=NETS, choices=NETS)
     parser.add_argument("--edges", type=int, nargs="+", default=EDGES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=5, help="in a measured call")
+    parser.add_argument("--epochs", type=int, help="in a measured call; 5, on a GPU 20")
     parser.add_argument("--processor-time", action="store_true", help="count processor time, not the wall clock")
     parser.add_argument("--child", choices=("race", "grow", "compile"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.epochs = options.epochs or EPOCHS[options.device]
+    if options.device == "gpu" and options.processor_time:
+        parser.error("a GPU's time is not the processor's")
     if options.child:
         sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
         from train.memory import keep_freed_memory
@@ -64,7 +76,7 @@ def main() -> None:
         {"race": race, "grow": grow, "compile": compile_depths}[options.child](options)
         return
     if options.part in ("race", "all"):
-        for threads in options.threads:
+        for threads in options.threads if options.device == "cpu" else (1,):
             start(options, "race", threads=threads)
     if options.part in ("growth", "all"):
         what = "processor" if options.processor_time else "wall"
@@ -74,49 +86,63 @@ def main() -> None:
         )
         for edges in options.edges:
             start(options, "grow", edges=edges)
-        start(options, "compile")
+        if options.device == "cpu":
+            start(options, "compile")
 
 
 def start(options, child: str, *, threads: int = 1, edges: int | None = None) -> None:
-    """Runs a part of this file on that many processors."""
-    arguments = ["--child", child, "--threads", str(threads), "--rounds", str(options.rounds)]
-    arguments += ["--epochs", str(options.epochs), "--graphs", *options.graphs, "--nets", *options.nets]
+    """Runs a part of this file on that many processors, or on the GPU and all of them."""
+    arguments = ["--child", child, "--device", options.device, "--threads", str(threads)]
+    arguments += ["--rounds", str(options.rounds), "--epochs", str(options.epochs)]
+    arguments += ["--graphs", *options.graphs, "--nets", *options.nets]
     arguments += ["--edges", str(edges)] if edges else []
     arguments += ["--processor-time"] if options.processor_time else []
-    processors = sorted(os.sched_getaffinity(0))[:threads]
+    processors = sorted(os.sched_getaffinity(0))
+    if options.device == "cpu":
+        processors = processors[:threads]
     subprocess.run(
         [sys.executable, __file__, *arguments],
         check=True,
+        env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ,  # PyTorch needs the GPU's memory, too
         preexec_fn=lambda: os.sched_setaffinity(0, processors),
     )
 
 
 def race(options) -> None:
-    """Every net on every graph, on this process's processors."""
+    """Every net on every graph, on this process's processors or the GPU."""
     import torch
-    from timing import interleaved
+    import torch_gpu
+    from timing import gpu_name, in_a_row, interleaved
 
-    (threads,) = options.threads
-    torch.set_num_threads(threads)
+    on_gpu = options.device == "gpu"
+    if on_gpu:
+        where, digits = gpu_name(), 2
+        torch_gpu.prepare()
+    else:
+        (threads,) = options.threads
+        where, digits = f"{threads} thread(s)", 1
+        torch.set_num_threads(threads)
     torch.sparse.check_sparse_tensor_invariants.disable()
     clock = time.process_time if options.processor_time else time.perf_counter
     what = "processor" if options.processor_time else "wall"
     for name in options.graphs:
         graph = read_graph(name)
-        contenders = TorchSide(graph)
-        print(f"\n{name}, {threads} thread(s), {what} ms an epoch")
+        contenders = TorchSide(graph, options.device)
+        print(f"\n{name}, {where}, {what} ms an epoch")
         print(f"{'':<24}{'qpde':>9}{'torch':>9}{'qpde/torch':>12}   torch's form", flush=True)
         for net in options.nets:
             model, params = create(net, graph)
             candidates = {"qpde": qpde_epochs(model, params, graph, options.epochs)}
-            for forms in (("edges", "matrices"), ("regrouped",)) if is_linear(net) else (("edges", "matrices"),):
-                form, epoch = contenders.fastest(net, forms, model, params, clock)
-                candidates[form] = lambda epoch=epoch: [epoch() for _ in range(options.epochs)]
+            expected = logits(model, params, graph)
+            groups = (("edges", "matrices"), ("regrouped",)) if is_linear(net) else (("edges", "matrices"),)
+            for recorded, forms in itertools.product((False, True) if on_gpu else (False,), groups):
+                for form, epoch in contenders.fastest(net, forms, params, expected, clock, recorded=recorded).items():
+                    candidates[form] = in_a_row(epoch, options.epochs, contenders.wait)
             seconds = interleaved(candidates, rounds=options.rounds, warmup=1, clock=clock)
             milliseconds = {name: 1e3 * statistics.median(t) / options.epochs for name, t in seconds.items()}
             ours = milliseconds.pop("qpde")
             for form, theirs in milliseconds.items():
-                print(f"{net:<24}{ours:9.1f}{theirs:9.1f}{ours / theirs:12.2f}   {form}", flush=True)
+                print(f"{net:<24}{ours:9.{digits}f}{theirs:9.{digits}f}{ours / theirs:12.2f}   {form}", flush=True)
 
 
 def is_linear(net: str) -> bool:
@@ -167,6 +193,15 @@ def create(net: str, graph):
     return model, jax.jit(model.init)(jax.random.key(0), graph.to_jraph())["params"]
 
 
+def logits(model, params, graph):
+    """What PyTorch's networks must compute too, in full precision."""
+    import jax
+    import numpy as np
+
+    with jax.default_matmul_precision("highest"):
+        return np.array(jax.jit(model.apply)({"params": params}, graph.to_jraph()))
+
+
 def compiled_epochs(model, graph, nodes, labels, params, *, epochs: int):
     """The first state of training, and the program (state, graph, key) -> (state, losses) for that many epochs."""
     import jax
@@ -204,7 +239,7 @@ def repeated(train, state, graph):
     """A callable that carries the state from call to call."""
     import jax
 
-    keys = iter(jax.random.split(jax.random.key(1), 100))
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
 
     def advance():
         nonlocal state
@@ -215,57 +250,69 @@ def repeated(train, state, graph):
 
 
 class TorchSide:
-    """One graph with its features in all forms that PyTorch may take."""
+    """One graph with its features in all forms that PyTorch may take, on the processor or the GPU."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, device: str):
         import torch
         import torch_graphs
+
+        self.device, self.wait = ("cuda", torch.cuda.synchronize) if device == "gpu" else ("cpu", lambda: None)
+        self.trial = EPOCHS["cpu"] if device == "gpu" else 1  # epochs
 
         entries, shape = graph.features, (graph.num_nodes, graph.num_features)
         self.graph = graph
-        self.features = {
+        features = {
             "sparse": torch_graphs.Sparse(entries.row, entries.column, entries.value, shape),
             "dense": torch.from_numpy(graph.dense_features()),
         }
+        self.features = {kind: value.to(self.device) for kind, value in features.items()}
         self.graphs = {
-            form: torch_graphs.Graph(graph.senders, graph.receivers, graph.num_nodes, form)
+            form: torch_graphs.Graph(graph.senders, graph.receivers, graph.num_nodes, form).to(self.device)
             for form in ("edges", "matrices", "regrouped")
         }
-        self.nodes = torch.from_numpy(graph.train).long()
-        self.labels = torch.from_numpy(graph.labels[graph.train]).long()
+        self.nodes = torch.from_numpy(graph.train).long().to(self.device)
+        self.labels = torch.from_numpy(graph.labels[graph.train]).long().to(self.device)
 
-    def fastest(self, net: str, forms: tuple[str, ...], model, params, clock):
-        """Name of the form whose epoch is the shortest, and its epoch."""
-        import jax
-        import numpy as np
+    def fastest(self, net: str, forms: tuple[str, ...], params, expected, clock, *, recorded: bool = False) -> dict:
+        """Name and epoch of the form whose epoch is the shortest; none if none can be recorded."""
         import torch
+        import torch_gpu
         import torch_graphs
+        from timing import in_a_row
 
         seconds, epochs = {}, {}
-        expected = np.array(jax.jit(model.apply)({"params": params}, self.graph.to_jraph()))
         for form, kind in itertools.product(forms, self.features):
-            graph, features = self.graphs[form], self.features[kind]
+            name, graph, features = f"{form}, {kind} features", self.graphs[form], self.features[kind]
             network = torch_graphs.create(*NETS[net], graph=self.graph, width=WIDTH, dropout=0.5).load(params)
-            check_parity(network, features, graph, expected)
-            optimizer = torch.optim.Adam(network.train().parameters(), lr=0.01)
+            check_parity(network.to(self.device), features, graph, expected)
+            optimizer = torch.optim.Adam(network.train().parameters(), lr=0.01, capturable=recorded)
             epoch = partial(torch_graphs.train_epoch, network, optimizer, features, graph, self.nodes, self.labels)
+            if recorded:
+                name += ", recorded"
+                epoch = torch_gpu.recorded(name, epoch)
+                if epoch is None:
+                    continue
+            trial = in_a_row(epoch, self.trial, self.wait)
             times = []
             for _ in range(3):
                 start = clock()
-                epoch()
+                trial()
                 times.append(clock() - start)
-            seconds[form, kind], epochs[form, kind] = min(times), epoch
-        best = min(seconds, key=seconds.get)
-        return f"{best[0]}, {best[1]} features", epochs[best]
+            seconds[name], epochs[name] = min(times), epoch
+        best = min(seconds, key=seconds.get, default=None)
+        return {best: epochs[best]} if best else {}
 
 
 def check_parity(network, features, graph, expected) -> None:
     """Both sides compute the same logits. The median: one flipped rounding must not hide what the rest does."""
     import torch
+    import torch_gpu
     from torch_nets import relative_error
 
+    torch_gpu.allow_tf32(False)
     with torch.no_grad():
-        error = relative_error(network.eval()(features, graph), expected)
+        error = relative_error(network.eval()(features, graph).cpu(), expected)
+    torch_gpu.allow_tf32(True)
     if error > 1e-5:
         raise AssertionError(f"PyTorch's logits differ by {error:.1e} of the largest")
 
@@ -274,10 +321,13 @@ def grow(options) -> None:
     """Time and memory on one random graph."""
     import jax
     import numpy as np
-    from timing import interleaved
+    from timing import gpu_name, in_a_row, interleaved
 
     from qpde import graphs, models
 
+    if options.device == "gpu":
+        gpu_name()
+    steps = STEPS[options.device]
     (edges,) = options.edges
     nodes = edges // 10
     rng = np.random.default_rng(0)
@@ -295,14 +345,26 @@ def grow(options) -> None:
     params = jax.jit(model.init)(jax.random.key(0), graph)["params"]
     labelled = np.arange(nodes, step=100)
     state, train = compiled_epochs(model, graph, labelled, labelled % 7, params, epochs=1)
-    candidates = {"G^T G x": lambda: laplacian(graph), "step": repeated(train, state, graph)}
+    candidates = {
+        "G^T G x": in_a_row(lambda: laplacian(graph), steps),
+        "step": in_a_row(repeated(train, state, graph), steps),
+    }
     seconds = interleaved(candidates, rounds=options.rounds, warmup=1, clock=clock)
-    first, step = (statistics.median(values) for values in seconds.values())
+    first, step = (statistics.median(values) / steps for values in seconds.values())
     temporary = train.memory_analysis().temp_size_in_bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    columns = [f"{1e3 * t:9.1f} ms {1e9 * t / edges:5.0f} ns" for t in (first, step)]
+    digits = 0 if options.device == "cpu" else 2
+    columns = [f"{1e3 * t:9.{max(digits, 1)}f} ms {1e9 * t / edges:5.{digits}f} ns" for t in (first, step)]
     columns.append(f"{temporary / 2**20:11.0f} MiB {temporary / edges:3.0f} B")
-    print(f"{edges:10d}{''.join(columns)}{peak:7.2f} GiB", flush=True)
+    print(f"{edges:10d}{''.join(columns)}{peak_memory(options.device) / 2**30:7.2f} GiB", flush=True)
+
+
+def peak_memory(device: str) -> float:
+    """Bytes that this process has held at once; not a number where the GPU does not tell."""
+    import jax
+
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", float("nan"))
 
 
 def compile_depths(options) -> None:

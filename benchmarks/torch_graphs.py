@@ -65,6 +65,10 @@ class Sparse:
     def __matmul__(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.matrix, self.transpose)
 
+    def to(self, device: str) -> "Sparse":
+        """The same on that device."""
+        return _moved(self, device)
+
     def dropout(self, rate: float) -> "Sparse":
         """Some of the entries, scaled."""
         values = F.dropout(self.matrix.values(), rate)
@@ -167,6 +171,10 @@ class Graph:
             self._adjoint = object.__new__(Sparse)
             self._adjoint.matrix, self._adjoint.transpose = self._gradient.transpose, self._gradient.matrix
 
+    def to(self, device: str) -> "Graph":
+        """The same on that device."""
+        return _moved(self, device)
+
     def gradient(self, x: Tensor) -> Tensor:
         """x_i / sqrt(d_i) - x_j / sqrt(d_j) on the edges."""
         if self.form == "matrices":
@@ -227,6 +235,13 @@ def train_epoch(model: Network, optimizer, features, graph: Graph, nodes: Tensor
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def _moved(it, device: str):
+    moved = object.__new__(type(it))
+    for name, value in vars(it).items():
+        setattr(moved, name, value.to(device) if isinstance(value, Tensor | Sparse) else value)
+    return moved
 
 
 def _tensor(array) -> Tensor:
