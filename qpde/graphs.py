@@ -31,8 +31,10 @@ from jaxtyping import Array, Float, Integer
 __all__ = [
     "BLOCK_SIZE",
     "KINDS",
+    "LARGE_BLOCK_SIZE",
     "dirichlet_energy",
     "divergence",
+    "fold_blocks",
     "from_edges",
     "gradient",
     "laplacian",
@@ -48,8 +50,11 @@ KINDS = {"normalized": 2.0, "gcn": 1.0}
 """The gradients by name, and a number that no eigenvalue of G^T G exceeds on any graph."""
 
 BLOCK_SIZE = 2**17
-"""Numbers in a block of edges, or of entries of sparse features: half a MiB of float32, so that a few blocks fit a
-core's cache."""
+"""Numbers in a block of edges, or of entries of sparse features, on a CPU: half a MiB of float32, so that a few blocks
+fit a core's cache."""
+
+LARGE_BLOCK_SIZE = 2**24
+"""The same on GPUs and TPUs, which want much work at a time: 64 MiB of float32."""
 
 
 def from_edges(
@@ -189,8 +194,8 @@ def nonlinear_laplacian(
     """G^T s(G x) for a flux s, edge by edge: the right side of diffusion with a nonlinearity, or with rounding.
 
     No field on the edges is stored, neither here nor for the gradient, which takes G x and s of it once more. Its
-    form is the same, G^T (s'(G x) G c) for a cotangent c, and like this one it runs over blocks of edges that stay in
-    the cache.
+    form is the same, G^T (s'(G x) G c) for a cotangent c, and like this one it runs over blocks of edges, which stay
+    in a CPU's cache.
 
     Args:
       graph, x, kind, scale: as for `gradient`.
@@ -204,14 +209,16 @@ def nonlinear_laplacian(
     _check(graph, kind, x)
     x = jnp.asarray(x)
     scale = normalize(graph) if scale is None else scale
-    blocks = _edge_blocks(graph, rows=max(1, BLOCK_SIZE // max(1, math.prod(x.shape[1:]))))
     if kind == "normalized":
         weight, x = None, x * _along(scale, x)
     else:
         weight = scale
-    a_block = jax.ShapeDtypeStruct((blocks[0].shape[1], *x.shape[1:]), x.dtype)
-    flux, closed_over = jax.closure_convert(flux, a_block)
-    total = _through_flux(flux, blocks, weight, x, closed_over)
+    channels = math.prod(x.shape[1:])
+    fluxes, closed_over = {}, []
+    for rows in _block_rows(len(graph.senders), channels):
+        a_block = jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+        fluxes[rows], closed_over = jax.closure_convert(flux, a_block)
+    total = _through_flux(fluxes.__getitem__, channels, (graph.senders, graph.receivers), weight, x, closed_over)
     return total * _along(scale, total) if kind == "normalized" else total
 
 
@@ -336,38 +343,57 @@ def _sum_at(index, p, graph):
     return zeros.at[index].add(p, mode="promise_in_bounds")
 
 
-def _edge_blocks(graph, rows):
-    """Senders and receivers, (blocks, rows). Loops at node 0 fill the last block: there G x = 0."""
-    edges = len(graph.senders)
-    rows = max(1, min(rows, edges))
-    fill = (0, -edges % rows)
-    return tuple(jnp.pad(ends, fill).reshape(-1, rows) for ends in (graph.senders, graph.receivers))
+def fold_blocks(add, start, columns, *, channels):
+    """`add(total, block)` from `start` on, over blocks of the columns, as large as the platform likes them.
+
+    Args:
+      add: its block is a tuple, of as many entries of each column.
+      start: the first total.   columns: arrays (entries,). Zeros fill the last block.
+      channels: numbers that an entry stands for.
+    """
+
+    def fold(rows, start, columns):
+        blocks = tuple(jnp.pad(column, (0, -len(column) % rows)).reshape(-1, rows) for column in columns)
+        return jax.lax.scan(lambda total, block: (add(total, block), None), start, blocks)[0]
+
+    small, large = _block_rows(len(columns[0]), channels)
+    return jax.lax.platform_dependent(start, columns, cpu=partial(fold, small), default=partial(fold, large))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through_flux(flux, blocks, weight, x, closed_over):
-    def add_block(total, ends):
-        p = flux(_difference(x, ends, weight), *closed_over)
-        return _add_adjoint(total, ends, p, weight), None
-
-    return jax.lax.scan(add_block, jnp.zeros_like(x), blocks)[0]
+def _block_rows(entries, channels):
+    """Entries in a block on a CPU, and elsewhere."""
+    return tuple(max(1, min(size // max(1, channels), entries)) for size in (BLOCK_SIZE, LARGE_BLOCK_SIZE))
 
 
-def _through_flux_forward(flux, blocks, weight, x, closed_over):
-    return _through_flux(flux, blocks, weight, x, closed_over), (blocks, weight, x, closed_over)
+# Loops at node 0 fill the last block of edges: there G x = 0.
 
 
-def _through_flux_backward(flux, residuals, cotangent):
-    blocks, weight, x, closed_over = residuals
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _through_flux(flux_of, channels, ends, weight, x, closed_over):
+    """`flux_of(rows)` is the flux of a block of so many edges."""
 
-    def add_block(sums, ends):
+    def add(total, ends):
+        p = flux_of(len(ends[0]))(_difference(x, ends, weight), *closed_over)
+        return _add_adjoint(total, ends, p, weight)
+
+    return fold_blocks(add, jnp.zeros_like(x), ends, channels=channels)
+
+
+def _through_flux_forward(flux_of, channels, ends, weight, x, closed_over):
+    return _through_flux(flux_of, channels, ends, weight, x, closed_over), (ends, weight, x, closed_over)
+
+
+def _through_flux_backward(flux_of, channels, residuals, cotangent):
+    ends, weight, x, closed_over = residuals
+
+    def add(sums, ends):
         total, of_closed_over = sums
-        _, pullback = jax.vjp(flux, _difference(x, ends, weight), *closed_over)
+        _, pullback = jax.vjp(flux_of(len(ends[0])), _difference(x, ends, weight), *closed_over)
         p, *more = pullback(_difference(cotangent, ends, weight))
-        return (_add_adjoint(total, ends, p, weight), jax.tree.map(jnp.add, of_closed_over, more)), None
+        return _add_adjoint(total, ends, p, weight), jax.tree.map(jnp.add, of_closed_over, more)
 
     zeros = jax.tree.map(jnp.zeros_like, (x, list(closed_over)))
-    (total, of_closed_over), _ = jax.lax.scan(add_block, zeros, blocks)
+    total, of_closed_over = fold_blocks(add, zeros, ends, channels=channels)
     return None, None, total, of_closed_over
 
 

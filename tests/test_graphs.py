@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 from jax.experimental.sparse import BCOO
 from jax.test_util import check_grads
 
@@ -117,6 +118,15 @@ def test_nonlinear_laplacian_and_its_gradients_are_those_of_the_fields_on_the_ed
 
     for blocks, fields in zip(pulled_back(by_blocks), pulled_back(by_fields), strict=True):
         close(blocks, fields, scale=10)
+
+
+def test_blocks_of_edges_are_small_on_a_cpu_alone(small_blocks):
+    graph, x = random_graph(4), jnp.asarray(field(4))
+    f = jax.jit(jax.grad(lambda x: jnp.sum(graphs.nonlinear_laplacian(graph, x, jnp.tanh))))
+    for platform, rows in (("cpu", 4), ("cuda", EDGES), ("tpu", EDGES)):
+        program = export.export(f, platforms=[platform])(x).mlir_module()
+        assert f"tensor<{rows}x{CHANNELS}xf32>" in program, platform
+        assert (f"tensor<4x{CHANNELS}xf32>" in program) == (rows == 4), platform
 
 
 def test_nonlinear_laplacian_has_second_derivatives(small_blocks):

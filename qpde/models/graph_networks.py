@@ -394,13 +394,11 @@ def _sparse_product(x: BCOO, kernel: jax.Array) -> jax.Array:
 
     The product that comes with BCOO first collects the rows for all entries, more than a cache holds.
     """
-    entries = max(1, min(x.nse, graphs.BLOCK_SIZE // kernel.shape[1]))
-    row, column, value = (jnp.pad(part, (0, -x.nse % entries)).reshape(-1, entries) for part in (*x.indices.T, x.data))
 
-    def add_block(total, block):
+    def add(total, block):
         row, column, value = block
         rows = kernel.at[column].get(mode="promise_in_bounds") * value[:, None]
-        return total.at[row].add(rows, mode="promise_in_bounds"), None
+        return total.at[row].add(rows, mode="promise_in_bounds")
 
     zeros = jnp.zeros((x.shape[0], kernel.shape[1]), kernel.dtype)
-    return jax.lax.scan(add_block, zeros, (row, column, value))[0]
+    return graphs.fold_blocks(add, zeros, (*x.indices.T, x.data), channels=kernel.shape[1])
