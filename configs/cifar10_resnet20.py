@@ -12,6 +12,11 @@ python -m train run configs/cifar10_resnet20.py --recipe stable --data-dir FOLDE
 The symmetric network with its symmetric steps kept from amplifying an error, by spectral norms or by tied norms and
 step sizes from power iterations, and with a shortcut that is not rounded. Seed 0: 75.25% and 74.96%, agreement 97.92%
 and 97.39%, relative layer-wise error 0.057 and 0.064, where the fast recipe has 0.113 (symmetric) and 0.097 (plain).
+With `--epochs 30`, on a GPU: 82.19% and 83.02%, the fast recipe's 83.13% and 86.08%.
+
+python -m train run configs/cifar10_resnet20.py --recipe any_bit --data-dir FOLDER
+
+Widths drawn at every step, one network for all of them, as in configs/digits.py. Not run to its end.
 """
 
 from dataclasses import replace
