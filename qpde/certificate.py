@@ -18,8 +18,12 @@ The logits' difference z_i - z_k is w_i - w_k applied to the mean over HW pixels
 most |w_i - w_k| E / sqrt(HW). A priori, d_j follows from the clips and bits, with c = y, and the bound holds for every
 input at once.
 
-The constants are proven, not estimated (`qpde.conv_norms`), up to rounding in float32 evaluations. They are those of
-the network as it runs, so its spectral norms should have converged, see `qpde.models.converge_norms`:
+y is what the quantized network computes in float32. All about the twin, its steps B_j, the constants, the candidate and
+its defects, is computed in float64, since the constants magnify rounding too: behind plain steps float32 alone would
+spoil a bound at 8 bits, and prove nothing. What is left, some 1e-16 of the states times the constants, is not counted.
+
+The constants are proven, not estimated (`qpde.conv_norms`). They are those of the network as it runs, so its spectral
+norms should have converged, see `qpde.models.converge_norms`:
 
     tied, spectral      max(1, h |A|^2 - 1), A = D K: the step is a gradient step on a convex energy, so 1 up to 2
     separate norms      1 + h |D2 K^T| |D1 K|; neither symmetric nor a gradient, and no better constant is proven
@@ -32,8 +36,10 @@ to the twin's own prediction is why it is the same. Errors were small, they did 
 Jacobians carry them.
 """
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,12 +55,13 @@ from qpde.models.blocks import Block, InvertedBlock, StableBlock, is_depthwise
 from qpde.models.layers import NORM_EPSILON, Mode, divide_by_rms, normalize
 from qpde.models.network import Network
 
-__all__ = ["Certificate", "StepBound", "certify", "step_bound", "step_bounds"]
+__all__ = ["Certificate", "StepBound", "certify", "exact_twin", "step_bound", "step_bounds"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
-    """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction.
+    """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction. NumPy arrays,
+    of float64 but for the logits.
 
     Attributes:
       logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
@@ -66,25 +73,25 @@ class Certificate:
       estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
     """
 
-    logits: Float[Array, "n c"]
-    certified: Bool[Array, " n"]
-    bound: Float[Array, "n c"]
-    certified_a_priori: Bool[Array, " n"]
-    bound_a_priori: Float[Array, "n c"]
-    state_bound: Float[Array, "n l"]
-    defect: Float[Array, "n l"]
-    lipschitz: Float[Array, " l"]
-    estimate: Float[Array, "n c"]
+    logits: Float[Array | np.ndarray, "n c"]
+    certified: Bool[Array | np.ndarray, " n"]
+    bound: Float[Array | np.ndarray, "n c"]
+    certified_a_priori: Bool[Array | np.ndarray, " n"]
+    bound_a_priori: Float[Array | np.ndarray, "n c"]
+    state_bound: Float[Array | np.ndarray, "n l"]
+    defect: Float[Array | np.ndarray, "n l"]
+    lipschitz: Float[Array | np.ndarray, " l"]
+    estimate: Float[Array | np.ndarray, "n c"]
 
     @property
-    def prediction(self) -> Int[Array, " n"]:
+    def prediction(self) -> Int[np.ndarray, " n"]:
         """Argmax of the quantized network's logits, (N,)."""
-        return jnp.argmax(self.logits, axis=-1)
+        return np.argmax(self.logits, axis=-1)
 
     @property
     def certified_fraction(self) -> float:
         """Share of the inputs that are certified."""
-        return float(jnp.mean(self.certified))
+        return float(np.mean(self.certified))
 
 
 class StepBound(NamedTuple):
@@ -127,12 +134,28 @@ def certify(
         raise ValueError(f"`sweeps` (={sweeps}) must be at least 0")
     x = jnp.asarray(x)
     steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
-    lipschitz = jnp.asarray([step.lipschitz for step in steps], jnp.float32)
     a_priori = 0.0
     for step in steps:
         a_priori = step.lipschitz * a_priori + step.injected
     with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
-        return _certificate(model, variables, x, bits, lipschitz, jnp.float32(a_priori), jnp.int32(sweeps))
+        run, rounded = _run(model, variables, x, bits), _rounded_steps(model, variables, bits)
+    with _in_float64():
+        lipschitz = np.array([step.lipschitz for step in steps])
+        found = _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, np.int32(sweeps))
+        return jax.device_get(found)
+
+
+def exact_twin(
+    model: Network, variables: dict, x: Float[Array | np.ndarray, "n h w c"], bits: Bits
+) -> Float[np.ndarray, "n classes"]:
+    """Logits of the twin that a certificate speaks of, computed in float64.
+
+    Args:
+      model, variables, x, bits: as for `certify`.
+    """
+    rounded = _rounded_steps(model, variables, bits)
+    with _in_float64():
+        return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
 
 
 def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bits) -> list[StepBound]:
@@ -145,8 +168,7 @@ def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bi
     """
     found = []
     for index, (block, own, step_size, _) in enumerate(model.steps(variables)):
-        widths = Bits(*(v if v is None or np.ndim(v) == 0 else v[index] for v in bits))
-        found.append(step_bound(block, own, step_size, widths, size))
+        found.append(step_bound(block, own, step_size, _at(bits, index), size))
         size = block.output_size(*size)
     return found
 
@@ -161,7 +183,9 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
       block, variables, step_size: of `Network.steps`.   bits: scalars, activations not None.
       size: height and width of the step's input.
     """
-    kernels, scales, h = jax.tree.map(np.asarray, _factors(block, variables, jnp.float32(step_size), bits))
+    rounded = _rounded(block, variables, step_size, bits)
+    with _in_float64():
+        kernels, scales, h = jax.tree.map(np.asarray, _factors(block, rounded, step_size))
     clips = np.asarray(variables["params"]["act_clips"])
     radii = [_rounding(clip, bits.activations, block, i) for i, clip in enumerate(clips)]
     pixels = math.prod(size)
@@ -200,9 +224,27 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
     return StepBound(lipschitz, injected)
 
 
-@partial(jax.jit, static_argnames="block")
-def _factors(block, variables, step_size, bits):
-    return block.factors(variables, step_size, bits)
+@partial(jax.jit, static_argnames=("block", "step_size"))
+def _factors(block, rounded, step_size):
+    return block.factors(_float64(rounded), step_size, Bits())
+
+
+@partial(jax.jit, static_argnames=("block", "step_size"))
+def _rounded(block, variables, step_size, bits):
+    """The variables of a step with its kernels as they are rounded, in float32 as in a run."""
+    kernels, _, _ = block.factors(variables, step_size, bits)
+    return {**variables, "params": variables["params"] | kernels}
+
+
+@contextlib.contextmanager
+def _in_float64() -> Iterator[None]:
+    """Within, arrays can be float64, and accelerators do not round the factors of products."""
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        yield
+
+
+def _float64(tree):
+    return jax.tree.map(lambda v: v.astype(jnp.float64) if jnp.issubdtype(v.dtype, jnp.floating) else v, tree)
 
 
 def _symmetric_norms(block, kernels, scales, h, size):
@@ -241,16 +283,38 @@ def _rounding(clip, bits, block: Block, index) -> float:
 
 
 @partial(jax.jit, static_argnames="model")
-def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
-    params, stats = variables["params"], variables["batch_stats"]
-    norm = stats["opening_norm"]
-    start = normalize(operators.conv(x, params["opening_kernel"]), params["opening_norm"], norm["mean"], norm["var"])
-    start = jax.nn.relu(start)
-    steps = list(enumerate(model.steps(variables)))
-    twin = [partial(_step, step, bits.twin) for step in steps]
-    states = [start]
-    for step in steps:
-        states.append(_step(step, bits, states[-1]))
+def _run(model, variables, x, bits):
+    """Logits and states of the quantized network as it runs, the opening's first."""
+    states = [_opening(model, variables, x)]
+    for index, (block, own, step_size, gamma2) in enumerate(model.steps(variables)):
+        states.append(block(own, states[-1], step_size, _at(bits, index), Mode(), gamma2)[0])
+    return _logits(model, variables, states[-1]), states
+
+
+@partial(jax.jit, static_argnames="model")
+def _rounded_steps(model, variables, bits):
+    """Of every step its variables, the kernels rounded, and gamma2."""
+    return [
+        (_rounded(block, own, step_size, _at(bits, index)), gamma2)
+        for index, (block, own, step_size, gamma2) in enumerate(model.steps(variables))
+    ]
+
+
+@partial(jax.jit, static_argnames="model")
+def _exact_twin(model, variables, rounded, x, bits):
+    variables = _float64(variables)
+    y = _opening(model, variables, _float64(x))
+    for step in _twin_steps(model, variables, rounded, bits):
+        y = step(y)
+    return _logits(model, variables, y)
+
+
+@partial(jax.jit, static_argnames="model")
+def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, sweeps):
+    (logits, states), variables = run, _float64(variables)
+    z, states = _float64((logits, states))
+    start = _opening(model, variables, _float64(x))
+    twin = _twin_steps(model, variables, rounded, bits)
 
     def sweep(_, candidate):
         v, improved = jnp.zeros_like(start), [start]
@@ -260,7 +324,7 @@ def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
             improved.append(leaving - v)
         return improved
 
-    candidate = jax.lax.fori_loop(0, sweeps, sweep, states)
+    candidate = jax.lax.fori_loop(0, sweeps, sweep, [start, *states[1:]])
     candidate[-1] = twin[-1](candidate[-2])  # without a defect in the last step, what is known of it needs no bound
     distance, defects, bounds = jnp.zeros(len(x)), [], []
     for j, step in enumerate(twin):
@@ -268,16 +332,15 @@ def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
         distance = lipschitz[j] * distance + defects[-1]
         bounds.append(distance + _norms(states[j + 1] - candidate[j + 1]))
 
-    head = partial(_logits, model, params, stats)
-    z, estimate = head(states[-1]), head(candidate[-1])
+    estimate = _logits(model, variables, candidate[-1])
     prediction = jnp.argmax(z, axis=-1)
-    gain, pair = _head_norms(model, params, stats, states[-1].shape, prediction)
+    gain, pair = _head_norms(model, variables, states[-1].shape, prediction)
     rest = pair * (gain * distance)[:, None]
     margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
     a_priori = pair * (gain * a_priori)
     others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
     return Certificate(
-        logits=z,
+        logits=logits,
         certified=jnp.all((margin_estimate > rest) | ~others, axis=-1),
         bound=jnp.abs(margin - margin_estimate) + rest,
         certified_a_priori=jnp.all((margin > a_priori) | ~others, axis=-1),
@@ -292,15 +355,34 @@ def _certificate(model, variables, x, bits, lipschitz, a_priori, sweeps):
 jax.tree_util.register_dataclass(Certificate)
 
 
-def _step(step, bits, y):
-    """One step of the network, given with its index."""
-    index, (block, own, step_size, gamma2) = step
-    widths = Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
-    return block(own, y, step_size, widths, Mode(), gamma2)[0]
+def _twin_steps(model, variables, rounded, bits):
+    """The twin's steps B_j as functions of a state, in float64."""
+    mode = Mode(compute_dtype="float64")
+
+    def step(block, step_size, own, gamma2, widths, y):
+        return block(own, y, step_size, widths, mode, gamma2)[0]
+
+    found = []
+    for index, (block, _, step_size, _) in enumerate(model.steps(variables)):
+        widths = Bits(None, _at(bits.twin, index).activations)
+        found.append(partial(step, block, step_size, *_float64(rounded[index]), widths))
+    return found
 
 
-def _logits(model, params, stats, y):
+def _at(bits, index):
+    """The widths of one step."""
+    return Bits(*(v if v is None or np.ndim(v) == 0 else v[index] for v in bits))
+
+
+def _opening(model, variables, x):
+    params, norm = variables["params"], variables["batch_stats"]["opening_norm"]
+    y = normalize(operators.conv(x, params["opening_kernel"]), params["opening_norm"], norm["mean"], norm["var"])
+    return jax.nn.relu(y)
+
+
+def _logits(model, variables, y):
     """Closing convolution if there is one, pooling, dense head."""
+    params, stats = variables["params"], variables["batch_stats"]
     if model.closing_width is not None:
         norm = stats["closing_norm"]
         y = normalize(operators.conv(y, params["closing_kernel"]), params["closing_norm"], norm["mean"], norm["var"])
@@ -311,8 +393,9 @@ def _logits(model, params, stats, y):
     return pooled @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
-def _head_norms(model, params, stats, shape, prediction) -> tuple[Any, Array]:
+def _head_norms(model, variables, shape, prediction) -> tuple[Any, Array]:
     """Lipschitz constant from the last state to the pooled features, and |w_i - w_k| for every input's i."""
+    params, stats = variables["params"], variables["batch_stats"]
     gain = 1 / math.sqrt(shape[1] * shape[2])
     if model.closing_width is not None:
         norm = params["closing_norm"]["scale"] * jax.lax.rsqrt(stats["closing_norm"]["var"] + NORM_EPSILON)

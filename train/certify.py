@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qpde.bits import Bits
-from qpde.certificate import certify, step_bounds
+from qpde.certificate import certify, exact_twin, step_bounds
 from qpde.models import converge_norms
 from train.config import check_at_least
 from train.finished import Finished, read_finished
@@ -107,20 +106,18 @@ def measure_images(finished: Finished, width: int, *, images: int, sweeps: int =
             variables = converge_norms(model, variables, x, bits=bits)
             steps = step_bounds(model, variables, x.shape[1:3], bits)
         found = certify(model, variables, x, bits, sweeps=sweeps, steps=steps)
-        with jax.default_matmul_precision("highest"):  # as `certify`
-            twin = model.apply(variables, x, bits=bits.twin)
-        z = found.logits
-        chosen = found.prediction[:, None]
-        error = jnp.abs(jnp.take_along_axis(z - twin, chosen, axis=1) - (z - twin))
-        others = np.arange(z.shape[1])[None] != np.asarray(chosen)
+        twin = exact_twin(model, variables, x, bits)
+        chosen, difference = found.prediction[:, None], found.logits - twin
+        error = np.abs(np.take_along_axis(difference, chosen, axis=1) - difference)
+        others = np.arange(twin.shape[1])[None] != chosen
         parts.append(
             {
                 "accuracy": found.prediction == labels,
                 "agreement": found.prediction == twin.argmax(-1),
                 "certified": found.certified,
                 "a_priori": found.certified_a_priori,
-                "error": np.asarray(error)[others],
-                "bound": np.asarray(found.bound)[others],
+                "error": error[others],
+                "bound": found.bound[others],
             }
         )
     return {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
