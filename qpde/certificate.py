@@ -21,6 +21,7 @@ input at once.
 y is what the quantized network computes in float32. All about the twin, its steps B_j, the constants, the candidate and
 its defects, is computed in float64, since the constants magnify rounding too: behind plain steps float32 alone would
 spoil a bound at 8 bits, and prove nothing. What is left, some 1e-16 of the states times the constants, is not counted.
+Where an accelerator has no float64, certify under `jax.default_device` of a CPU.
 
 The constants are proven, not estimated (`qpde.conv_norms`). They are those of the network as it runs, so its spectral
 norms should have converged, see `qpde.models.converge_norms`:
