@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpde import Bits, models
+from qpde import Bits, certificate, models
 from qpde.certificate import exact_twin, step_bound, step_bounds
 from qpde.conv_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.models.blocks import BasicBlock, StableBlock
@@ -124,22 +124,22 @@ def both(model, variables, x, bits):
 
 def check(model, variables, x, bits, sweeps=2):
     """Every claim of a certificate against the twin itself; the sizes of bound and difference."""
-    certificate = certify(model, variables, x, bits, sweeps=sweeps)
+    found = certify(model, variables, x, bits, sweeps=sweeps)
     (logits, states), (logits_twin, states_twin) = both(model, variables, x, Bits(*map(jnp.int32, bits)))
     moved = [np.sqrt(np.square(a - b).sum((1, 2, 3))) for a, b in zip(states, states_twin, strict=True)]
-    assert (np.stack(moved, 1) <= certificate.state_bound * (1 + 1e-4) + 1e-5).all()
+    assert (np.stack(moved, 1) <= found.state_bound * (1 + 1e-4) + 1e-5).all()
     i = np.argmax(logits, -1)
-    np.testing.assert_array_equal(certificate.prediction, i)
+    np.testing.assert_array_equal(found.prediction, i)
     twin = exact_twin(model, variables, x, bits)
     np.testing.assert_allclose(logits_twin, twin, atol=1e-4 * np.abs(twin).max())
-    pairs = [np.take_along_axis(np.float64(z), i[:, None], 1) - z for z in (certificate.logits, twin)]
+    pairs = [np.take_along_axis(np.float64(z), i[:, None], 1) - z for z in (found.logits, twin)]
     difference, scale = np.abs(pairs[0] - pairs[1]), np.abs(logits).max()
-    assert (difference <= certificate.bound + 1e-9 * scale).all()
-    assert (difference <= certificate.bound_a_priori + 1e-4 * scale).all()  # the run itself is one of float32
+    assert (difference <= found.bound + 1e-9 * scale).all()
+    assert (difference <= found.bound_a_priori + 1e-4 * scale).all()  # the run itself is one of float32
     agrees = np.argmax(twin, -1) == i
-    assert agrees[certificate.certified].all()
-    assert agrees[certificate.certified_a_priori].all()
-    return certificate, difference, (logits, twin)
+    assert agrees[found.certified].all()
+    assert agrees[found.certified_a_priori].all()
+    return found, difference, (logits, twin)
 
 
 @pytest.mark.parametrize("kind", list(NETWORKS)[1:])  # more of the first one below
@@ -161,31 +161,43 @@ def test_every_sweep_tightens_the_bound_and_one_for_each_step_leaves_the_differe
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
     tightness = []
     for sweeps in (0, 1, 2, 4):
-        certificate, difference, _ = check(model, variables, x, Bits(4, 4), sweeps)
-        tightness.append(float(np.median(certificate.bound[difference > 0] / difference[difference > 0])))
+        found, difference, _ = check(model, variables, x, Bits(4, 4), sweeps)
+        tightness.append(float(np.median(found.bound[difference > 0] / difference[difference > 0])))
     assert tightness[0] > 1.5 * tightness[1] > 2 * tightness[2]
     # The proof sees as little of float32 as the twin itself.
     np.testing.assert_allclose(tightness[3], 1, rtol=1e-9)
-    assert certificate.defect.max() < 1e-12
+    assert found.defect.max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["spectral, precise", "plain"])
+def test_products_of_the_twin_of_a_proof_are_of_float64(kind):
+    model, init = network(kind)
+    variables, x, bits = init(jax.random.key(0)), images(4, jax.random.key(1)), Bits(4, 4)
+    rounded = certificate._rounded_steps(model, variables, bits)
+    with certificate._in_float64():
+        program = certificate._exact_twin.lower(model, variables, rounded, x, bits).as_text()
+    products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    assert len(products) > 8
+    assert all("xf64>" in line and "xf32>" not in line for line in products)
 
 
 def test_the_estimate_of_one_sweep_is_close_at_eight_bits():
     model, init = network("spectral, precise")
     x = images(4, jax.random.key(1))
-    certificate, _, (logits, twin) = check(model, init(jax.random.key(0)), x, Bits(4, 8), sweeps=1)
-    error = jnp.linalg.norm(certificate.estimate - twin) / jnp.linalg.norm(logits - twin)
+    found, _, (logits, twin) = check(model, init(jax.random.key(0)), x, Bits(4, 8), sweeps=1)
+    error = jnp.linalg.norm(found.estimate - twin) / jnp.linalg.norm(logits - twin)
     assert error < 0.1
 
 
 def test_enough_bits_certify_everything_and_sixteen_change_nothing():
     model, init = network("spectral, precise")
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
-    certificate, _, _ = check(model, variables, x, Bits(4, 15))
-    assert certificate.certified_fraction == 1
-    certificate, _, (logits, _) = check(model, variables, x, Bits(4, 16))
-    assert bool(certificate.certified_a_priori.all())
-    assert float(certificate.bound_a_priori.max()) == 0
-    np.testing.assert_allclose(certificate.logits, logits, rtol=1e-4, atol=1e-5)
+    found, _, _ = check(model, variables, x, Bits(4, 15))
+    assert found.certified_fraction == 1
+    found, _, (logits, _) = check(model, variables, x, Bits(4, 16))
+    assert bool(found.certified_a_priori.all())
+    assert float(found.bound_a_priori.max()) == 0
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_one_width_per_block_is_the_bound_of_each():
@@ -202,21 +214,19 @@ def test_one_width_per_block_is_the_bound_of_each():
 def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():
     model, init = network("spectral, precise")
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
-    certificate = certify(model, variables, x, Bits(4, 4), sweeps=0)
+    found = certify(model, variables, x, Bits(4, 4), sweeps=0)
     _, states = model.apply(variables, x, bits=Bits(4, 4), return_states=True)
     w = np.asarray(variables["params"]["head"]["kernel"])
-    pairs = np.linalg.norm(w.T[certificate.prediction][:, None] - w.T[None], axis=-1) / np.sqrt(
-        states[-1][0, :, :, 0].size
-    )
+    pairs = np.linalg.norm(w.T[found.prediction][:, None] - w.T[None], axis=-1) / np.sqrt(states[-1][0, :, :, 0].size)
     total = 0.0
     for step in step_bounds(model, variables, (8, 8), Bits(4, 4)):
         total = step.lipschitz * total + step.injected
-    np.testing.assert_allclose(certificate.bound_a_priori, pairs * total, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.bound_a_priori, pairs * total, rtol=1e-4, atol=1e-6)
 
     # A posteriori the last step's error is known with its sign: its part of the logits is added as it is.
-    entering, leaving = np.split(np.asarray(certificate.state_bound)[:, -2:], 2, axis=1)
-    entering = entering * certificate.lipschitz[-1]
-    known = np.asarray(certificate.bound) - pairs * entering
+    entering, leaving = np.split(np.asarray(found.state_bound)[:, -2:], 2, axis=1)
+    entering = entering * found.lipschitz[-1]
+    known = np.asarray(found.bound) - pairs * entering
     assert (known > -1e-5).all()
     assert (known <= pairs * (leaving - entering) + 1e-5).all()
     # A difference along w_i - w_k, the same at all pixels, attains the bound.
