@@ -206,6 +206,7 @@ def test_one_width_per_block_is_the_bound_of_each():
     mixed = step_bounds(model, variables, (8, 8), Bits(4, (2, 4, 8, 4)))
     for index, bits in enumerate((2, 4, 8, 4)):
         assert mixed[index] == step_bounds(model, variables, (8, 8), Bits(4, bits))[index]
+    check(model, variables, images(4, jax.random.key(1)), Bits(4, jnp.array([2, 4, 8, 4])))
 
 
 # Constants.
