@@ -21,8 +21,8 @@ Widths drawn at every step, one network for all of them, as in configs/digits.py
 
 from dataclasses import replace
 
-from train.config import Annealing, BitSchedule, Rule, Variant
-from train.recipes import cifar10
+from train.config import Variant
+from train.recipes import any_bit, cifar10
 
 _tied = {"symmetric": True, "norm": "tied", "step_size": "auto", "residual": "precise"}
 _spectral = {"symmetric": True, "norm": "spectral", "residual": "precise"}
@@ -33,11 +33,4 @@ recipes["stable"] = replace(
     name="cifar10_resnet20_stable",
     variants=(Variant("spectral", _spectral), Variant("tied", _tied)),
 )
-# Clips as in the recipe any_bit of configs/digits.py: one serves all widths, and few bits pull it hard.
-_any_width = BitSchedule("random", widths=(2, 3, 6, 8, 32))
-recipes["any_bit"] = replace(
-    recipes["fast"],
-    name="cifar10_resnet20_any_bit",
-    annealing=Annealing(weights=_any_width, activations=_any_width),
-    optimizer=replace(recipes["fast"].optimizer, rules=(Rule("clip", learning_rate=0.1, weight_decay=0.0),)),
-)
+recipes["any_bit"] = any_bit(recipes["fast"], name="cifar10_resnet20_any_bit")

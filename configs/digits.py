@@ -21,7 +21,8 @@ The table is in docs/results.md.
 import dataclasses
 
 from qpde.models import Smoothing
-from train.config import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
+from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
+from train.recipes import any_bit
 
 fast = Experiment(
     name="digits",
@@ -43,10 +44,6 @@ fast = Experiment(
     batch_size=128,
 )
 
-# Every step at widths of its own: a network for all of them. One clip serves them all, and few bits pull it hard: with
-# the learning rate of the other recipe clips collapse, with none at all 2 bits stay bad.
-any_width = BitSchedule("random", widths=(2, 3, 6, 8, 32))
-
 _strong = Smoothing(gamma2=0.125, eps=0.5, output=True)
 
 recipes = {
@@ -65,10 +62,5 @@ recipes = {
             Variant("learned", {"smoothing": dataclasses.replace(_strong, learned=True)}),
         ),
     ),
-    "any_bit": dataclasses.replace(
-        fast,
-        name="digits_any_bit",
-        annealing=Annealing(weights=any_width, activations=any_width),
-        optimizer=dataclasses.replace(fast.optimizer, rules=(Rule("clip", learning_rate=0.1, weight_decay=0.0),)),
-    ),
+    "any_bit": any_bit(fast, name="digits_any_bit"),
 }

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
+from train.config import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
 
 
 def cifar10(model: str, *, fast_epochs: int) -> dict[str, Experiment]:
@@ -80,3 +80,18 @@ def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: flo
         clip_start="rms",
     )
     return {"fast": fast, "published": published}
+
+
+def any_bit(recipe: Experiment, *, name: str) -> Experiment:
+    """The same with widths of its own for every step: a network for all of them.
+
+    One clip serves all widths, and few bits pull it hard: with the learning rate of the other recipes clips collapse,
+    with none at all 2 bits stay bad.
+    """
+    widths = BitSchedule("random", widths=(2, 3, 6, 8, 32))
+    return replace(
+        recipe,
+        name=name,
+        annealing=Annealing(weights=widths, activations=widths),
+        optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.1, weight_decay=0.0),)),
+    )
