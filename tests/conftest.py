@@ -1,6 +1,8 @@
 """Test-wide settings: strict JAX, four simulated devices, checked shapes, and where the real data lies."""
 
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +12,12 @@ FLAGS = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):  # XLA refuses to start with a flag that it no longer knows
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # the present emitters take twice the time
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+# matplotlib believes its list of fonts for ever: no test reads, or leaves behind, one that was cut short or made
+# elsewhere. The processes that a test starts, and those that share the tests, use the same.
+FONT_LIST = None
+if "MPLCONFIGDIR" not in os.environ:
+    FONT_LIST = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="qpde_fonts_")
 
 import jax
 import pytest
@@ -26,6 +34,12 @@ install_import_hook("qpde", "beartype.beartype")
 
 settings.register_profile("qpde", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("qpde")
+
+
+def pytest_unconfigure():
+    """Only the process that made the list of fonts removes it."""
+    if FONT_LIST is not None:
+        shutil.rmtree(FONT_LIST, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
