@@ -125,10 +125,16 @@ def certify(
     Returns:
       `Certificate`.
     Raises:
-      ValueError: no width for activations, a negative number of sweeps, or not an image network.
+      ValueError: no width for activations, a negative number of sweeps, not an image network, or one with clips for
+        each width (`Network.at_width` makes an ordinary one of it).
     """
     if not isinstance(model, Network):
         raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
+    if model.clip_widths is not None:
+        raise ValueError(
+            f"the twin of a network with clips for each of {model.clip_widths} clips elsewhere, which no bound covers: "
+            "certify `model.at_width(variables, bits)`"
+        )
     if bits.activations is None:
         raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
     if sweeps < 0:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpde import graphs, models
+from qpde import graphs, models, quantizers
 from qpde.bits import Bits, stack_bits
+from qpde.certificate import certify
 from qpde.diagnostics import compare, reestimate_statistics
 from qpde.elastic import Elastic, compare_bits
 from qpde.models import registry
@@ -142,3 +143,89 @@ def test_stacked_widths_keep_their_order_and_spread_common_ones_over_the_blocks(
     assert stacked.weights is None
     np.testing.assert_array_equal(stacked.activations, [[4, 4], [2, 3]])
     assert stack_bits([Bits(2, 3)]).weights.shape == (1,)
+
+
+@pytest.fixture(scope="module")
+def own_clips(trained):
+    """The same network with clips for 2, 4 and 32 bits, read off the data at each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),)))
+        model = models.create("tiny", num_classes=4, weight_bits=4, act_bits=4, clip_widths=(2, 4, 32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.asarray(IMAGES[:8]))
+    variables = models.calibrate_clips(model, variables, jnp.asarray(IMAGES[:8]), train=True)
+    return model, reestimate_statistics(model, variables, [IMAGES[:8]], model.bits)
+
+
+@pytest.mark.parametrize("bits", [Bits(2, 2), Bits(2, 4), Bits(4, 32), Bits(3, 2), Bits(32, None), Bits(None, 4)])
+def test_a_network_with_clips_for_each_width_is_at_each_an_ordinary_one(own_clips, bits):
+    model, variables = own_clips
+    ordinary, own = model.at_width(variables, bits)
+    assert ordinary.bits == bits
+    assert ordinary.clip_widths is None
+    assert own["params"]["stage0"]["block0"]["act_clips"].shape == (1, 2)
+    expected = model.apply(variables, jnp.asarray(IMAGES), bits=bits)
+    np.testing.assert_allclose(ordinary.apply(own, jnp.asarray(IMAGES)), expected, rtol=1e-5, atol=1e-5)
+    traced = jax.jit(lambda bits: model.apply(variables, jnp.asarray(IMAGES), bits=bits))(bits)
+    np.testing.assert_allclose(traced, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_clips_of_each_width_fit_the_data_at_that_width(own_clips):
+    model, variables = own_clips
+    params = variables["params"]["stage0"]["block0"]
+    for i, width in enumerate(model.clip_widths):
+        kernel = quantizers.standardize_weight(params["kernel1"][0])
+        np.testing.assert_allclose(
+            params["weight_clips"][0, i, 0],
+            quantizers.initial_clip(kernel, width, signed=True, method="mse"),
+            rtol=1e-4,
+        )
+    assert (jnp.diff(params["weight_clips"], axis=1) > 0).all()  # more levels reach further
+
+
+def test_a_width_between_those_with_clips_takes_the_next_ones(own_clips):
+    block, rows = (
+        own_clips[0].blocks[0],
+        {"weight_clips": jnp.arange(3.0)[:, None], "act_clips": jnp.arange(3.0)[:, None]},
+    )
+    for width, row in ((2, 0), (3, 1), (4, 1), (5, 2), (32, 2), (None, 2)):
+        at = block.clips_at(rows, Bits(width, 2))
+        assert (at["weight_clips"], at["act_clips"]) == (row, 0)
+
+
+def test_only_the_clips_of_the_width_that_runs_learn(own_clips):
+    model, variables = own_clips
+
+    def loss(params, bits):
+        return jnp.mean(model.apply({**variables, "params": params}, jnp.asarray(IMAGES), bits=bits) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(variables["params"], Bits(2, 4))["stage0"]
+    for name, row in (("weight_clips", 0), ("act_clips", 1)):
+        learns = jnp.abs(grads["block1"][name][0]).sum(-1) > 0
+        np.testing.assert_array_equal(learns, np.arange(3) == row)
+
+
+def test_clips_of_each_width_are_used_by_each_width_of_a_comparison(own_clips):
+    model, variables = own_clips
+    result = compare_bits(model, variables, BATCHES, [Bits(2, 2), Bits(4, 4)], references=[Bits(32, 32)] * 2)
+    for i, width in enumerate((2, 4)):
+        ordinary, own = model.at_width(variables, Bits(width, width))
+        low = ordinary.apply(own, jnp.asarray(IMAGES))
+        ordinary, own = model.at_width(variables, Bits(32, 32))
+        error = jnp.sqrt(jnp.mean((low - ordinary.apply(own, jnp.asarray(IMAGES))) ** 2))
+        np.testing.assert_allclose(result.logit_error[i], error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("widths", [(), (4, 2), (4, 4), (1, 2), (4, 33)])
+def test_widths_that_cannot_have_clips_are_refused(widths):
+    with pytest.raises(ValueError, match="clip_widths must be ascending whole numbers from 2 to 32"):
+        models.create("resnet20", num_classes=4, weight_bits=4, act_bits=4, clip_widths=widths)
+
+
+def test_clips_for_widths_need_quantizers_and_a_certificate_one_width(own_clips):
+    with pytest.raises(ValueError, match="need quantizers"):
+        models.create("resnet20", num_classes=4, clip_widths=(2, 4))
+    model, variables = own_clips
+    with pytest.raises(ValueError, match=r"certify `model.at_width\(variables, bits\)`"):
+        certify(model, variables, IMAGES, Bits(4, 4))
+    found = certify(*model.at_width(variables, Bits(4, 4)), IMAGES, Bits(4, 4))
+    assert found.logits.shape == (20, 4)

@@ -100,6 +100,8 @@ def measure_images(finished: Finished, width: int, *, images: int, sweeps: int =
     model = finished.training.model
     bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(width))
     variables = finished.at(bits)
+    if model.clip_widths is not None:  # else the network stays as it is, for one compiled program at all widths
+        model, variables = model.at_width(variables, Bits(model.weight_bits, width))
     parts: list[dict[str, Any]] = []
     for x, labels in finished.test_images(images):
         if not parts:

@@ -76,6 +76,8 @@ class Model:
     is to keep its function."""
     per_channel: bool = False
     """A clip for each output channel of a kernel."""
+    clip_widths: tuple[int, ...] | None = None
+    """Widths that have clips of their own, ascending, for a network that serves at all of them; None: one for all."""
     signed_inputs: bool = False
     """MobileNet's block inputs are quantized with a sign, not clipped at 0 as published."""
     smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None

@@ -93,7 +93,7 @@ class Training:
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         create = partial(qpde.models.create, options.pop("name"), num_classes=images.num_classes)
         model = create(**options)
-        exact = create(**options | {"weight_bits": None, "act_bits": None, "per_channel": False})
+        exact = create(**options | {"weight_bits": None, "act_bits": None, "per_channel": False, "clip_widths": None})
         sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.shape), jnp.float32)
         first_variables = partial(_first_variables, model, method=experiment.clip_start)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)

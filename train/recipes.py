@@ -83,15 +83,18 @@ def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: flo
 
 
 def any_bit(recipe: Experiment, *, name: str) -> Experiment:
-    """The same with widths of its own for every step: a network for all of them.
+    """The same with widths of its own for every step: one network for all of them, and clips for each.
 
-    One clip serves all widths, and few bits pull it hard: with the learning rate of the other recipes clips collapse,
-    with none at all 2 bits stay bad.
+    The clips start where they round with the least squared error at their width. From 4 rms, or with one clip for all
+    widths, 2 bits pull the clips until they collapse, or diverge.
     """
-    widths = BitSchedule("random", widths=(2, 3, 6, 8, 32))
+    widths = (2, 3, 4, 6, 8, 32)
+    drawn = BitSchedule("random", widths=tuple(width for width in widths if width != recipe.model.weight_bits))
     return replace(
         recipe,
         name=name,
-        annealing=Annealing(weights=widths, activations=widths),
-        optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.1, weight_decay=0.0),)),
+        model=replace(recipe.model, clip_widths=widths),
+        annealing=Annealing(weights=drawn, activations=drawn),
+        optimizer=replace(recipe.optimizer, rules=(Rule("clip", weight_decay=0.0),)),
+        clip_start="mse",
     )

@@ -82,7 +82,8 @@ class Block(abc.ABC):
     Attributes:
       width_in, width_out: channels.   stride: of the block.   symmetric: K^T instead of a second kernel.
       expansion: of the inverted block's hidden width.
-      norm, residual, levels, standardize, per_channel, signed_inputs, step_size: see `qpde.models.image_network`.
+      norm, residual, levels, standardize, per_channel, clip_widths, signed_inputs, step_size: see
+        `qpde.models.image_network`.
     """
 
     width_in: int
@@ -95,6 +96,7 @@ class Block(abc.ABC):
     levels: str = "uniform"
     standardize: bool = True
     per_channel: bool = False
+    clip_widths: tuple[int, ...] | None = None
     signed_inputs: bool = False
     step_size: float | str = 0.1
     smoothing: Smoothing | None = None
@@ -155,6 +157,9 @@ class Block(abc.ABC):
             del stats["norm1"]["var"]
         params["weight_clips"] = self._initial_weight_clips(params)
         params["act_clips"] = jnp.full(self.act_count, quantizers.ACTIVATION_CLIP)
+        if self.clip_widths is not None:
+            for name in ("weight_clips", "act_clips"):
+                params[name] = jnp.tile(params[name], (len(self.clip_widths), 1))
         if self.learns_gamma2:
             params["gamma2"] = jnp.float32(self.smoothing.gamma2)
         return params, stats
@@ -165,6 +170,22 @@ class Block(abc.ABC):
         options = {"signed": True, "method": method, "per_channel": self.per_channel}
         clips = [quantizers.initial_clip(kernels[name], None, **options) for name in self.kernel_shapes()]
         return jnp.concatenate([clip.reshape(-1) for clip in clips])
+
+    def clips_at(self, params: dict, bits: Bits) -> dict[str, Float[Array, " n"]]:
+        """`weight_clips` and `act_clips` of these widths, traced or not.
+
+        Where widths have clips of their own, (widths, n), it is the row of the first of `clip_widths` that is not
+        smaller, and the last one where all are.
+        """
+        rows = {"weight_clips": params["weight_clips"], "act_clips": params["act_clips"]}
+        if self.clip_widths is None:
+            return rows
+
+        def place(width):
+            last = len(self.clip_widths) - 1
+            return last if width is None else jnp.minimum(jnp.searchsorted(jnp.array(self.clip_widths), width), last)
+
+        return {name: own[place(width)] for (name, own), width in zip(rows.items(), bits, strict=True)}
 
     def split_weight_clips(self, clips: Float[Array, " n"]) -> list[Array]:
         """The clip of every kernel, () or (C_out,), from `weight_clips`."""
@@ -434,9 +455,10 @@ class _Call:
         self.block, self.bits, self.mode, self.gamma2 = block, bits, mode, gamma2
         self.params, self.stats = variables["params"], variables["batch_stats"]
         self.singular_vector = variables.get("spectral")
+        clips = block.clips_at(self.params, bits)
         self.clips = {
-            "weight_clips": block.split_weight_clips(self.params["weight_clips"]),
-            "act_clips": list(self.params["act_clips"]),
+            "weight_clips": block.split_weight_clips(clips["weight_clips"]),
+            "act_clips": list(clips["act_clips"]),
         }
         self.updates: dict[str, Any] = {"batch_stats": {}}
         if mode.observe is not None:

@@ -34,13 +34,20 @@ def calibrate_clips(
       model, variables: a network and its collections.   x: (N, H, W, C) images, a few hundred are enough, or a graph.
       method: of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
         percentile at 4; the clips that a network is made with fit no graph.
-      bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips.
+      bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
+        widths have clips of their own, those of each are found at that width, whatever the number given.
       train: normalise by the batch's statistics; for an image net whose running ones are still the starting values.
     Returns:
       `variables` with the new clips in "params".
     """
     bits = model.bits if bits is None else bits
-    return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
+    if isinstance(model, GraphNetwork) or model.clip_widths is None:
+        return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
+    for row, width in enumerate(model.clip_widths):
+        widths = Bits(*(None if part is None else width for part in bits))
+        found = _fitting_clips(model, variables, x, widths, method=method, train=train)
+        variables = replace_clips(variables, found, row=row)
+    return variables
 
 
 @partial(jax.jit, static_argnames=("model", "method", "train"))
@@ -82,12 +89,13 @@ def _converged(model, variables, x, bits):
     return model.apply(variables, x, bits=bits, power_iterations=200, mutable=["spectral"])[1]["spectral"]
 
 
-def replace_clips(variables: dict, observed: dict) -> dict:
+def replace_clips(variables: dict, observed: dict, *, row: int | None = None) -> dict:
     """Variables with new clips.
 
     Args:
       variables: of a network.
       observed: collection "observed" whose records are clips; where they are None, or left out, the old ones stay.
+      row: of the clips that a network has for each width; None for one that has the same for all.
     Returns:
       `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
     """
@@ -99,6 +107,8 @@ def replace_clips(variables: dict, observed: dict) -> dict:
     def replaced(tree, new):
         if isinstance(new, dict):
             return {**tree, **{k: replaced(tree[k], v) for k, v in new.items()}}
-        return tree if any(record is None for record in new) else packed(new)
+        if any(record is None for record in new):
+            return tree
+        return packed(new) if row is None else tree.at[:, row].set(packed(new))
 
     return {**variables, "params": replaced(variables["params"], observed)}

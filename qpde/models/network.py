@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -168,6 +169,11 @@ class Network(nn.Module):
         return tuple(itertools.chain(*self.stages))
 
     @property
+    def clip_widths(self) -> tuple[int, ...] | None:
+        """Widths that have clips of their own, or None where one clip serves all."""
+        return self.stages[0][0].clip_widths
+
+    @property
     def bits(self) -> Bits:
         """The widths that the network was created with."""
         return Bits(self.weight_bits, self.act_bits)
@@ -187,6 +193,28 @@ class Network(nn.Module):
             for blocks in self.stages
         )
         return self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
+
+    def at_width(self, variables: dict, bits: Bits) -> tuple[Network, dict]:
+        """Of a network with clips for each width, the ordinary one at these widths: the same function, and its twin is
+        that function without rounding.
+
+        Args:
+          variables: of this network.   bits: whole numbers or None.
+        Returns:
+          The network, created with these widths and one clip for all, and its variables.
+        """
+        if self.clip_widths is None:
+            return self.clone(weight_bits=bits.weights, act_bits=bits.activations), variables
+        params = dict(variables["params"])
+        for s, blocks in enumerate(self.stages):
+            own = params[f"stage{s}"]
+            params[f"stage{s}"] = {
+                name: own[name] | jax.vmap(partial(block.clips_at, bits=bits))(own[name])
+                for name, block, _, _ in groups(blocks)
+            }
+        stages = tuple(tuple(dataclasses.replace(b, clip_widths=None) for b in blocks) for blocks in self.stages)
+        model = self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
+        return model, {**variables, "params": params}
 
     def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
         """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with."""

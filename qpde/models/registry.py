@@ -108,6 +108,7 @@ def image_network(
     levels: str = "uniform",
     standardize: bool = True,
     per_channel: bool = False,
+    clip_widths: tuple[int, ...] | None = None,
     signed_inputs: bool = False,
     smoothing: Smoothing | None = None,
     head: str = "dense",
@@ -131,6 +132,9 @@ def image_network(
       standardize: round (w - mean w) / std w, as published, the norm behind it taking up the scale. False rounds w
         itself: a network of weight_bits=None has its own w, and keeps its function when it is quantized.
       per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
+      clip_widths: widths, ascending, that have clips of their own, as a network that runs at all of them needs (Jin et
+        al., AdaBits, CVPR 2020). A width in between takes those of the next one, `Network.at_width` only one. None is
+        one clip for all widths. The twin runs at 32 bits, so give them clips too.
       signed_inputs: MobileNet's block inputs can be negative; quantize them with a sign instead of clipping at 0.
       smoothing: total-variation smoothing, or None.
       head: what makes logits of the pooled features, "dense" or, after their division by their root mean square, one
@@ -161,6 +165,8 @@ def image_network(
     step_size = _checked_step_size(step_size, norm)
     if signed_inputs and not architecture.block.has_signed_inputs:
         raise ValueError(f"signed_inputs is for networks whose block inputs can be negative (mobilenetv2), not {name}")
+    if clip_widths is not None:
+        clip_widths = _checked_clip_widths(clip_widths, weight_bits, act_bits)
     if smoothing is not None:
         _check_smoothing(smoothing, sum(stage[2] for stage in architecture.stages))
 
@@ -178,6 +184,7 @@ def image_network(
             levels=levels,
             standardize=standardize,
             per_channel=per_channel,
+            clip_widths=clip_widths,
             signed_inputs=signed_inputs,
             step_size=step_size,
             smoothing=smoothing,
@@ -195,6 +202,16 @@ def image_network(
         compute_dtype=compute_dtype,
         head=head,
     )
+
+
+def _checked_clip_widths(widths, weight_bits, act_bits):
+    if not widths or list(widths) != sorted({int(w) for w in widths}) or not 2 <= widths[0] <= widths[-1] <= 32:
+        raise ValueError(f"clip_widths must be ascending whole numbers from 2 to 32, at least one; got {widths!r}")
+    if weight_bits is None and act_bits is None:
+        raise ValueError(
+            f"clip_widths={widths!r} need quantizers: give weight_bits and act_bits, or leave clip_widths None"
+        )
+    return tuple(widths)
 
 
 def _known(what, value, table):

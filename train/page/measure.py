@@ -146,7 +146,8 @@ def _maps(model, variables, x) -> Maps:
     errors, spread = [], {}
     for i in chosen:
         state, block = states[i - 1], steps[i][0]
-        clip, levels = steps[i][1]["params"]["act_clips"][0], {"levels": block.levels, "signed": block.signed_inputs}
+        clip = block.clips_at(steps[i][1]["params"], model.bits)["act_clips"][0]
+        levels = {"levels": block.levels, "signed": block.signed_inputs}
 
         def rounded(v, clip=clip, levels=levels):
             return quantize_activation(v, clip, model.bits.activations, **levels)
