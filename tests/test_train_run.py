@@ -325,8 +325,10 @@ def test_a_finished_run_is_measured_at_other_widths_and_its_blocks_get_widths_wi
         assert message in capsys.readouterr().err
 
 
-def test_widths_drawn_at_every_step_train_one_network_and_survive_an_interruption(config, tmp_path, monkeypatch):
-    draw = []
+def test_widths_drawn_at_every_step_train_one_network_with_clips_for_each_and_survive_an_interruption(
+    config, tmp_path, monkeypatch, capsys
+):
+    draw = ["--model.clip-widths", "3", "4", "8", "--clip-start", "mse"]
     for part in ("weights", "activations"):
         draw += [f"--annealing.{part}.schedule", "random", f"--annealing.{part}.widths", "3", "8"]
     only = ["run", config, "--only", "symmetric", "--epochs", "2", *draw]
@@ -346,6 +348,14 @@ def test_widths_drawn_at_every_step_train_one_network_and_survive_an_interruptio
     assert _summary(tmp_path, "cut") == _summary(tmp_path, "whole")
     lines = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["weight_bits"], line["act_bits"]) for line in lines] == [(4, 4)] * 2
+
+    trained = read_finished(tmp_path / "runs" / "cut", None)["symmetric"].variables["params"]["stage0"]["block0"]
+    assert trained["act_clips"].shape == (1, 3, 2)
+    assert np.unique(trained["act_clips"]).size == 6
+    capsys.readouterr()
+    assert main(["certify", "runs/cut", "--bits", "3", "--images", "64"]) == 0
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "symmetric" in line)
+    assert float(row[-1]) >= 1  # bound over error
 
 
 def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config, tmp_path, monkeypatch, capsys):
