@@ -10,7 +10,7 @@ spectral norms, and whose shortcut is not rounded. No download.
 python -m train run configs/digits.py --recipe any_bit
 python -m train elastic runs/digits_any_bit
 
-One set of weights for 2 to 32 bits. The table is in docs/results.md.
+One set of weights for 2 to 32 bits, with clips for each width. The table is in docs/results.md.
 
 python -m train run configs/digits.py --recipe smoothing
 
