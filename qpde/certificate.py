@@ -130,15 +130,11 @@ def certify(
     """
     if not isinstance(model, Network):
         raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
-    if model.clip_widths is not None:
-        raise ValueError(
-            f"the twin of a network with clips for each of {model.clip_widths} clips elsewhere, which no bound covers: "
-            "certify `model.at_width(variables, bits)`"
-        )
     if bits.activations is None:
         raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
     if sweeps < 0:
         raise ValueError(f"`sweeps` (={sweeps}) must be at least 0")
+    _check_clips(model)
     x = jnp.asarray(x)
     steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
     a_priori = 0.0
@@ -160,6 +156,7 @@ def exact_twin(
     Args:
       model, variables, x, bits: as for `certify`.
     """
+    _check_clips(model)
     rounded = _rounded_steps(model, variables, bits)
     with _in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
@@ -173,6 +170,7 @@ def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bi
     Returns:
       One `StepBound` a block, in order.
     """
+    _check_clips(model)
     found = []
     for index, (block, own, step_size, _) in enumerate(model.steps(variables)):
         found.append(step_bound(block, own, step_size, _at(bits, index), size))
@@ -229,6 +227,14 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
         if block.stride == 2:
             lipschitz, injected = lipschitz / 2, injected / 2
     return StepBound(lipschitz, injected)
+
+
+def _check_clips(model):
+    if model.clip_widths is not None:
+        raise ValueError(
+            f"the twin of a network with clips for each of {model.clip_widths} clips elsewhere, which no bound covers: "
+            "certify `model.at_width(variables, bits)`"
+        )
 
 
 @partial(jax.jit, static_argnames=("block", "step_size"))

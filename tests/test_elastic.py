@@ -7,7 +7,7 @@ import pytest
 
 from qpde import graphs, models, quantizers
 from qpde.bits import Bits, stack_bits
-from qpde.certificate import certify
+from qpde.certificate import certify, step_bounds
 from qpde.diagnostics import compare, reestimate_statistics
 from qpde.elastic import Elastic, compare_bits
 from qpde.models import registry
@@ -183,10 +183,8 @@ def test_clips_of_each_width_fit_the_data_at_that_width(own_clips):
 
 
 def test_a_width_between_those_with_clips_takes_the_next_ones(own_clips):
-    block, rows = (
-        own_clips[0].blocks[0],
-        {"weight_clips": jnp.arange(3.0)[:, None], "act_clips": jnp.arange(3.0)[:, None]},
-    )
+    block, row_numbers = own_clips[0].blocks[0], jnp.arange(3.0)[:, None]
+    rows = {"weight_clips": row_numbers, "act_clips": row_numbers}
     for width, row in ((2, 0), (3, 1), (4, 1), (5, 2), (32, 2), (None, 2)):
         at = block.clips_at(rows, Bits(width, 2))
         assert (at["weight_clips"], at["act_clips"]) == (row, 0)
@@ -227,5 +225,7 @@ def test_clips_for_widths_need_quantizers_and_a_certificate_one_width(own_clips)
     model, variables = own_clips
     with pytest.raises(ValueError, match=r"certify `model.at_width\(variables, bits\)`"):
         certify(model, variables, IMAGES, Bits(4, 4))
+    with pytest.raises(ValueError, match=r"certify `model.at_width\(variables, bits\)`"):
+        step_bounds(model, variables, (8, 8), Bits(4, 4))
     found = certify(*model.at_width(variables, Bits(4, 4)), IMAGES, Bits(4, 4))
     assert found.logits.shape == (20, 4)

@@ -85,16 +85,19 @@ def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: flo
 def any_bit(recipe: Experiment, *, name: str) -> Experiment:
     """The same with widths of its own for every step: one network for all of them, and clips for each.
 
-    The clips start where they round with the least squared error at their width: from 4 rms, two bits pull theirs
-    until they collapse or diverge. They learn slowly, for each width is drawn in a few of the steps only.
+    The clips start where they round with the least squared error at their width: from 4 rms, two bits round nearly
+    everything to nothing. They learn slowly, for each width is drawn in a few of the steps only.
     """
     widths = (2, 3, 4, 6, 8, 32)
-    drawn = BitSchedule("random", widths=tuple(width for width in widths if width != recipe.model.weight_bits))
+
+    def drawn(own: int | None) -> BitSchedule:
+        return BitSchedule("random", widths=tuple(width for width in widths if width != own))
+
     return replace(
         recipe,
         name=name,
         model=replace(recipe.model, clip_widths=widths),
-        annealing=Annealing(weights=drawn, activations=drawn),
+        annealing=Annealing(weights=drawn(recipe.model.weight_bits), activations=drawn(recipe.model.act_bits)),
         optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.3, weight_decay=0.0),)),
         clip_start="mse",
     )
