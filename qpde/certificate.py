@@ -155,6 +155,8 @@ def exact_twin(
 
     Args:
       model, variables, x, bits: as for `certify`.
+    Raises:
+      ValueError: a network with clips for each width.
     """
     _check_clips(model)
     rounded = _rounded_steps(model, variables, bits)
@@ -169,6 +171,8 @@ def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bi
       model, variables, bits: as for `certify`.   size: height and width of the images.
     Returns:
       One `StepBound` a block, in order.
+    Raises:
+      ValueError: a network with clips for each width.
     """
     _check_clips(model)
     found = []
