@@ -169,6 +169,13 @@ def test_a_network_with_clips_for_each_width_is_at_each_an_ordinary_one(own_clip
     np.testing.assert_allclose(traced, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_network_with_one_clip_for_all_widths_stays_as_it_is_at_any(trained):
+    model, variables = trained
+    ordinary, own = model.at_width(variables, Bits(2, 8))
+    assert ordinary == model.clone(weight_bits=2, act_bits=8)
+    jax.tree.map(np.testing.assert_array_equal, own, variables)
+
+
 def test_clips_of_each_width_fit_the_data_at_that_width(own_clips):
     model, variables = own_clips
     params = variables["params"]["stage0"]["block0"]

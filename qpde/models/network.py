@@ -203,8 +203,6 @@ class Network(nn.Module):
         Returns:
           The network, created with these widths and one clip for all, and its variables.
         """
-        if self.clip_widths is None:
-            return self.clone(weight_bits=bits.weights, act_bits=bits.activations), variables
         params = dict(variables["params"])
         for s, blocks in enumerate(self.stages):
             own = params[f"stage{s}"]
