@@ -8,14 +8,7 @@ Symmetric and plain resnet56 with 4-bit weights and activations on CIFAR-10. `--
 with spectral norms and a shortcut that is not rounded.
 """
 
-from dataclasses import replace
-
-from train.config import Variant
-from train.recipes import cifar10
+from train.recipes import cifar10, stable
 
 recipes = cifar10("resnet56", fast_epochs=10)
-recipes["stable"] = replace(
-    recipes["fast"],
-    name="cifar10_resnet56_stable",
-    variants=(Variant("spectral", {"symmetric": True, "norm": "spectral", "residual": "precise"}),),
-)
+recipes["stable"] = stable(recipes["fast"], name="cifar10_resnet56_stable")

@@ -82,6 +82,16 @@ def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: flo
     return {"fast": fast, "published": published}
 
 
+def stable(recipe: Experiment, *, name: str) -> Experiment:
+    """The symmetric network, its steps kept from amplifying an error, with a shortcut that is not rounded.
+
+    "spectral" has spectral norms, "tied" tied norms and step sizes from power iterations (`qpde.models.blocks`).
+    """
+    spectral = {"symmetric": True, "norm": "spectral", "residual": "precise"}
+    tied = {"symmetric": True, "norm": "tied", "step_size": "auto", "residual": "precise"}
+    return replace(recipe, name=name, variants=(Variant("spectral", spectral), Variant("tied", tied)))
+
+
 def any_bit(recipe: Experiment, *, name: str) -> Experiment:
     """The same with widths of its own for every step: one network for all of them, and clips for each.
 
