@@ -11,6 +11,7 @@ custom rules below say. They exist because the compiler's own kernel gradient is
 works to any order and forward mode (`jax.jvp`) does not: J v is the vjp of the vjp.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -282,26 +283,51 @@ def _kernel_gradient_by_dots(form, x, y):
 
 def _sum_over_blocks(f, x, y, *, pixels):
     """Sum of f over blocks of images with about so many output pixels, few enough to stay in the core's cache."""
-    images = max(1, pixels // (y.shape[1] * y.shape[2]))
-    images = next((i for i in range(min(images, len(x)), 0, -1) if len(x) % i == 0), 1)
-    blocks = [a.reshape(len(x) // images, images, *a.shape[1:]) for a in (x, y)]
+    blocks = [_blocks(a, images=pixels // (y.shape[1] * y.shape[2])) for a in (x, y)]
     start = jnp.zeros_like(jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks)))
     return lax.scan(lambda total, block: (total + f(*block), None), start, blocks)[0]
 
 
+_BLOCK = 2**19
+"""Numbers in a block of images that a CPU takes at a time."""
+
+
+def _blocks(x, *, images):
+    """(N, ...) as (blocks, images, ...) of at most so many images, at least one."""
+    images = next((i for i in range(min(max(1, images), len(x)), 0, -1) if len(x) % i == 0), 1)
+    return x.reshape(len(x) // images, images, *x.shape[1:])
+
+
 def _depthwise_conv(form, x, kernel):
-    return _sum_of_products(_shifts(form, x), kernel)
+    return _sum_of_products(partial(_shifts, form), x, kernel)
 
 
 def _depthwise_transpose(form, y, kernel):
-    y = _pad(y, form.adjoint_padding, between=form.stride - 1)
-    return _sum_of_products(_windows(y, form.taps, form.size, dilation=form.dilation)[::-1], kernel)
+    def windows(y):
+        y = _pad(y, form.adjoint_padding, between=form.stride - 1)
+        return _windows(y, form.taps, form.size, dilation=form.dilation)[::-1]
+
+    return _sum_of_products(windows, y, kernel)
 
 
-def _sum_of_products(images, kernel):
+def _sum_of_products(windows, x, kernel):
+    """Sum over the taps of what each of them meets, `windows(x)`, times its weights.
+
+    On CPUs a few images at a time: they stay in the core's cache, and what made the kernel, its rounding for instance,
+    stays outside of the loop over pixels, into which the compiler would pull it for every pixel and tap.
+    """
     wide = _wide(kernel)
-    weights = kernel.astype(wide).reshape(-1, 1, 1, 1, kernel.shape[-1])
-    return sum(x.astype(wide) * k for x, k in zip(images, weights, strict=True)).astype(kernel.dtype)
+
+    def at_once(x, kernel):
+        weights = kernel.astype(wide).reshape(-1, 1, 1, 1, kernel.shape[-1])
+        return sum(x.astype(wide) * k for x, k in zip(windows(x), weights, strict=True)).astype(kernel.dtype)
+
+    def by_blocks(x, kernel):
+        blocks = _blocks(x, images=_BLOCK // max(1, math.prod(x.shape[1:])))
+        y = lax.map(lambda block: at_once(block, kernel), blocks)
+        return y.reshape(len(x), *y.shape[2:])
+
+    return lax.platform_dependent(x, kernel, cpu=by_blocks, default=at_once)
 
 
 def _depthwise_kernel_gradient(form, x, y):
