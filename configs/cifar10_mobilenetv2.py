@@ -8,4 +8,4 @@ Neither recipe has been run to its end yet, so no result is stated.
 
 from train.recipes import cifar10
 
-recipes = cifar10("mobilenetv2", fast_epochs=10)
+recipes = cifar10("mobilenetv2", fast_epochs=10, clip_rate=0.3)

@@ -11,4 +11,4 @@ recipe has been run on the real photographs, so no result is stated; tests run b
 
 from train.recipes import imagenet
 
-recipes = imagenet("mobilenetv2", epochs=150, learning_rate=0.05, weight_decay=4e-5)
+recipes = imagenet("mobilenetv2", epochs=150, learning_rate=0.05, weight_decay=4e-5, clip_rate=0.3)

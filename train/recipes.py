@@ -5,15 +5,16 @@ from dataclasses import replace
 from train.config import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
 
 
-def cifar10(model: str, *, fast_epochs: int) -> dict[str, Experiment]:
+def cifar10(model: str, *, fast_epochs: int, clip_rate: float = 3.0) -> dict[str, Experiment]:
     """Symmetric and plain nets with 4-bit weights and activations: the paper's recipe, and one for a laptop.
 
     "published": 200 epochs, cosine from 0.1, clips that start at constants and learn as the weights do.
     "fast", the default: one cycle up to 0.2 with Nesterov's momentum and more decay; clips start at 4 rms of what
-    they clip, and learn three times as fast, without decay.
+    they clip, and learn at a rate of their own, without decay.
 
     Args:
       model: name of the architecture.   fast_epochs: length of the fast recipe.
+      clip_rate: that of the clips, over the weights', in the fast recipe.
     """
     published = Experiment(
         name=f"cifar10_{model}_published",
@@ -33,7 +34,7 @@ def cifar10(model: str, *, fast_epochs: int) -> dict[str, Experiment]:
             schedule="one_cycle",
             nesterov=True,
             weight_decay=5e-4,
-            rules=(Rule("clip", learning_rate=3.0, weight_decay=0.0),),
+            rules=(Rule("clip", learning_rate=clip_rate, weight_decay=0.0),),
         ),
         epochs=fast_epochs,
         clip_start="rms",
@@ -41,7 +42,9 @@ def cifar10(model: str, *, fast_epochs: int) -> dict[str, Experiment]:
     return {"fast": fast, "published": published}
 
 
-def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: float) -> dict[str, Experiment]:
+def imagenet(
+    model: str, *, epochs: int, learning_rate: float, weight_decay: float, clip_rate: float = 3.0
+) -> dict[str, Experiment]:
     """Symmetric and plain nets with 4-bit weights and activations on ImageNet: the usual recipe, and a fast one.
 
     "published": squares of 224 pixels, cosine, batches of 256, clips that start at constants and learn as the weights.
@@ -53,6 +56,7 @@ def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: flo
     Args:
       model: name of the architecture.
       epochs, learning_rate, weight_decay: of the recipe with which its authors trained it in full precision.
+      clip_rate: as in `cifar10`.
     """
     published = Experiment(
         name=f"imagenet_{model}_published",
@@ -74,7 +78,7 @@ def imagenet(model: str, *, epochs: int, learning_rate: float, weight_decay: flo
             schedule="one_cycle",
             nesterov=True,
             weight_decay=weight_decay / 2,
-            rules=(Rule("clip", learning_rate=3.0, weight_decay=0.0),),
+            rules=(Rule("clip", learning_rate=clip_rate, weight_decay=0.0),),
         ),
         epochs=30,
         clip_start="rms",
