@@ -443,6 +443,18 @@ def test_a_step_that_breaks_down_ends_the_run_with_its_number_the_layer_and_the_
     assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
 
 
+def test_a_trained_network_that_cannot_be_measured_ends_the_run_with_the_reason(config, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ValueError("activations of block 0 are NaN or infinite")
+
+    monkeypatch.setattr("train.experiment.compare", refuse)
+    assert main(["run", config, "--only", "plain", "--epochs", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: plain: training went astray")
+    assert "activations of block 0 are NaN or infinite. Try a smaller --optimizer.learning-rate" in error
+    assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

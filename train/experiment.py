@@ -116,8 +116,19 @@ class Training:
         return self.results(self.fit(run, console), run)
 
     def results(self, state: TrainState, run: RunDirectory) -> dict[str, Any]:
-        """`evaluate` and the history of a training that ended with this state."""
-        return self.evaluate(state) | _history(run.lines(self.variant.name), int(state.step))
+        """`evaluate` and the history of a training that ended with this state.
+
+        Raises:
+          FloatingPointError: the trained network has activations that are not finite.
+        """
+        try:
+            results = self.evaluate(state)
+        except ValueError as error:
+            raise FloatingPointError(
+                f"{self.variant.name}: training went astray and ended with a network that cannot be measured: {error}. "
+                "Try a smaller --optimizer.learning-rate, or a smaller one for the clips (optimizer.rules)"
+            ) from error
+        return results | _history(run.lines(self.variant.name), int(state.step))
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
