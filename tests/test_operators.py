@@ -268,6 +268,19 @@ def test_an_empty_batch_has_zero_kernel_gradient(kind):
     close(gradient, jnp.zeros_like(kernel))
 
 
+@pytest.mark.parametrize("images", [4, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_batch_in_blocks_is_every_image_by_itself(images, stride):
+    """Images of 2^18 numbers: two make a block, and a batch of five, which two do not divide, has five."""
+    x = jax.random.normal(jax.random.key(0), (images, 64, 64, 64))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 64))
+    y = depthwise(x, kernel, stride=stride)
+    close(y, jnp.concatenate([depthwise(one[None], kernel, stride=stride) for one in x]))
+    back = depthwise_adjoint(y, kernel, stride=stride, size=(64, 64))
+    each = [depthwise_adjoint(one[None], kernel, stride=stride, size=(64, 64)) for one in y]
+    close(back, jnp.concatenate(each))
+
+
 def test_blocks_of_images_sum_to_the_whole_batch():
     x = jax.random.normal(jax.random.key(0), (12, 32, 32, 16))  # 12 images in 6 blocks
     kernel, y = jnp.zeros((3, 3, 16, 16)), x[:, ::-1]
