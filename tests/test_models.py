@@ -69,6 +69,19 @@ def test_doubled_networks_have_the_blocks_of_the_table(name, per_stage):
     assert [len(stage) for stage in models.create(name, num_classes=10).stages] == [per_stage] * 3
 
 
+@pytest.mark.parametrize(("name", "millions"), [("resnet32", 0.46), ("resnet44", 0.66), ("resnet110", 1.7)])
+def test_depths_of_he_et_al_have_their_parameters(name, millions):
+    """Table 6 of "Deep residual learning", with the projections that widen the shortcut here."""
+    model = models.create(name, num_classes=10, symmetric=False)
+    assert models.summary(model, (32, 32, 3)).parameters / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_a_tied_resnet32_has_the_parameters_of_a_plain_resnet20():
+    tied = models.create("resnet32", num_classes=10, norm="tied", step_size="auto")
+    plain = models.create("resnet20", num_classes=10, symmetric=False)
+    assert models.summary(tied, (32, 32, 3)).parameters == models.summary(plain, (32, 32, 3)).parameters
+
+
 @pytest.mark.parametrize("name", ["resnet20", "stablenet20", "mobilenetv2"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_kind_of_network_trains_in_low_bits(name, symmetric):

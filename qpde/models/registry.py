@@ -44,7 +44,10 @@ def _imagenet(block: type[Block], blocks: tuple[int, int, int, int]) -> Architec
 
 ARCHITECTURES = {
     "resnet20": _cifar(BasicBlock, 3),
+    "resnet32": _cifar(BasicBlock, 5),
+    "resnet44": _cifar(BasicBlock, 7),
     "resnet56": _cifar(BasicBlock, 9),
+    "resnet110": _cifar(BasicBlock, 18),
     "resnet18": _imagenet(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _imagenet(BasicBlock, (3, 4, 6, 3)),
     "stablenet20": _cifar(StableBlock, 3),
