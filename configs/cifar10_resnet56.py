@@ -4,8 +4,12 @@ Symmetric and plain resnet56 with 4-bit weights and activations on CIFAR-10. `--
 10 epochs in one cycle, `--recipe published` the 200 epochs of the paper (train/recipes.py).
 
 `--epochs 3`, 89 minutes on one CPU core, seed 0: symmetric 68.43% test accuracy, layer-wise error 0.158; plain 73.09%,
-0.245. The figure is in docs/results.md. No recipe has been run to its end; `--recipe stable` is the symmetric network
-with spectral norms and a shortcut that is not rounded.
+0.245. The figure is in docs/results.md. No recipe has been run to its end.
+
+python -m train run configs/cifar10_resnet56.py --recipe stable --data-dir FOLDER
+
+The symmetric network with spectral or tied norms and a shortcut that is not rounded. `--only tied --epochs 3`: 68.82%
+test accuracy, layer-wise error 0.050.
 """
 
 from train.recipes import cifar10, stable

@@ -313,7 +313,7 @@ def _depthwise_transpose(form, y, kernel):
 def _sum_of_products(windows, x, kernel):
     """Sum over the taps of what each of them meets, `windows(x)`, times its weights.
 
-    On CPUs a few images at a time: they stay in the core's cache, and what made the kernel, its rounding for instance,
+    On CPUs a few images at a time: they stay in the cache, and what made the kernel, its rounding for instance,
     stays outside of the loop over pixels, into which the compiler would pull it for every pixel and tap.
     """
     wide = _wide(kernel)

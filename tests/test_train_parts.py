@@ -624,18 +624,18 @@ def test_a_state_of_another_network_is_refused_and_stays(tmp_path, like):
 # Memory
 
 
-glibc = platform.libc_ver()[0] == "glibc"
+GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch):
     ask = "from train.memory import keep_freed_memory; print(keep_freed_memory())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert answer.stdout.strip() == str(glibc)
+    assert answer.stdout.strip() == str(GLIBC)
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()
 
 
-@pytest.mark.skipif(not glibc, reason="the C library is not glibc")
+@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
 def test_blocks_larger_than_a_threads_heap_are_used_again():
     """80 MiB are 20480 pages; the first calls grow the heap, later ones find their pages in it."""
     program = """
