@@ -236,6 +236,28 @@ def test_steps_with_a_bounded_norm_are_non_expansive(name, norm):
             assert float(moved) <= float(jnp.linalg.norm(change)) * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "stablenet20", "mobilenetv2"])
+@pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("spectral", 0.1)])
+@pytest.mark.parametrize("bound", [{}, {"step_bound": 0.5}, {"step_bound": 2.0}])
+def test_a_step_that_finds_its_own_size_keeps_to_its_bound(name, norm, step_size, bound):
+    """h |D K|^2 is the bound, whatever the gain."""
+    model = models.create(name, num_classes=4, norm=norm, step_size=step_size, **bound)
+    block = next(b for b in model.blocks if b.symmetric)
+    params, stats = block.init(jax.random.key(1))
+    params["norm1"]["scale"] = 5 * jax.random.normal(jax.random.key(2), params["norm1"]["scale"].shape)
+    start = block.initial_spectral(jax.random.key(4), params, 8, 8)
+    mode = models.layers.Mode(power_iterations=300)
+    at_zero = {"params": params, "batch_stats": stats, "spectral": start}
+    carried = jax.jit(lambda x: block(at_zero, x, 0.1, qpde.Bits(), mode)[1]["spectral"])(jnp.zeros_like(start))
+    kernels, scales, h = block.factors({**at_zero, "spectral": carried}, 0.1, qpde.Bits())
+    linear, adjoint = block.linear_pair(kernels)
+    d = models.layers.row(scales["norm1"])
+    norm_of_step = qpde.stability.spectral_norm(
+        lambda x: d * linear(x), start.shape, adjoint=lambda y: adjoint(d * y), iterations=300, key=jax.random.key(5)
+    )
+    np.testing.assert_allclose(h * norm_of_step**2, bound.get("step_bound", 1.9), rtol=1e-3)
+
+
 def test_a_scaled_head_sees_pooled_features_of_mean_square_one():
     model, variables = make(head="scaled")
     head = variables["params"]["head"]
@@ -359,6 +381,8 @@ def test_depthwise_weights_keep_eight_bits():
         ({"step_size": float("nan")}, "positive"),
         ({"step_size": "fast"}, "'auto'.*'fast'"),
         ({"step_size": "auto"}, "norm='tied'"),
+        ({"step_bound": 2.5}, "step_bound.*2.5.*at most 2"),
+        ({"step_bound": float("nan")}, "step_bound"),
         ({"norm": "batch"}, "separate, tied, spectral"),
         ({"residual": "exact"}, "rounded, precise"),
         ({"head": "normed"}, "dense, scaled"),

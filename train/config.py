@@ -61,6 +61,8 @@ class Model:
     """Blocks use one kernel K and its adjoint. Variants usually set this."""
     step_size: float | Literal["auto"] = 0.1
     """h of the symmetric step x - h K^T s(K x)."""
+    step_bound: float = 1.9
+    """h |D K|^2 where the steps find their own size (norm "spectral", or step_size "auto"); at most 2."""
     weight_bits: int | None = 4
     """Bits of the kernels; None trains them in full precision."""
     act_bits: int | None = 4

@@ -10,7 +10,9 @@ with xq = Q1(x), quantizers Q, smoothing S, ReLU s and norms N (Ben-Yair et al.,
 
     separate   N1 and N2 apart, as published: neither symmetric nor non-expansive as a whole
     tied       y = K^T D s(D K xq + b), D = g / std: a gradient step on a convex energy
-    spectral   the same with D = g sqrt(1.9) / |g K| and h = 1: the step is non-expansive whatever is learned
+    spectral   the same with D = g sqrt(c) / |g K| and h = 1: the step is non-expansive whatever is learned
+
+c, the `step_bound`, is what h |D K|^2 is held at where steps find their own size: non-expansive up to 2.
 
 Blocks know nothing of Flax; `qpde.models.network` owns their variables and chains them.
 """
@@ -37,7 +39,7 @@ __all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Scalin
 NORMS = ("separate", "tied", "spectral")
 RESIDUALS = ("rounded", "precise")
 DEPTHWISE_BITS = 8
-STEP_BOUND = 1.9  # of h |D K|^2; the step is non-expansive up to 2
+STEP_BOUND = 1.9  # where nothing else is asked for: as far as a power iteration's |D K|, which is a bit low, allows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Block(abc.ABC):
     Attributes:
       width_in, width_out: channels.   stride: of the block.   symmetric: K^T instead of a second kernel.
       expansion: of the inverted block's hidden width.
-      norm, residual, levels, standardize, per_channel, clip_widths, signed_inputs, step_size: see
+      norm, residual, levels, standardize, per_channel, clip_widths, signed_inputs, step_size, step_bound: see
         `qpde.models.image_network`.
     """
 
@@ -99,6 +101,7 @@ class Block(abc.ABC):
     clip_widths: tuple[int, ...] | None = None
     signed_inputs: bool = False
     step_size: float | str = 0.1
+    step_bound: float = STEP_BOUND
     smoothing: Smoothing | None = None
 
     act_count = 2
@@ -223,10 +226,10 @@ class Block(abc.ABC):
         """D and h of the tied and the spectral norm."""
         gain = call.params["norm1"]["scale"]
         if self.norm == "spectral":
-            return gain * (math.sqrt(STEP_BOUND) / call.spectral_norm(linear, adjoint, gain)), 1.0
+            return gain * (math.sqrt(self.step_bound) / call.spectral_norm(linear, adjoint, gain)), 1.0
         scale = gain * jax.lax.rsqrt(var + NORM_EPSILON)
         if self.has_spectral_state:
-            step_size = STEP_BOUND / call.spectral_norm(linear, adjoint, scale) ** 2
+            step_size = self.step_bound / call.spectral_norm(linear, adjoint, scale) ** 2
         return scale, step_size
 
     def factors(self, variables: dict, step_size: Any, bits: Bits) -> tuple[dict, dict, Any]:

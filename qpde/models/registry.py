@@ -7,7 +7,16 @@ import math
 from typing import Any
 
 from qpde import stencils
-from qpde.models.blocks import NORMS, RESIDUALS, BasicBlock, Block, InvertedBlock, Smoothing, StableBlock
+from qpde.models.blocks import (
+    NORMS,
+    RESIDUALS,
+    STEP_BOUND,
+    BasicBlock,
+    Block,
+    InvertedBlock,
+    Smoothing,
+    StableBlock,
+)
 from qpde.models.graph_networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
 from qpde.models.network import Network
 
@@ -104,6 +113,7 @@ def image_network(
     num_classes: int,
     symmetric: bool = True,
     step_size: float | str = 0.1,
+    step_bound: float = STEP_BOUND,
     weight_bits: int | None = None,
     act_bits: int | None = None,
     norm: str = "separate",
@@ -125,8 +135,11 @@ def image_network(
       name: a key of `ARCHITECTURES`.   num_classes: at least 1.
       symmetric: steps x - h K^T s(K x) with one kernel, instead of two kernels and h = 1. The first block of a
         stage stays plain in ResNets and MobileNets.
-      step_size: h > 0 of the symmetric steps. "auto" keeps h |D K|^2 = 1.9 by a power iteration that is carried in the
-        collection "spectral"; it needs `norm="tied"`. With `norm="spectral"` h is 1 and this argument has no effect.
+      step_size: h > 0 of the symmetric steps. "auto" holds h |D K|^2 at `step_bound` by a power iteration that is
+        carried in the collection "spectral"; it needs `norm="tied"`. With `norm="spectral"` h is 1 and this argument
+        has no effect.
+      step_bound: h |D K|^2 of steps that find their own size, above 0 and at most 2. A step is non-expansive up to 2;
+        what rounding adds to it is proportional to this number, and so is how far it moves the features.
       weight_bits, act_bits: default widths, 2 to 32 (16 and more clip without rounding), or None for exact.
         `model.apply(..., bits=)` overrides them call by call.
       norm: of the symmetric steps: "separate" (published), "tied" or "spectral" (non-expansive, `qpde.models.blocks`).
@@ -149,7 +162,7 @@ def image_network(
     Returns:
       Module with `init(key, x)` and `apply(variables, x, train=..., bits=..., return_states=...)`, see `Network`.
     Raises:
-      ValueError: an unknown name or option, a width outside 2..32, a step size that is not positive and finite.
+      ValueError: an unknown name or option, a width outside 2..32, a step size or bound out of range.
     """
     architecture = _known("name", name, ARCHITECTURES)
     for option, value, valid in (
@@ -166,6 +179,8 @@ def image_network(
     _check_bits("weight_bits", weight_bits)
     _check_bits("act_bits", act_bits)
     step_size = _checked_step_size(step_size, norm)
+    if not 0 < step_bound <= 2:
+        raise ValueError(f"step_bound (={step_bound}) must be above 0 and at most 2: beyond, a step amplifies")
     if signed_inputs and not architecture.block.has_signed_inputs:
         raise ValueError(f"signed_inputs is for networks whose block inputs can be negative (mobilenetv2), not {name}")
     if clip_widths is not None:
@@ -190,6 +205,7 @@ def image_network(
             clip_widths=clip_widths,
             signed_inputs=signed_inputs,
             step_size=step_size,
+            step_bound=float(step_bound),
             smoothing=smoothing,
         )
 
