@@ -134,6 +134,27 @@ def test_a_signal_ends_the_step_in_hand_and_its_state_is_saved(tmp_path, number,
     assert [line["train_loss"] for line in lines] == [2.0] * 10  # the sums of the cut epoch were saved too
 
 
+def test_the_line_of_the_best_epoch_is_validated_again_where_it_was_lost(tmp_path):
+    plan = _plan(epochs=2)
+    *_, whole = _fit(tmp_path, plan)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    for _ in range(2):
+        state, _, last, lines = _fit(tmp_path, plan)
+        assert (int(state.step), last) == (6, 6)
+        assert [line["step"] for line in lines] == [3, 6]
+        for name in ("epoch", "weight_bits", "validation_accuracy", "validation_loss"):
+            assert lines[-1][name] == whole[-1][name]
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    _fit(tmp_path, _plan(epochs=1))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"variant"\n' + metrics.read_text())
+    with pytest.raises(OSError, match=r"metrics.jsonl, line 2, is damaged \(.*\): delete that line"):
+        _fit(tmp_path, _plan())
+
+
 @pytest.mark.parametrize(
     ("accuracy", "right", "steps_per_epoch", "warning"),
     [

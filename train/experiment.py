@@ -177,7 +177,7 @@ class Training:
             batches=shared._feed,
             evaluate=evaluate,
             score=_by_accuracy if row.labels else _by_similarity,
-            reached=lambda line: not row.labels and line["train_similarity"] <= experiment.loss.similarity_target,
+            reached=lambda line: not row.labels and line.get("train_similarity", np.inf) <= experiment.loss.similarity_target,
             explain=lambda state, bits, *data: shared._explain(state, *self.images.select(state, *data), widths(bits)),
             chance=self.images.chance,
         )

@@ -95,6 +95,7 @@ def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkp
     """Trains to the end of the last epoch and returns the state of the best one among those like the last one.
 
     Each epoch ends with a line in metrics.jsonl, then a save.  SIGTERM and SIGINT end the current step and save.
+    Where the best one's line was lost since, it is validated again.
 
     Args:
       state: the first state; if the run has saved ones, only its shapes are used.
@@ -197,26 +198,36 @@ def course(
                 f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
                 stopped,
             )
-    return checkpoints.load(checkpoints.best_step, (state, totals))[0]
+    best = checkpoints.best_step
+    state, _ = checkpoints.load(best, (state, totals))
+    if all(line["step"] != best for line in run.lines(plan.variant)):  # a crash of the machine can lose it
+        _log_validated(state, plan, run, epoch=best // plan.steps_per_epoch)
+    return state
 
 
 def _evaluated(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints) -> TrainState:
     """The state as it is, validated, logged and saved as if an epoch of no steps had led to it."""
-    start, bits = time.perf_counter(), plan.bits(0)
-    validation = plan.evaluate(state.averaged.variables, bits)
     run.forget_after(plan.variant, -1)
+    validation = _log_validated(state, plan, run, epoch=0)
+    checkpoints.save(0, (state, plan.totals), validation)
+    return state
+
+
+def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: int) -> dict[str, float]:
+    """Validates the state at the end of an epoch and logs what can be said without its steps."""
+    start, bits = time.perf_counter(), plan.bits(epoch)
+    validation = plan.evaluate(state.averaged.variables, bits)
     run.log(
         variant=plan.variant,
-        epoch=0,
-        step=0,
+        epoch=epoch,
+        step=epoch * plan.steps_per_epoch,
         weight_bits=bits.weights,
         act_bits=bits.activations,
         validation_loss=validation["loss"],
         validation_accuracy=validation["accuracy"],
         seconds=round(time.perf_counter() - start, 3),
     )
-    checkpoints.save(0, (state, plan.totals), validation)
-    return state
+    return validation
 
 
 def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:

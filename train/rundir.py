@@ -199,9 +199,20 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line cut short by a crash is left out."""
+    """The JSON lines of a file; a last line cut short by a crash is left out.
+
+    Raises:
+      OSError: another line is damaged; names it.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise OSError(f"{path}, line {number}, is damaged ({error}): delete that line") from error
+    return found
 
 
 def _write(path: Path, text: str) -> None:
