@@ -155,6 +155,20 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path):
         _fit(tmp_path, _plan())
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_without_steps_when_its_state_is_saved(tmp_path, number, status):
+    def evaluate(variables, bits):
+        os.kill(os.getpid(), number)
+        return {"accuracy": 0.5, "loss": 1.0}
+
+    error, _, _, lines = _fit(tmp_path, _plan(epochs=0, evaluate=evaluate))
+    assert isinstance(error, Interrupted)
+    assert error.exit_status == status
+    assert "a is saved; the same command goes on" in str(error)
+    state, *_, again = _fit(tmp_path, _plan(epochs=0))
+    assert (int(state.step), len(lines), len(again)) == (0, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("accuracy", "right", "steps_per_epoch", "warning"),
     [

@@ -149,7 +149,10 @@ def course(
     """`fit` without its steps: what to do before, between and after them."""
     name, last = plan.title, plan.epochs * plan.steps_per_epoch
     if last == 0:
-        return _evaluated(state, plan, run=run, checkpoints=checkpoints)
+        state = _evaluated(state, plan, run=run, checkpoints=checkpoints)
+        if stopped := largest(stop.signal_number or 0):
+            raise Interrupted(f"interrupted: {name} is saved; the same command goes on from there", stopped)
+        return state
     for folder in checkpoints.damaged:
         display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
     step, totals = checkpoints.last_step, plan.totals
