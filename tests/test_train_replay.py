@@ -36,6 +36,8 @@ def test_a_replay_is_identical_unless_something_was_changed(finished, capsys):
     changed = json.loads(lines[0])
     changed["train_loss"][1] += 1e-6
     (finished / "metrics.jsonl").write_text(json.dumps(changed) + "\n")
+    assert main(["replay", str(finished)]) == 2
+    assert "finished run: choose another --replays-dir, or --overwrite" in capsys.readouterr().err
     assert main(["replay", str(finished), "--overwrite"]) == 1
     assert "differs: metrics.jsonl[0].train_loss[1]" in capsys.readouterr().out
 

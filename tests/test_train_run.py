@@ -15,9 +15,12 @@ from qpde.models.blocks import BasicBlock
 from train import fleet
 from train.checkpoints import Checkpoints, read_best
 from train.cli import COMMANDS, load_recipes, main
+from train.config import Experiment, Model, Variant
 from train.finished import read_finished
 from train.optimizer import path_name
 from train.progress import Display
+from train.rundir import open_run
+from train.stored import to_json
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -258,7 +261,7 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
         "must lie in 2 to 32": ["runs/exact", "--bits", "1"],
         "absent is no folder of a run": ["absent", "--bits", "4"],
         "images (=0) must be at least 1": ["runs/exact", "--bits", "4", "--images", "0"],
-        "holds a finished run": ["runs/exact", "--bits", "W8A4"],
+        "another experiment (calibration.images: 300 there, 1024 now; ": ["runs/exact", "--bits", "W8A4"],
     }
     for message, arguments in cases.items():
         assert main(["quantize", *arguments]) == 2
@@ -266,6 +269,46 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
     for command in ("certify", "elastic", "budget"):
         assert main([command, "runs/exact"]) == 2
         assert "`quantize` the run first" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quantized(tmp_path, monkeypatch):
+    """The arguments of `quantize` for a full-precision run, made up, and the names of the runs that it starts."""
+    full = Experiment("full", (Variant("plain"),), model=Model(weight_bits=None, act_bits=None))
+    run = tmp_path / "full"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(full))
+    started = []
+
+    def prepare(experiment, *, runs_dir, overwrite, **_):
+        def job(console):
+            started.append(experiment.name)
+            folder.path.joinpath("summary.json").write_text("{}")
+
+        with open_run(runs_dir, experiment, overwrite=overwrite) as folder:
+            return job
+
+    monkeypatch.setattr("train.quantize.prepare_job", prepare)
+    return ["quantize", str(run), "--runs-dir", str(tmp_path / "runs"), "--bits"], started
+
+
+def test_quantize_goes_on_with_the_widths_that_are_missing(quantized, tmp_path, capsys):
+    command, started = quantized
+    assert main([*command, "W4A4"]) == 0
+    assert main([*command, "W8A8", "W4A4"]) == 0
+    assert started == ["full_W4A4", "full_W8A8"]
+    assert f"{tmp_path}/runs/full_W4A4 is finished" in capsys.readouterr().out
+
+    before = _files(tmp_path)
+    assert main([*command, "W2A2", "W4A4", "--images", "5"]) == 2  # before the first folder is made
+    assert "full_W4A4 holds a run of another experiment (calibration.images: 1024 there, 5 now): choose another " in (
+        error := capsys.readouterr().err
+    )
+    assert "--runs-dir, or --overwrite to delete it" in error
+    assert main([*command, "W2A2", "W1"]) == 2
+    assert _files(tmp_path) == before
+    assert main([*command, "W4A4", "--images", "5", "--overwrite"]) == 0
+    assert started[2:] == ["full_W4A4"]
 
 
 def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
@@ -378,7 +421,7 @@ def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config
     assert lines[0][3:] != lines[2][3:]  # another seed, another network
 
     refused = {
-        "another experiment: choose another --name": ["--seeds", "2", "--batch-size", "128"],
+        "(batch_size: 256 there, 128 now): choose another --name": ["--seeds", "2", "--batch-size", "128"],
         "seeds (=0) must be at least 1": ["--seeds", "0"],
         "neither like W4A8": ["--bits", "W4"],
     }

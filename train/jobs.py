@@ -29,6 +29,7 @@ def prepare_job(
     overwrite: bool = False,
     resume_changed: bool = False,
     tensorboard: bool = False,
+    elsewhere: str = "--name",
 ) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
@@ -39,6 +40,7 @@ def prepare_job(
       overwrite: delete what the run's folder holds.
       resume_changed: take it up though the experiment differs.
       tensorboard: write TensorBoard's events, too.
+      elsewhere: the command's option that chooses another folder, for messages.
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
       ImportError: a package is missing.
@@ -46,7 +48,14 @@ def prepare_job(
     if jax.process_count() > 1 and not isinstance(experiment, Experiment):
         raise ValueError(f"{experiment.name} trains on one graph, which several processes cannot share: start one")
     trainings, report = _PREPARE[type(experiment)](experiment, data_dir)
-    run = open_run(runs_dir, experiment, overwrite=overwrite, resume_changed=resume_changed, tensorboard=tensorboard)
+    run = open_run(
+        runs_dir,
+        experiment,
+        overwrite=overwrite,
+        resume_changed=resume_changed,
+        tensorboard=tensorboard,
+        elsewhere=elsewhere,
+    )
     return Job(trainings, report, run)
 
 

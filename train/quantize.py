@@ -13,7 +13,7 @@ import qpde.models
 from qpde.bits import Bits
 from train.config import Annealing, Calibration, Experiment, Model, Variant
 from train.jobs import prepare_job
-from train.rundir import read_experiment
+from train.rundir import read_experiment, unfinished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Quantize:
     """Quantize the networks of a full-precision run after their training, and print the faithfulness table.
 
     Each width gives a run of its own, RUNS_DIR/RUN_W4A4 and so on, as if it had been trained: it can be replayed, and
-    trained further by `run --start-from`. Clips are chosen from training images without their labels.
+    trained further by `run --start-from`. Clips are chosen from training images without their labels. Finished runs are
+    kept: the same command goes on after an interruption, and one with more widths adds to them.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -43,24 +44,35 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
     """The job, everything about it checked.
 
     Raises:
-      ValueError, OSError: the folder holds no full-precision run of images, or an option is unusable.
+      ValueError, OSError: the folder holds no full-precision run of images, an option is unusable, or one of the folders
+        to write holds a run of another experiment.
     """
     source = read_experiment(options.run)
     if not isinstance(source, Experiment):
         raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
     if not options.bits:
         raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
+    experiments = [_quantized(source, parse_widths(widths), options) for widths in options.bits]
+    missing = experiments
+    if not options.overwrite:
+        advice = "choose another --runs-dir, or --overwrite to delete it"
+        missing = unfinished(options.runs_dir, experiments, advice=advice)
     jobs = [
         prepare_job(
-            _quantized(source, parse_widths(widths), options),
+            experiment,
             data_dir=options.data_dir,
             runs_dir=options.runs_dir,
             overwrite=options.overwrite,
+            elsewhere="--runs-dir",
         )
-        for widths in options.bits
+        for experiment in missing
     ]
 
     def work(console: Console) -> None:
+        for experiment in experiments:
+            if experiment not in missing:
+                path = options.runs_dir / experiment.name
+                console.print(f"{path} is finished", markup=False, highlight=False, soft_wrap=True)
         for job in jobs:
             job(console)
 

@@ -48,7 +48,13 @@ def prepare_replay(options: Replay) -> Callable[[Console], int]:
     experiment = read_experiment(options.run)
     if options.replays_dir.resolve() == options.run.resolve().parent:
         raise ValueError(f"--replays-dir (={options.replays_dir}) is where the run itself lies: choose another folder")
-    job = prepare_job(experiment, data_dir=options.data_dir, runs_dir=options.replays_dir, overwrite=options.overwrite)
+    job = prepare_job(
+        experiment,
+        data_dir=options.data_dir,
+        runs_dir=options.replays_dir,
+        overwrite=options.overwrite,
+        elsewhere="--replays-dir",
+    )
 
     def replay(console: Console) -> int:
         job(console)

@@ -12,6 +12,7 @@ tensorboard/          the metrics once more, with --tensorboard
 import fcntl
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,6 +83,7 @@ def open_run(
     overwrite: bool = False,
     resume_changed: bool = False,
     tensorboard: bool = False,
+    elsewhere: str = "--name",
 ) -> RunDirectory:
     """Creates the run's folder, or takes up an interrupted run of the same experiment.
 
@@ -91,6 +93,7 @@ def open_run(
       resume_changed: take up an unfinished run though its configuration differs, as far as its steps stay the same
         steps; config_history.jsonl records the change.
       tensorboard: also write the metrics as TensorBoard's events (`train.tensorboard`).
+      elsewhere: the command's option that chooses another folder, for messages.
     Raises:
       ImportError: they need a package that is missing; nothing is changed.
       FileExistsError: the folder holds a finished run, a run of another experiment or anything else, or
@@ -100,7 +103,7 @@ def open_run(
     locks = []  # held where they were taken, in the first process
 
     def claim():
-        path, lock, changes = _claim(runs_dir, experiment, overwrite, resume_changed)
+        path, lock, changes = _claim(runs_dir, experiment, overwrite, resume_changed, elsewhere)
         locks.append(lock)
         return str(path), changes
 
@@ -108,29 +111,50 @@ def open_run(
     return RunDirectory(Path(folder), locks, changes, board if is_first() else None)
 
 
-def _claim(runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: bool, resume_changed: bool):
+def unfinished(
+    runs_dir: Path, experiments: Sequence[Experiment | GraphExperiment], *, advice: str
+) -> list[Experiment | GraphExperiment]:
+    """Those of the experiments that have no finished run in their folders yet.
+
+    Args:
+      runs_dir, experiments: as for `open_run`.   advice: what to do about a folder of another experiment.
+    Raises:
+      FileExistsError: there is one.
+    """
+    for experiment in experiments:
+        path = runs_dir / experiment.name
+        if (path / CONFIG).is_file() and (changed := _differences(path, experiment, advice)):
+            raise FileExistsError(
+                f"{path} holds a run of another experiment ({'; '.join(_describe(changed))}): {advice}"
+            )
+    return [experiment for experiment in experiments if not (runs_dir / experiment.name / SUMMARY).exists()]
+
+
+def _claim(
+    runs_dir: Path, experiment: Experiment | GraphExperiment, overwrite: bool, resume_changed: bool, elsewhere: str
+):
     """The folder, the lock on it and what changed."""
-    path = runs_dir / experiment.name
+    path, advice = runs_dir / experiment.name, f"choose another {elsewhere}, or --overwrite to delete it"
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is not a folder: choose another --name")
+        raise FileExistsError(f"{path} is not a folder: choose another {elsewhere}")
     changed: dict[str, tuple[Any, Any]] = {}
     is_run = (path / CONFIG).is_file()
     if path.is_dir() and not is_run and any(entry.name != _LOCK for entry in path.iterdir()):
-        raise FileExistsError(f"{path} holds something that is not a run: choose another --name")
+        raise FileExistsError(f"{path} holds something that is not a run: choose another {elsewhere}")
     if is_run and not overwrite:
         if (path / SUMMARY).exists():
-            raise FileExistsError(f"{path} holds a finished run: {_OTHER}")
-        changed = _differences(path, experiment)
+            raise FileExistsError(f"{path} holds a finished run: {advice}")
+        changed = _differences(path, experiment, advice)
         shown = "; ".join(_describe(changed))
         if changed and not resume_changed:
             raise FileExistsError(
-                f"{path} holds an unfinished run of another experiment ({shown}): {_OTHER}, or --resume-changed"
+                f"{path} holds an unfinished run of another experiment ({shown}): {advice}, or `run` with --resume-changed to go on"
             )
         if any(field.startswith(_MEANING_OF_A_STEP) for field in changed):
-            raise FileExistsError(f"{path} cannot be resumed with other steps ({shown}): {_OTHER}")
+            raise FileExistsError(f"{path} cannot be resumed with other steps ({shown}): {advice}")
 
     path.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path)
+    lock = _lock(path, elsewhere)
     if is_run and overwrite:
         for entry in path.iterdir():
             if entry.name != _LOCK:
@@ -158,29 +182,27 @@ def read_experiment(path: Path) -> Experiment | GraphExperiment:
 
 _LOCK = ".lock"
 
-_OTHER = "choose another --name, or --overwrite to delete it"
-
 _MEANING_OF_A_STEP = ("kind", "data.", "batch_size")
 """Fields without which a number of steps does not say where a run stands."""
 
 
-def _lock(path: Path):
+def _lock(path: Path, elsewhere: str):
     """An open file that no other process can lock meanwhile; the system lets go of it when this one ends."""
     file = open(path / _LOCK, "w")  # noqa: SIM115 (held open as long as the run directory)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise FileExistsError(f"another process works in {path}: wait, or choose another --name") from error
+        raise FileExistsError(f"another process works in {path}: wait, or choose another {elsewhere}") from error
     return file
 
 
-def _differences(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[Any, Any]]:
+def _differences(path: Path, experiment: Experiment | GraphExperiment, advice: str) -> dict[str, tuple[Any, Any]]:
     """The fields in which the stored experiment and `experiment` differ, with both values."""
     try:
         stored = _flat(json.loads(to_json(from_json((path / CONFIG).read_text()))))
     except ValueError as error:
-        raise FileExistsError(f"{path} holds a run whose config.json is unreadable ({error}): {_OTHER}") from error
+        raise FileExistsError(f"{path} holds a run whose config.json is unreadable ({error}): {advice}") from error
     given = _flat(json.loads(to_json(experiment)))
     fields = sorted(stored.keys() | given.keys())
     return {f: (stored.get(f), given.get(f)) for f in fields if stored.get(f) != given.get(f)}

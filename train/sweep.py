@@ -25,7 +25,7 @@ from train.fleet import prepare_fleet
 from train.jobs import prepare_job
 from train.quantize import parse_widths
 from train.report import check_drawable
-from train.rundir import CONFIG, SUMMARY, read_experiment
+from train.rundir import SUMMARY, unfinished
 
 _FORMS = {
     "both": (Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
@@ -75,11 +75,7 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
       ValueError, OSError: an option is unusable, or a cell's folder holds a run of another experiment.
     """
     cells, folder = _cells(options), options.runs_dir / f"{options.experiment.name}_sweep"
-    for cell in cells:
-        path = folder / cell.name
-        if (path / CONFIG).exists() and read_experiment(path) != cell:
-            raise FileExistsError(f"{path} holds a run of another experiment: choose another --name")
-    missing = [cell for cell in cells if not (folder / cell.name / SUMMARY).exists()]
+    missing = unfinished(folder, cells, advice="choose another --name")
     at_once = options.at_once
     if at_once is None:
         at_once = 1 if jax.default_backend() == "cpu" else options.seeds
