@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import stats
 
+from train import sweep
+from train.config import Experiment, Variant
 from train.sweep import interval, paired_p
 
 VALUES = st.lists(st.floats(-100, 100), min_size=3, max_size=8)
@@ -36,6 +39,16 @@ def test_the_paired_test_sees_the_differences_only(values, shift):
     assert paired_p(a + differences, a) == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert paired_p(a, a) == 1
     assert paired_p([1, 2, 3], [0, 1, 2]) == 0
+
+
+def test_widths_that_are_named_twice_are_one_cell(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(sweep, "prepare_job", lambda cell, **_: lambda console: started.append(cell.name))
+    monkeypatch.setattr(sweep, "_report", lambda *_: None)
+    experiment = Experiment("tiny", (Variant("plain"),))
+    options = sweep.Sweep(experiment, "fast", seeds=2, bits=("4", "W4A8", "W4A4"), at_once=1, runs_dir=tmp_path)
+    sweep.prepare_sweep(options)(Console(quiet=True))
+    assert started == ["W4A4_seed0", "W4A4_seed1", "W4A8_seed0", "W4A8_seed1"]
 
 
 def test_one_seed_has_a_mean_and_nothing_else():

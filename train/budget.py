@@ -17,7 +17,7 @@ from qpde.budget import FULL, allocate, block_bits, block_costs, sensitivity
 from train.config import check_at_least
 from train.elastic import check_quantized, compare_widths
 from train.finished import Finished, read_finished
-from train.quantize import parse_widths
+from train.quantize import distinct_widths
 
 _COLUMNS = ("variant", "widths", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
 
@@ -57,7 +57,7 @@ def prepare_budget(options: Budget) -> Callable[[Console], None]:
     if outside := [width for width in options.bits if not 2 <= width <= 32]:
         raise ValueError(f"--bits (={outside[0]}) must lie in 2 to 32")
     choices = [Bits(weights, activations) for weights in options.bits for activations in options.bits]
-    uniform = [parse_widths(text) for text in options.at]
+    uniform = distinct_widths(options.at)
     found = read_finished(options.run, options.data_dir)
     for finished in found.values():
         check_quantized(finished, options.run, choices + uniform)

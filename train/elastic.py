@@ -15,7 +15,7 @@ from qpde.bits import Bits
 from qpde.elastic import WidthComparison, compare_bits
 from qpde.plots import against_bits_figure
 from train.finished import Finished, read_finished
-from train.quantize import parse_widths
+from train.quantize import distinct_widths
 
 _FULL = Bits(32, 32)
 
@@ -53,7 +53,7 @@ def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:
     """
     if not options.bits:
         raise ValueError("--bits is empty: give widths, such as --bits 2 3 4 6 8 32")
-    widths = {f"W{bits.weights}A{bits.activations}": bits for bits in map(parse_widths, options.bits)}
+    widths = {f"W{bits.weights}A{bits.activations}": bits for bits in distinct_widths(options.bits)}
     found = read_finished(options.run, options.data_dir)
     for finished in found.values():
         check_quantized(finished, options.run, list(widths.values()))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +52,7 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
         raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
     if not options.bits:
         raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
-    experiments = [_quantized(source, parse_widths(widths), options) for widths in options.bits]
+    experiments = [_quantized(source, bits, options) for bits in distinct_widths(options.bits)]
     missing = experiments
     if not options.overwrite:
         advice = "choose another --runs-dir, or --overwrite to delete it"
@@ -89,6 +89,11 @@ def parse_widths(text: str) -> Bits:
     if not all(2 <= width <= 32 for width in bits):
         raise ValueError(f"widths {text!r} must lie in 2 to 32 bits")
     return bits
+
+
+def distinct_widths(texts: Sequence[str]) -> list[Bits]:
+    """`parse_widths` of each, in their order, without those that another text already gave."""
+    return list(dict.fromkeys(map(parse_widths, texts)))
 
 
 def _quantized(source: Experiment, bits: Bits, options: Quantize) -> Experiment:

@@ -23,7 +23,7 @@ from qpde.plots import against_bits_figure
 from train.config import Experiment, Variant, check_at_least
 from train.fleet import prepare_fleet
 from train.jobs import prepare_job
-from train.quantize import parse_widths
+from train.quantize import distinct_widths
 from train.report import check_drawable
 from train.rundir import SUMMARY, unfinished
 
@@ -132,8 +132,7 @@ def _cells(options: Sweep) -> list[Experiment]:
     variants = source.chosen if options.symmetric is None else _FORMS[options.symmetric]
     check_drawable(variants)
     cells = []
-    for text in options.bits:
-        bits = parse_widths(text)
+    for bits in distinct_widths(options.bits):
         widths = {"weight_bits": bits.weights, "act_bits": bits.activations}
         own = tuple(Variant(variant.name, variant.changes | widths) for variant in variants)
         for seed in range(source.seed, source.seed + options.seeds):
