@@ -177,7 +177,9 @@ class Training:
             batches=shared._feed,
             evaluate=evaluate,
             score=_by_accuracy if row.labels else _by_similarity,
-            reached=lambda line: not row.labels and line.get("train_similarity", np.inf) <= experiment.loss.similarity_target,
+            reached=lambda line: (
+                not row.labels and line.get("train_similarity", np.inf) <= experiment.loss.similarity_target
+            ),
             explain=lambda state, bits, *data: shared._explain(state, *self.images.select(state, *data), widths(bits)),
             chance=self.images.chance,
         )
@@ -393,8 +395,7 @@ def _by_similarity(line: dict[str, Any]) -> dict[str, float]:
 
 def _history(lines: list[dict[str, Any]], best_step: int) -> dict[str, Any]:
     (best,) = [line for line in lines if line["step"] == best_step]
-    return {
-        "best_epoch": best["epoch"],
-        "validation_accuracy": best["validation_accuracy"],
-        "training_seconds": round(sum(line["seconds"] for line in lines), 1),
-    }
+    found = {"best_epoch": best["epoch"], "validation_accuracy": best["validation_accuracy"]}
+    if lines[-1]["step"] == 0:  # nothing was trained
+        return found
+    return found | {"training_seconds": round(sum(line["seconds"] for line in lines), 1)}

@@ -44,8 +44,8 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
     """The job, everything about it checked.
 
     Raises:
-      ValueError, OSError: the folder holds no full-precision run of images, an option is unusable, or one of the folders
-        to write holds a run of another experiment.
+      ValueError, OSError: the folder holds no full-precision run of images, an option is unusable, or a folder to write
+        holds a run of another experiment.
     """
     source = read_experiment(options.run)
     if not isinstance(source, Experiment):

@@ -148,7 +148,8 @@ def _claim(
         shown = "; ".join(_describe(changed))
         if changed and not resume_changed:
             raise FileExistsError(
-                f"{path} holds an unfinished run of another experiment ({shown}): {advice}, or `run` with --resume-changed to go on"
+                f"{path} holds an unfinished run of another experiment ({shown}): {advice}, or `run` with "
+                "--resume-changed to go on"
             )
         if any(field.startswith(_MEANING_OF_A_STEP) for field in changed):
             raise FileExistsError(f"{path} cannot be resumed with other steps ({shown}): {advice}")
