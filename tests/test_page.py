@@ -292,6 +292,15 @@ def test_what_cannot_be_shown_is_refused(graph_run, options, message, capsys):
     assert not (graph_run / "report").exists()
 
 
+def test_a_page_that_cannot_be_written_is_an_error_of_one_line(graph_run, capsys):
+    output = graph_run.parent / "taken"
+    output.write_text("mine")
+    assert main(["report", str(graph_run), "--output", str(output)]) == 2
+    assert f"{output} is not a folder: choose another --output" in capsys.readouterr().err
+    assert main(["report", str(graph_run), "--output", str(output / "below")]) == 1
+    assert capsys.readouterr().err == f"error: [Errno 20] Not a directory: '{output / 'below'}'\n"
+
+
 def test_the_published_curves_have_the_published_means():
     """The ratios of the means that the paper's claim is quoted with: 0.33, 0.13 and 0.42."""
     for curves, ratio in zip(published.CURVES.values(), (0.33, 0.13, 0.42), strict=True):

@@ -14,7 +14,7 @@ from qpde.models import registry
 from qpde.models.blocks import BasicBlock
 from train import fleet
 from train.checkpoints import Checkpoints, read_best
-from train.cli import COMMANDS, load_recipes, main
+from train.cli import COMMANDS, Command, load_recipes, main
 from train.config import Experiment, Model, Variant
 from train.finished import read_finished
 from train.optimizer import path_name
@@ -548,6 +548,17 @@ def test_two_processes_cannot_work_in_one_run(config, tmp_path, capsys):
         assert from_json((held.path / "config.json").read_text()) == experiment
         assert main(["run", config]) == 2
         assert "another process works in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["prepare", "work"])
+def test_ctrl_c_is_an_error_of_one_line_wherever_it_comes(place, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    prepare = {"prepare": interrupt, "work": lambda arguments: interrupt}[place]
+    monkeypatch.setitem(COMMANDS, "run", Command(prepare, "", ""))
+    assert main(["run"]) == 130
+    assert capsys.readouterr().err == "error: interrupted: the same command goes on after the last saved step\n"
 
 
 def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(config, capsys):

@@ -177,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      The exit status: 0 done, 1 training broke down or a replay differs, 2 bad input, 130 interrupted by Ctrl-C, 143 by
-      SIGTERM.
+      The exit status: 0 done, 1 training broke down, a file could not be read or written meanwhile or a replay differs,
+      2 bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -188,12 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}: choose from {list(COMMANDS)}")
     try:
-        work = COMMANDS[name].prepare(rest)
-    except (ValueError, OSError, ImportError) as error:
-        return _fail(str(error))
-    try:
+        try:
+            work = COMMANDS[name].prepare(rest)
+        except (ValueError, OSError, ImportError) as error:
+            return _fail(str(error))
         return work(Console(quiet=not is_first())) or 0
-    except (FloatingPointError, CheckpointError, DataError) as error:
+    except (FloatingPointError, CheckpointError, DataError, OSError) as error:
         return _fail(str(error), status=1)
     except Interrupted as interrupted:
         return _fail(str(interrupted), status=interrupted.exit_status)

@@ -68,6 +68,8 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
             raise FileNotFoundError(f"{run} holds no finished run: it has no {SUMMARY}")
     results = {run: json.loads((run / SUMMARY).read_text())["variants"] for run in options.runs}
     folder = options.output or options.runs[0] / "report"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder: choose another --output")
     first = experiments[options.runs[0]]
     if on_graph:
         (named,) = results.values()
