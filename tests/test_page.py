@@ -301,6 +301,21 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(graph_run, capsys
     assert capsys.readouterr().err == f"error: [Errno 20] Not a directory: '{output / 'below'}'\n"
 
 
+@pytest.mark.parametrize("command", ["report", "replay"])
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{", "config.json is unreadable: Expecting property name"),
+        ("summary.json", "{", "summary.json is unreadable: JSONDecodeError('Expecting property name"),
+        ("summary.json", "{}", "summary.json is unreadable: KeyError('variants')"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(graph_run, command, file, text, message, capsys):
+    (graph_run / file).write_text(text)
+    assert main([command, str(graph_run)]) == 2
+    assert f"error: {graph_run}/{message}" in capsys.readouterr().err
+
+
 def test_the_published_curves_have_the_published_means():
     """The ratios of the means that the paper's claim is quoted with: 0.33, 0.13 and 0.42."""
     for curves, ratio in zip(published.CURVES.values(), (0.33, 0.13, 0.42), strict=True):

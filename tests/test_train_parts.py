@@ -1,6 +1,7 @@
 """The parts of the application: configuration, optimizer, losses, augmentation, the step, checkpoints."""
 
 import dataclasses
+import json
 import math
 import platform
 import subprocess
@@ -66,11 +67,19 @@ EXPERIMENT = Experiment(
 # Configuration
 
 
+def _changed(**changes):
+    return from_json(json.dumps(json.loads(to_json(EXPERIMENT)) | changes))
+
+
 def test_an_experiment_survives_json():
     assert from_json(to_json(EXPERIMENT)) == EXPERIMENT
     assert from_json(to_json(dataclasses.replace(EXPERIMENT, model=Model(), only=("plain",)))).only == ("plain",)
     smoothed = dataclasses.replace(EXPERIMENT, variants=(Variant("smoothed", {"smoothing": Smoothing(blocks=(0, 2))}),))
     assert from_json(to_json(smoothed)) == smoothed
+    steps = dataclasses.replace(
+        EXPERIMENT, variants=(Variant("a", {"step_size": "auto"}), Variant("b", {"step_size": 1}))
+    )
+    assert from_json(to_json(steps)) == steps
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,12 @@ def test_an_experiment_survives_json():
         (lambda: BitSchedule("random"), "needs widths to draw from"),
         (lambda: from_json("{}"), "not an experiment of this version"),
         (lambda: from_json("{"), "property name"),
+        (lambda: _changed(epochs="ten"), r"epochs \(='ten'\) must be int"),
+        (lambda: _changed(epochs=True), r"epochs \(=True\) must be int"),
+        (lambda: _changed(only="plain"), r"only \(='plain'\) must be"),
+        (lambda: _changed(model={"weight_bits": "four"}), r"weight_bits \(='four'\) must be int"),
+        (lambda: _changed(model={"step_size": "long"}), r"step_size \(='long'\) must be"),
+        (lambda: _changed(seed=None), r"seed \(=None\) must be int"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(build, message):

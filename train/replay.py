@@ -1,7 +1,6 @@
 """Repeat a finished run from its saved configuration and say whether the result is identical."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +12,12 @@ from rich.console import Console
 
 from train.checkpoints import read_best
 from train.jobs import prepare_job
-from train.rundir import CHECKPOINTS, METRICS, SUMMARY, read_experiment
+from train.rundir import CHECKPOINTS, METRICS, SUMMARY, read_experiment, read_lines, read_results
 
 _CLOCK = ("seconds", "training_seconds")
 """What two equal runs may differ in."""
+
+_COMPARED = {METRICS: read_lines, SUMMARY: read_results}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,11 @@ def prepare_replay(options: Replay) -> Callable[[Console], int]:
     """The repetition, everything about it checked.
 
     Raises:
-      ValueError, OSError: the folder holds no finished run, or its configuration cannot be read or run here.
+      ValueError, OSError: the folder holds no finished run, one of its files is damaged, or its configuration cannot be
+        run here.
     """
-    if not (options.run / SUMMARY).is_file():
-        raise FileNotFoundError(f"{options.run} holds no finished run: it has no {SUMMARY}")
+    for read in _COMPARED.values():
+        read(options.run)
     experiment = read_experiment(options.run)
     if options.replays_dir.resolve() == options.run.resolve().parent:
         raise ValueError(f"--replays-dir (={options.replays_dir}) is where the run itself lies: choose another folder")
@@ -70,8 +72,8 @@ def prepare_replay(options: Replay) -> Callable[[Console], int]:
 
 def differences(run: Path, other: Path) -> Iterator[str]:
     """What two finished runs differ in, a line each: a value of metrics or summary, or a parameter's largest change."""
-    for file in (METRICS, SUMMARY):
-        mine, theirs = (_without_clock(_read(folder / file)) for folder in (run, other))
+    for file, read in _COMPARED.items():
+        mine, theirs = (_without_clock(read(folder)) for folder in (run, other))
         yield from (f"{file}{place}: {a} and {b}" for place, a, b in _unequal(mine, theirs))
     folders = {path.parent.parent.relative_to(run) for path in (run / CHECKPOINTS).rglob("_CHECKPOINT_METADATA")}
     for folder in sorted(path for path in folders if (run / path).is_dir()):
@@ -80,11 +82,6 @@ def differences(run: Path, other: Path) -> Iterator[str]:
             if not np.array_equal(a, b, equal_nan=True):
                 largest = np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
                 yield f"{folder} {jax.tree_util.keystr(path)}: by up to {largest:.3g}"
-
-
-def _read(path: Path) -> Any:
-    text = path.read_text()
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
 def _without_clock(value: Any) -> Any:

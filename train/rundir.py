@@ -60,14 +60,13 @@ class RunDirectory:
 
     def lines(self, variant: str) -> list[dict[str, Any]]:
         """The lines of a variant."""
-        return from_first(lambda: [line for line in _read_lines(self.path / METRICS) if line["variant"] == variant])
+        return from_first(lambda: [line for line in read_lines(self.path) if line["variant"] == variant])
 
     def forget_after(self, variant: str, epoch: int) -> None:
         """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
-        path = self.path / METRICS
-        kept = [line for line in _read_lines(path) if line["variant"] != variant or line["epoch"] <= epoch]
+        kept = [line for line in read_lines(self.path) if line["variant"] != variant or line["epoch"] <= epoch]
         if is_first():
-            _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+            _write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         if self._board:
             self._board.restart(variant, [line for line in kept if line["variant"] == variant])
 
@@ -161,7 +160,7 @@ def _claim(
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if changed:
-        lines = len(_read_lines(path / METRICS))
+        lines = len(read_lines(path))
         change = {field: {"before": before, "now": now} for field, (before, now) in changed.items()}
         with open(path / "config_history.jsonl", "a") as file:
             file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
@@ -174,11 +173,45 @@ def read_experiment(path: Path) -> Experiment | GraphExperiment:
     """The experiment of the run in a folder.
 
     Raises:
-      FileNotFoundError: it is no folder of a run.   ValueError: its config.json is not one of this version.
+      FileNotFoundError: it is no folder of a run.   ValueError: its config.json is not one of this version, or damaged.
     """
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no folder of a run: it has no {CONFIG}")
-    return from_json((path / CONFIG).read_text())
+    try:
+        return from_json((path / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG} is unreadable: {error}") from error
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The results by variant of the finished run in a folder.
+
+    Raises:
+      FileNotFoundError: no finished run is there.   ValueError: its summary.json is damaged.
+    """
+    if not (path / SUMMARY).is_file():
+        raise FileNotFoundError(f"{path} holds no finished run: it has no {SUMMARY}")
+    try:
+        return json.loads((path / SUMMARY).read_text())["variants"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / SUMMARY} is unreadable: {error!r}") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All metrics of the run in a folder, line by line; a last line cut short by a crash is left out.
+
+    Raises:
+      OSError: another line is damaged; names it.
+    """
+    file = path / METRICS
+    found = []
+    for number, line in enumerate(file.read_text().splitlines(keepends=True) if file.exists() else [], 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise OSError(f"{file}, line {number}, is damaged ({error}): delete that line") from error
+    return found
 
 
 _LOCK = ".lock"
@@ -219,23 +252,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {
         key: leaf for field, inner in value.items() for key, leaf in _flat(inner, f"{name}.{field}".lstrip(".")).items()
     }
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line cut short by a crash is left out.
-
-    Raises:
-      OSError: another line is damaged; names it.
-    """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise OSError(f"{path}, line {number}, is damaged ({error}): delete that line") from error
-    return found
 
 
 def _write(path: Path, text: str) -> None:

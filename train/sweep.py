@@ -6,7 +6,6 @@ taken up after an interruption, it can be replayed, and a finished one is not ru
 
 import csv
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +24,7 @@ from train.fleet import prepare_fleet
 from train.jobs import prepare_job
 from train.quantize import distinct_widths
 from train.report import check_drawable
-from train.rundir import SUMMARY, unfinished
+from train.rundir import read_results, unfinished
 
 _FORMS = {
     "both": (Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
@@ -72,10 +71,13 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
     """The job, everything about it checked.
 
     Raises:
-      ValueError, OSError: an option is unusable, or a cell's folder holds a run of another experiment.
+      ValueError, OSError: an option is unusable, or a cell's folder holds a run of another experiment or a damaged one.
     """
     cells, folder = _cells(options), options.runs_dir / f"{options.experiment.name}_sweep"
     missing = unfinished(folder, cells, advice="choose another --name")
+    for cell in cells:
+        if cell not in missing:
+            read_results(folder / cell.name)
     at_once = options.at_once
     if at_once is None:
         at_once = 1 if jax.default_backend() == "cpu" else options.seeds
@@ -149,7 +151,7 @@ def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Cons
         writer.writerow(("widths", "seed", "variant", *_CSV))
         for cell in cells:
             widths = cell.name.split("_")[0]
-            for variant, result in json.loads((folder / cell.name / SUMMARY).read_text())["variants"].items():
+            for variant, result in read_results(folder / cell.name).items():
                 writer.writerow((widths, cell.seed, variant, *(result[key] for key in _CSV)))
                 results.setdefault(widths, {}).setdefault(variant, []).append(result)
     console.print(_table(options, results))

@@ -1,7 +1,6 @@
 """`python -m train report`: the page of one run or of several."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from train.page import graphs, images
 from train.page.html import page
 from train.page.measure import measure
 from train.report import check_drawable
-from train.rundir import SUMMARY, read_experiment
+from train.rundir import read_experiment, read_results
 
 PAGE = "report.html"
 
@@ -63,10 +62,7 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     on_graph = [run for run, experiment in experiments.items() if isinstance(experiment, GraphExperiment)]
     if on_graph and len(options.runs) > 1:
         raise ValueError(f"{on_graph[0]} is a run on a graph: give it a page of its own")
-    for run in options.runs:
-        if not (run / SUMMARY).is_file():
-            raise FileNotFoundError(f"{run} holds no finished run: it has no {SUMMARY}")
-    results = {run: json.loads((run / SUMMARY).read_text())["variants"] for run in options.runs}
+    results = {run: read_results(run) for run in options.runs}
     folder = options.output or options.runs[0] / "report"
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder: choose another --output")
