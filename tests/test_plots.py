@@ -226,3 +226,25 @@ def test_any_quantity_is_drawn_along_depth():
 def test_nothing_to_draw_is_refused(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+DRAWN_ALONE = {
+    "depth": lambda name, among: along_depth_figure({name: [1.0, 2.0, 3.0]}, heading="", unit="", among=among),
+    "bits": lambda name, among: against_bits_figure({"a": {name: {"W4A4": (1.0, 1.0)}}}, among=among),
+    "histogram": lambda name, among: histogram_figure({"a": {name: (EDGES, COUNTS)}}, among=among),
+    "spectrum": lambda name, among: spectrum_figure({name: {2: [0.5]}}, among=among),
+    "bound": lambda name, among: bound_figure({name: ([0.1], [0.5])}, heading="", among=among),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN_ALONE.values(), ids=DRAWN_ALONE)
+@pytest.mark.parametrize(
+    ("name", "among", "place"),
+    [("plain", (), 1), ("symmetric", (), 0), ("b", (), 0), ("b", ("a", "plain", "b"), 2), ("a", ("a", "plain"), 0)],
+)
+def test_a_network_has_one_colour_in_all_figures_of_a_page(draw, name, among, place):
+    (axes,) = draw(name, among).axes
+    drawn = [line.get_color() for line in axes.lines] + [patch.get_edgecolor() for patch in axes.patches]
+    drawn += [colour for points in axes.collections for colour in (*points.get_edgecolor(), *points.get_facecolor())]
+    found = {matplotlib.colors.to_hex(colour).upper() for colour in drawn} & set(COLOURS)
+    assert found == {COLOURS[place]}

@@ -2,12 +2,12 @@
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, check_colours, label, new_figure
+from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, label, new_figure, styles
 
 _LABEL_GAP = 0.15  # between names at the curves' ends, in heights of a panel: two lines of text
 
@@ -41,13 +41,12 @@ def layer_error_figure(
     if relative is not None:
         panels.append(("Relative error", "divided by the rms of the twin's output", _checked(relative)))
     # One style for a network in both panels.
-    names = list(dict.fromkeys(name for *_, rows in panels for name in rows))
-    check_colours(names, "curves")
+    places = styles([name for *_, rows in panels for name in rows], "curves")
 
     figure = new_figure(len(panels), title=title)
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (heading, unit, rows) in zip(subplots, panels, strict=True):
-        _draw(axes, rows, names, stages)
+        _draw(axes, rows, places, stages)
         label(axes, heading, "block", unit, pad=18 if stages else 8)
     if path is not None:
         figure.savefig(path)
@@ -61,22 +60,24 @@ def along_depth_figure(
     heading: str,
     unit: str,
     stages: Sequence[int] = (),
+    among: Collection[str] = (),
 ) -> "matplotlib.figure.Figure":
     """Any quantity of networks' blocks against block number, drawn as `layer_error_figure` draws the error.
 
     Args:
       curves: by network, a number for each block.   path, stages: as there.
       heading: of the panel.   unit: of the numbers.
+      among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
       ValueError, ImportError: as there.
     """
     rows = _checked(curves)
-    check_colours(rows, "curves")
+    places = styles(rows, "curves", among)
     figure = new_figure()
     axes = figure.subplots()
-    _draw(axes, rows, list(rows), stages)
+    _draw(axes, rows, places, stages)
     label(axes, heading, "block", unit, pad=18 if stages else 8)
     if path is not None:
         figure.savefig(path)
@@ -103,10 +104,11 @@ def over_smoothing_figure(
       ImportError: matplotlib is missing.
     """
     deepest = _checked({name: depths[max(depths)][0] for name, depths in families.items()})
-    check_colours(families, "kinds")
+    places = styles(families, "kinds")
     figure = new_figure(2, title=title)
     energies, accuracies = figure.subplots(1, 2)
-    for i, (name, row) in enumerate(deepest.items()):
+    for name, row in deepest.items():
+        i = places[name]
         style = {"color": COLOURS[i], "linewidth": 1.8, "clip_on": False, "zorder": 3}
         energies.plot(np.arange(1, len(row) + 1), np.maximum(row, np.finfo(np.float32).tiny), **style)
         depths = sorted(families[name])
@@ -134,6 +136,7 @@ def against_bits_figure(
     title: str | None = None,
     x: str = "widths of weights and activations",
     legend_below: bool = False,
+    among: Collection[str] = (),
 ) -> "matplotlib.figure.Figure":
     """What was measured against the widths of networks: a panel for each quantity.
 
@@ -142,6 +145,7 @@ def against_bits_figure(
         NaN for none.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
       title: above the panels.   x: name of the widths.   legend_below: below the panels, not beside them.
+      among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
@@ -149,18 +153,18 @@ def against_bits_figure(
     """
     if not panels:
         raise ValueError("there are no curves to draw")
-    names = list(next(iter(panels.values())))
-    check_colours(names, "networks")
+    places = styles(next(iter(panels.values())), "networks", among)
     figure = new_figure(len(panels), title=title)
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (quantity, curves) in zip(subplots, panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
             mean, half = np.array(list(points.values()), np.float64).T
-            mark = {"marker": MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
-            style = {"color": COLOURS[i], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1, "label": name}
+            place = places[name]
+            mark = {"marker": MARKERS[place], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+            style = {"color": COLOURS[place], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1, "label": name}
             # A little apart, so that intervals of equal means are both seen.
-            places = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
-            axes.errorbar(places, mean, np.nan_to_num(half), **style, **mark)
+            x_values = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
+            axes.errorbar(x_values, mean, np.nan_to_num(half), **style, **mark)
         axes.set_xticks(range(len(points)), labels=list(points))
         label(axes, quantity, x, quantity)
     if legend_below:
@@ -183,7 +187,7 @@ def _checked(curves):
     return rows
 
 
-def _draw(axes, rows, names, stages):
+def _draw(axes, rows, places, stages):
     from matplotlib.ticker import MaxNLocator
 
     depth = max(len(row) for row in rows.values())
@@ -192,7 +196,7 @@ def _draw(axes, rows, names, stages):
     _mark_stages(axes, stages, depth)
     heights = _spread([row[-1] / top for row in rows.values()])
     for (name, row), height in zip(rows.items(), heights, strict=True):
-        style = names.index(name)
+        style = places[name]
         mark = {
             "color": COLOURS[style],
             "marker": MARKERS[style],

@@ -8,12 +8,26 @@ MARKERS = "osD^vPX"
 INK, GREY, PALE = "#262626", "#767676", "#E4E4E4"
 
 
-def check_colours(names: Collection, what: str) -> None:
-    """ValueError for more curves than there are colours, or none."""
+_FIXED = ("symmetric", "plain")  # what most figures compare has the first colours in all of them
+
+
+def styles(names: Collection[str], what: str, among: Collection[str] = ()) -> dict[str, int]:
+    """Places in `COLOURS` and `MARKERS` by name: "symmetric" and "plain" have the first two, others what is left.
+
+    Args:
+      names: what is drawn.   what: they are, for messages.
+      among: all that figures beside this one draw: the same for each of them, it gives a name one colour in all.
+    Raises:
+      ValueError: there are more names than colours, or none.
+    """
     if not names:
         raise ValueError(f"there are no {what} to draw")
-    if len(names) > len(COLOURS):
-        raise ValueError(f"{len(names)} {what} are more than the {len(COLOURS)} colours; draw fewer in one figure")
+    everything = list(dict.fromkeys((*among, *names)))
+    if len(everything) > len(COLOURS):
+        raise ValueError(f"{len(everything)} {what} are more than the {len(COLOURS)} colours; draw fewer in one figure")
+    found = {name: place for place, name in enumerate(_FIXED) if name in everything}
+    free = (place for place in range(len(COLOURS)) if place not in found.values())
+    return {name: found[name] if name in found else next(free) for name in everything}
 
 
 def new_figure(panels: int = 1, *, title: str | None = None, height: float = 4.2) -> "matplotlib.figure.Figure":

@@ -1,12 +1,12 @@
 """Spreads: histograms, feature maps, spectra, and bounds over what they bound. One panel each, readable on a phone."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpde.plots.frame import COLOURS, GREY, INK, PALE, check_colours, label, new_figure
+from qpde.plots.frame import COLOURS, GREY, INK, PALE, label, new_figure, styles
 
 Numbers = Sequence | ArrayLike
 
@@ -19,6 +19,7 @@ def histogram_figure(
     *,
     x: str = "value / clip",
     clip: float | None = 1.0,
+    among: Collection[str] = (),
 ) -> "matplotlib.figure.Figure":
     """Histograms, one row below the other, the share of values on a logarithmic axis: outliers are rare.
 
@@ -26,13 +27,13 @@ def histogram_figure(
       rows: by heading, by network: edges (bins + 1,) and counts (bins,) of a fine histogram.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
       x: name of the values.   clip: where to mark the end of the quantizer's range; None marks none.
+      among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
       ValueError: no rows, no values in one, or more networks than there are colours.   ImportError: no matplotlib.
     """
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    check_colours(names, "networks")
+    places = styles([name for row in rows.values() for name in row], "networks", among)
     spans = [_span(*map(np.asarray, pair)) for row in rows.values() for pair in row.values()]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     figure = new_figure(height=1.2 + 1.75 * len(rows))
@@ -41,7 +42,7 @@ def histogram_figure(
         for name, (edges, counts) in row.items():
             centres = (np.asarray(edges)[1:] + np.asarray(edges)[:-1]) / 2
             shares, bins = np.histogram(centres, bins=_BINS, range=(low, high), weights=np.asarray(counts))
-            colour = COLOURS[names.index(name)]
+            colour = COLOURS[places[name]]
             axes.stairs(shares / shares.sum(), bins, color=colour, linewidth=1.6, label=name, baseline=None)
         axes.set_yscale("log")
         label(axes, heading, x if axes is subplots[-1] else "", "share")
@@ -93,19 +94,24 @@ def maps_figure(
 
 
 def spectrum_figure(
-    spectra: Mapping[str, Mapping[int, Numbers]], path: str | os.PathLike | None = None, *, heading: str = "Spectra"
+    spectra: Mapping[str, Mapping[int, Numbers]],
+    path: str | os.PathLike | None = None,
+    *,
+    heading: str = "Spectra",
+    among: Collection[str] = (),
 ) -> "matplotlib.figure.Figure":
     """Eigenvalues of the blocks' Jacobians against block number; between the lines at -1 and 1 nothing is amplified.
 
     Args:
       spectra: by network, by block (counted from 1), eigenvalues in any order.
       path: file to write, its format by its ending; None writes none.   heading: of the panel.
+      among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
       ValueError: no networks, or more than there are colours.   ImportError: no matplotlib.
     """
-    check_colours(spectra, "networks")
+    colours = styles(spectra, "networks", among)
     figure = new_figure(height=4.6)
     axes = figure.subplots()
     axes.axhspan(-1, 1, color=PALE, alpha=0.5, zorder=0)
@@ -115,7 +121,7 @@ def spectrum_figure(
         for j, (block, values) in enumerate(blocks.items()):
             values = np.ravel(values)
             places = np.full(len(values), block + shift)
-            style = {"color": COLOURS[i], "marker": "_", "s": 360 * width, "linewidths": 1.0, "alpha": 0.8}
+            style = {"color": COLOURS[colours[name]], "marker": "_", "s": 360 * width, "linewidths": 1.0, "alpha": 0.8}
             axes.scatter(places, values, label=name if j == 0 else None, **style)
     axes.set_xticks(sorted({block for blocks in spectra.values() for block in blocks}))
     for line in (-1, 1):
@@ -126,19 +132,24 @@ def spectrum_figure(
 
 
 def bound_figure(
-    points: Mapping[str, tuple[Numbers, Numbers]], path: str | os.PathLike | None = None, *, heading: str
+    points: Mapping[str, tuple[Numbers, Numbers]],
+    path: str | os.PathLike | None = None,
+    *,
+    heading: str,
+    among: Collection[str] = (),
 ) -> "matplotlib.figure.Figure":
     """A proven bound over the error it bounds, on logarithmic axes: every point lies above the diagonal.
 
     Args:
       points: by network, errors and their bounds, equally many; what is 0 is left out.
       path: file to write, its format by its ending; None writes none.   heading: of the panel.
+      among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
       ValueError: no networks, more than there are colours, or nothing above 0.   ImportError: no matplotlib.
     """
-    check_colours(points, "networks")
+    places = styles(points, "networks", among)
     positive = {}
     for name, pair in points.items():
         error, bound = (np.ravel(np.asarray(v, np.float64)) for v in pair)
@@ -150,8 +161,8 @@ def bound_figure(
     figure = new_figure(height=4.6)
     axes = figure.subplots()
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    for i, (name, (error, bound)) in enumerate(positive.items()):
-        axes.scatter(error, bound, s=7, color=COLOURS[i], alpha=0.5, linewidths=0, label=name)
+    for name, (error, bound) in positive.items():
+        axes.scatter(error, bound, s=7, color=COLOURS[places[name]], alpha=0.5, linewidths=0, label=name)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, everything[1].max() * 3))
     label(axes, heading, "measured error of a logit difference", "proven bound")
     figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, markerscale=2.5)

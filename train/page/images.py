@@ -39,6 +39,7 @@ def sections(
       folder: for the figures.
     """
     low = {name: m for name, m in measured.items() if m.by_width}
+    every = list(measured)  # a network has one colour in all figures
     found = [("Results", _results(results, measured))]
     if not low:
         found.append(("Faithfulness", "<p>No activation of these networks is quantized: there is no twin.</p>"))
@@ -46,14 +47,14 @@ def sections(
         depths = [m.stages for m in low.values()]
         stages = depths[0] if all(stages == depths[0] for stages in depths) else ()
         found += [
-            ("Layer-wise error", _layer_error(experiment, {n: results[n] for n in low}, stages, folder)),
-            ("Accuracy and agreement against bits", _bits(low, folder)),
-            ("What is rounded", _inputs(low, stages, folder)),
+            ("Layer-wise error", _layer_error(experiment, {n: results[n] for n in low}, stages, folder, every)),
+            ("Accuracy and agreement against bits", _bits(low, folder, every)),
+            ("What is rounded", _inputs(low, stages, folder, every)),
             ("Smoothing", _smoothing(low, folder)),
         ]
     found.append(("Does a step amplify?", _spectra(measured, folder)))
     if any(m.certified for m in low.values()):
-        found.append(("Errors and what is proven about them", _certificates(low, folder)))
+        found.append(("Errors and what is proven about them", _certificates(low, folder, every)))
     found.append(("Sizes", _sizes(measured, folder)))
     return found
 
@@ -68,7 +69,7 @@ def _results(results, measured) -> str:
     return table(("", *results), rows, "At the end of the runs, on all test images.")
 
 
-def _layer_error(experiment, results, stages, folder) -> str:
+def _layer_error(experiment, results, stages, folder, every) -> str:
     drawn = [
         ("layer_error", "Absolute error", "rms difference from the twin", "layer_error"),
         ("layer_error_relative", "Relative error", "divided by the rms of the twin's output", "relative_layer_error"),
@@ -77,7 +78,7 @@ def _layer_error(experiment, results, stages, folder) -> str:
     for file, heading, unit, key in drawn:
         curves = {name: np.asarray(result[key]) for name, result in results.items()}
         pictures.append((folder / f"{file}.png", f"{heading} of each block: {_means(curves)}."))
-        plots.along_depth_figure(curves, pictures[-1][0], heading=heading, unit=unit, stages=stages)
+        plots.along_depth_figure(curves, pictures[-1][0], heading=heading, unit=unit, stages=stages, among=every)
     name, curves = published.nearest(experiment)
     path = folder / "layer_error_published.png"
     heading = f"Published: {name}"
@@ -98,7 +99,7 @@ def _layer_error(experiment, results, stages, folder) -> str:
     return lead + what + figure(pictures, caption)
 
 
-def _bits(measured, folder) -> str:
+def _bits(measured, folder, every) -> str:
     quantities = (
         ("bits_accuracy", "accuracy, %", lambda f: 100 * f.accuracy),
         ("bits_agreement", "agreement, %", lambda f: 100 * f.agreement),
@@ -111,7 +112,7 @@ def _bits(measured, folder) -> str:
             for name, m in measured.items()
         }
         plots.against_bits_figure(
-            {quantity: curves}, folder / f"{file}.png", x="bits of activations", legend_below=True
+            {quantity: curves}, folder / f"{file}.png", x="bits of activations", legend_below=True, among=every
         )
         ends = ", ".join(f"{name} from {_ends([v for v, _ in points.values()])}" for name, points in curves.items())
         pictures.append((folder / f"{file}.png", f"{quantity} against bits of activations: {ends}."))
@@ -124,12 +125,12 @@ def _bits(measured, folder) -> str:
     return figure(pictures, caption)
 
 
-def _inputs(measured, stages, folder) -> str:
+def _inputs(measured, stages, folder, every) -> str:
     depth = min(len(m.inputs) for m in measured.values())
     chosen = sorted({0, depth // 2, depth - 1})
     rows = {f"block {i + 1}": {name: as_histogram(m.inputs[i]) for name, m in measured.items()} for i in chosen}
     spread = folder / "inputs_histogram.png"
-    plots.histogram_figure(rows, spread)
+    plots.histogram_figure(rows, spread, among=every)
     pictures = [(spread, f"Histograms of the inputs of blocks {', '.join(str(i + 1) for i in chosen)}, in clips.")]
     quantities = (
         ("inputs_kurtosis", "Kurtosis", "3 is normal, more has outliers", lambda d: d.kurtosis),
@@ -139,8 +140,9 @@ def _inputs(measured, stages, folder) -> str:
     )
     for file, heading, unit, value in quantities:
         curves = {name: np.asarray([value(d) for d in m.inputs]) for name, m in measured.items()}
-        plots.along_depth_figure(curves, folder / f"{file}.png", heading=heading, unit=unit, stages=stages)
-        pictures.append((folder / f"{file}.png", f"{heading} ({unit}) along depth: {_means(curves)}."))
+        path = folder / f"{file}.png"
+        plots.along_depth_figure(curves, path, heading=heading, unit=unit, stages=stages, among=every)
+        pictures.append((path, f"{heading} ({unit}) along depth: {_means(curves)}."))
     used = "; ".join(f"{escape(name)} {min(d.used_levels for d in m.inputs)}" for name, m in measured.items())
     lead = "<p>The activations at the entrance of each block, before they are rounded.</p>"
     what = formula(
@@ -213,7 +215,7 @@ def _spectra(measured, folder) -> str:
     return lead + what + figure([(path, f"Eigenvalues by block. {alt}.")], caption) + table(header, rows)
 
 
-def _certificates(measured, folder) -> str:
+def _certificates(measured, folder, every) -> str:
     pictures, rows = [], []
     for width in next(iter(measured.values())).certified:
         points = {name: (m.certified[width]["error"], m.certified[width]["bound"]) for name, m in measured.items()}
@@ -223,7 +225,7 @@ def _certificates(measured, folder) -> str:
             rows.append((f"{width} bits, {name}", *shares, f"{tightness(bound, error):.3g}"))
         path = folder / f"bound_{width}.png"
         thinned = {name: tuple(v[:: max(1, len(v) // 1500)] for v in pair) for name, pair in points.items()}
-        plots.bound_figure(thinned, path, heading=f"{width}-bit activations")
+        plots.bound_figure(thinned, path, heading=f"{width}-bit activations", among=every)
         pictures.append((path, f"Proven bound over measured error at {width} bits: every point above the diagonal."))
     lead = (
         "<p>A bound on how far rounding can move the difference of two logits, proven for each image, above what it "
