@@ -1,22 +1,27 @@
 """`python -m train report`: what the page holds, and that a browser shows it."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 from base64 import b64decode
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from qpde.models import registry
+from qpde.models import Smoothing, registry
 from qpde.models.blocks import StableBlock
 from train import experiment
 from train.cli import main
+from train.config import Data, Experiment, Model, Variant
 from train.nodes.config import GraphExperiment, GraphVariant
-from train.page import command, published
+from train.page import command, images, published
 from train.page.html import figure, page, table
+from train.page.measure import Maps
 from train.stored import to_json
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -168,6 +173,40 @@ def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
     text = (folder / "both" / "report.html").read_text()
     for name in ("tiny/symmetric", "tiny/full_plain", "again/symmetric", "again/full_plain"):
         assert f'<th scope="row">{name}</th>' in text
+    assert "<title>tiny, again: tiny on digits</title>" in text
+    assert "from the runs tiny, again." in text
+
+
+def test_the_title_names_every_run_and_what_it_trained(tmp_path):
+    of_images = Experiment("b", (Variant("plain"),), model=Model("resnet56"), data=Data("cifar10"))
+    experiments = {tmp_path / "a": Experiment("a", (Variant("plain"),)), tmp_path / "b": of_images}
+    command._work(experiments, ["a/plain", "b/plain"], tmp_path, lambda _: [])(Console(quiet=True))
+    text = (tmp_path / "report.html").read_text()
+    assert "<title>a: resnet20 on digits; b: resnet56 on cifar10</title>" in text
+    assert "from the runs a, b." in text
+
+
+def test_each_network_is_said_to_smooth_as_it_was_smoothed(tmp_path):
+    image = np.arange(16.0).reshape(4, 4)
+    spread = {"block 2": {"before": (np.arange(3.0), np.ones(2)), "after smoothing": (np.arange(3.0), np.ones(2))}}
+
+    def maps(smoothing, is_own):
+        return SimpleNamespace(maps=Maps([2], {"as it is": [image]}, [(0.2, 0.1)], spread, smoothing, is_own))
+
+    strong = Smoothing(gamma2=0.125, eps=0.5, output=True)
+    measured = {
+        "none": maps(Smoothing(), False),
+        "inside": maps(dataclasses.replace(strong, output=False), True),
+        "huber": maps(dataclasses.replace(strong, kind="huber", steps=2), True),
+        "behind": maps(strong, True),
+    }
+    text = images._smoothing(measured, tmp_path)
+    for clause in (
+        "none: 1 explicit step, γ² = 0.025, ε = 0.1, isotropic, which the network does without; ",
+        "inside, behind: 1 explicit step, γ² = 0.125, ε = 0.5, isotropic, as the network itself does; ",
+        "huber: 2 explicit steps, γ² = 0.125, ε = 0.5, huber, as the network itself does.",
+    ):
+        assert clause in text
 
 
 PROBE = """

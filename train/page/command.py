@@ -69,7 +69,7 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     first = experiments[options.runs[0]]
     if on_graph:
         (named,) = results.values()
-        return _work(first, named, folder, lambda _: graphs.sections(first, named, folder))
+        return _work(experiments, named, folder, lambda _: graphs.sections(first, named, folder))
 
     named = {_name(run, variant, options): r for run, variants in results.items() for variant, r in variants.items()}
     check_drawable(named)
@@ -86,23 +86,27 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
             measured[name] = measure(finished, widths=options.bits, certify_at=options.certify, images=options.images)
         return images.sections(first, named, measured, folder)
 
-    return _work(first, named, folder, sections)
+    return _work(experiments, named, folder, sections)
 
 
 def _name(run: Path, variant: str, options: Report) -> str:
     return variant if len(options.runs) == 1 else f"{run.resolve().name}/{variant}"
 
 
-def _work(experiment: Experiment | GraphExperiment, results: dict[str, Any], folder: Path, sections):
+def _work(experiments: dict[Path, Experiment | GraphExperiment], results: dict[str, Any], folder: Path, sections):
     def work(console: Console) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        model, data = experiment.model.name, experiment.data.name
+        alike: dict[str, list[str]] = {}  # names of runs, by what was trained on what
+        for run, experiment in experiments.items():
+            alike.setdefault(f"{experiment.model.name} on {experiment.data.name}", []).append(run.resolve().name)
+        title = "; ".join(f"{', '.join(names)}: {what}" for what, names in alike.items())
         lead = (
-            f"<p>{model} on {data}: {', '.join(results)}. How accurate each network is, and how faithfully it follows "
+            f"<p>{'; '.join(alike)}: {', '.join(results)}. How accurate each network is, and how faithfully it follows "
             "its own high-precision twin.</p>"
         )
-        footer = f"Made by python -m train report from the run {experiment.name}."
-        document = page(f"{experiment.name}: {model} on {data}", lead, sections(console), footer)
+        names = [name for group in alike.values() for name in group]
+        footer = f"Made by python -m train report from the run{'s' if len(names) > 1 else ''} {', '.join(names)}."
+        document = page(title, lead, sections(console), footer)
         (folder / PAGE).write_text(document, encoding="utf-8")
         console.print(f"written to {folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
 

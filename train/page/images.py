@@ -169,19 +169,26 @@ def _smoothing(measured, folder) -> str:
     path = folder / "maps_histogram.png"
     plots.histogram_figure(first.spread, path)
     pictures.append((path, f"Histograms of the inputs of {next(iter(measured))} before and after smoothing."))
-    s = first.smoothing
-    origin = "as the network itself does" if first.is_own else "which these networks do without"
-    steps = f"{s.steps} explicit step{'s' if s.steps > 1 else ''}"
-    lead = f"<p>What total-variation smoothing, {origin}, makes of the inputs of blocks: {steps}.</p>"
-    what = formula(
-        f"S(x) = x − γ² ∇<sup>T</sup>( ∇x / √(|∇x|² + ε²) ), &nbsp; γ² = {s.gamma2:g}, ε = {s.eps:g}, {escape(s.kind)}"
-    )
+    lead = f"<p>What total-variation smoothing makes of the inputs of blocks. {_smoothings(measured)}.</p>"
+    what = formula("S(x) = x − γ² ∇<sup>T</sup>( g ∇x ), &nbsp; g = 1 / √(|∇x|² + ε²) where the kind is isotropic")
     caption = (
         "One test image, in each column the channel of largest variation; colours of a column share one range. The "
         "histograms (of the first network) show what becomes of outliers. Relative rounding error of the maps, ‖x − "
         f"Q(x)‖ / ‖x‖, mean of the columns: {'; '.join(notes)}."
     )
     return lead + what + figure(pictures, caption)
+
+
+def _smoothings(measured) -> str:
+    """How each network smooths, in HTML; networks that do so alike share a clause."""
+    alike: dict[str, list[str]] = {}
+    for name, m in measured.items():
+        s = m.maps.smoothing
+        origin = "as the network itself does" if m.maps.is_own else "which the network does without"
+        steps = f"{s.steps} explicit step{'s' if s.steps > 1 else ''}"
+        text = f"{steps}, γ² = {s.gamma2:.3g}, ε = {s.eps:g}, {escape(s.kind)}, {origin}"
+        alike.setdefault(text, []).append(escape(name))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
 
 
 def _spectra(measured, folder) -> str:
