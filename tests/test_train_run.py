@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from train import fleet
 from train.checkpoints import Checkpoints, read_best
 from train.cli import COMMANDS, Command, load_recipes, main
 from train.config import Experiment, Model, Variant
-from train.finished import read_finished
+from train.finished import Finished, read_finished
 from train.optimizer import path_name
 from train.progress import Display
 from train.rundir import open_run
@@ -548,6 +549,21 @@ def test_two_processes_cannot_work_in_one_run(config, tmp_path, capsys):
         assert from_json((held.path / "config.json").read_text()) == experiment
         assert main(["run", config]) == 2
         assert "another process works in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("certify", "--bits", "8", "12"), ("report", "--certify", "12"), ("elastic", "--bits", "12")]
+)
+def test_widths_that_a_set_of_levels_does_not_have_are_refused(arguments, tmp_path, monkeypatch, capsys):
+    experiment = Experiment("tiny", (Variant("plain"),), model=Model(levels="pot"))
+    (tmp_path / "config.json").write_text(to_json(experiment))
+    (tmp_path / "summary.json").write_text(json.dumps({"variants": {"plain": {}}}))
+    bits = SimpleNamespace(bits=Bits(4, 4), act_bits=4)
+    training = SimpleNamespace(experiment=experiment, variant=experiment.variants[0], model=bits)
+    for module in ("certify", "page.command", "elastic"):
+        monkeypatch.setattr(f"train.{module}.read_finished", lambda *_: {"plain": Finished(training, {})})
+    assert main([arguments[0], str(tmp_path), *arguments[1:]]) == 2
+    assert "levels 'pot' have no widths of 12 bits: choose 2 to 8, or 16 and more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["prepare", "work"])

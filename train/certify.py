@@ -57,6 +57,7 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
     for name, finished in found.items():
         if finished.training.model.act_bits is None:
             raise ValueError(f"{name} of {options.run} rounds no activations: `quantize` the run first")
+        finished.check_levels(options.bits)
 
     def work(console: Console) -> None:
         # Seven columns in the 80 of a plain terminal.

@@ -82,14 +82,11 @@ def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:
 def check_quantized(finished: Finished, run: Path, widths: Sequence[Bits]) -> None:
     """ValueError for a network without quantizers, or whose level set has none of these widths."""
     training = finished.training
-    model = training.experiment.model_of(training.variant)
     if None in training.model.bits:
         raise ValueError(
             f"{training.variant.name} of {run} has no quantizers of weights or of activations: `quantize` the run first"
         )
-    missing = [width for bits in widths for width in bits if 8 < width < 16]
-    if model.levels != "uniform" and missing:
-        raise ValueError(f"levels {model.levels!r} have no widths of {missing[0]} bits: choose 2 to 8, or 16 and more")
+    finished.check_levels(width for bits in widths for width in bits)
 
 
 def compare_widths(finished: Finished, widths: Sequence[Bits], references: Sequence[Bits]) -> WidthComparison:

@@ -1,7 +1,7 @@
 """The networks of a finished run, ready to be looked at."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ class Finished:
     def at(self, bits: Bits) -> dict[str, Any]:
         """The variables with the batch statistics of these widths."""
         return reestimate_statistics(self.training.model, self.variables, self.training.statistics_batches(), bits)
+
+    def check_levels(self, widths: Iterable[int]) -> None:
+        """ValueError for a width that the network's set of levels does not have."""
+        levels = self.training.experiment.model_of(self.training.variant).levels
+        missing = [width for width in widths if 8 < width < 16]
+        if levels != "uniform" and missing:
+            raise ValueError(f"levels {levels!r} have no widths of {missing[0]} bits: choose 2 to 8, or 16 and more")
 
     def test_images(self, limit: int) -> Iterator[tuple[Array, Array]]:
         """(network input, labels) of the first test images, batch by batch."""

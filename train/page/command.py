@@ -79,6 +79,10 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
         for variant, finished in read_finished(run, options.data_dir).items()
     }
 
+    for finished in found.values():
+        if finished.training.model.act_bits is not None:
+            finished.check_levels(options.bits + options.certify)
+
     def sections(console: Console) -> list[tuple[str, str]]:
         measured = {}
         for name, finished in found.items():
