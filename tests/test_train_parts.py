@@ -40,6 +40,7 @@ from train.guards import SMALLEST_CLIP, clips_of, hold, make_explain
 from train.losses import IGNORED, classification_sums
 from train.memory import keep_freed_memory
 from train.optimizer import create_optimizer, rule_of_each
+from train.recipes import any_bit
 from train.schedules import SCHEDULES, cosine, one_cycle
 from train.state import RANDOM, create_state
 from train.step import (
@@ -339,6 +340,23 @@ def test_random_widths_are_all_drawn_alike_from_the_key_alone_and_validated_at_t
     together = jax.vmap(draw)(keys[:8], Bits(jnp.full(8, 5), jnp.full(8, 6)))
     alone = [int(draw(key, Bits(5, 6)).weights) for key in keys[:8]]
     np.testing.assert_array_equal(together.weights, alone)
+
+
+@pytest.mark.parametrize("own", [4, 3, 5])
+def test_any_bit_draws_all_its_widths_alike_whichever_is_the_models_own(own):
+    recipe = any_bit(dataclasses.replace(EXPERIMENT, model=Model(weight_bits=4, act_bits=4)), name="any")
+    keys = jax.random.split(jax.random.key(0, impl=RANDOM), 1200)
+    draw = make_draw(recipe.annealing, Bits(own, own))
+    found = jax.jit(lambda keys: jax.lax.map(lambda key: draw(key, None), keys))(keys)
+    others = [width for width in (2, 3, 4, 6, 8, 32) if width != own]
+    values, counts = np.unique(found.activations, return_counts=True)
+    np.testing.assert_array_equal(values, sorted([*others, own]))
+    expected = 1200 / len(values)
+    assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected))
+    # As they were always drawn: the model's own width is the last one.
+    for i in range(8):
+        key, _ = jax.random.split(jax.random.fold_in(keys[i], 1))
+        assert found.weights[i] == [*others, own][int(jax.random.randint(key, (), 0, len(others) + 1))]
 
 
 def test_without_random_schedules_the_widths_of_a_step_are_those_given():

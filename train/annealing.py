@@ -65,7 +65,8 @@ def is_random(annealing: Annealing) -> bool:
 def make_draw(annealing: Annealing, own: Bits) -> Callable[[Key[Array, ""], Bits | None], Bits | None]:
     """`draw(key, bits) -> bits`: the widths of the step of that key, inside jit.
 
-    Weights and activations are drawn apart, each from its list and the width given, all equally likely.
+    Weights and activations are drawn apart, each from its list and the width given, all equally likely; that the list
+    may name the width given makes no difference.
 
     Args:
       annealing: the schedules; without a random one, `draw` returns the widths given.
@@ -78,11 +79,13 @@ def make_draw(annealing: Annealing, own: Bits) -> Callable[[Key[Array, ""], Bits
 
         # As `train.data.make_prepare`: vmapped, the generator of a run's keys would draw other numbers.
         @jax.custom_batching.sequential_vmap
-        def place(key):
-            return jax.random.randint(key, (), 0, len(schedule.widths) + 1)
+        def place(key, count):
+            return jax.random.randint(key, (), 0, count)
 
-        listed_widths = np.array(schedule.widths, np.int32)
-        return jnp.append(listed_widths, jnp.asarray(width, jnp.int32))[place(key)]
+        listed_widths, width = np.array(schedule.widths, np.int32), jnp.asarray(width, jnp.int32)
+        is_own = listed_widths == width
+        others_first = jnp.append(jnp.asarray(listed_widths)[jnp.argsort(is_own)], width)
+        return others_first[place(key, (~is_own).sum() + 1)]
 
     def draw(key, bits):
         if not is_random(annealing):

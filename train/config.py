@@ -186,7 +186,7 @@ class BitSchedule:
     every: int = 10
     """Epochs at each width of a staircase or a list."""
     widths: tuple[int, ...] = ()
-    """The list, from the first width on, without the model's."""
+    """The list, from the first width on, without the model's; where widths are drawn, the model's may be in it."""
 
     def __post_init__(self):
         check_at_least("every", self.every, 1)

@@ -103,15 +103,12 @@ def any_bit(recipe: Experiment, *, name: str) -> Experiment:
     everything to nothing. They learn slowly, for each width is drawn in a few of the steps only.
     """
     widths = (2, 3, 4, 6, 8, 32)
-
-    def drawn(own: int | None) -> BitSchedule:
-        return BitSchedule("random", widths=tuple(width for width in widths if width != own))
-
+    drawn = BitSchedule("random", widths=widths)
     return replace(
         recipe,
         name=name,
         model=replace(recipe.model, clip_widths=widths),
-        annealing=Annealing(weights=drawn(recipe.model.weight_bits), activations=drawn(recipe.model.act_bits)),
+        annealing=Annealing(weights=drawn, activations=drawn),
         optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.3, weight_decay=0.0),)),
         clip_start="mse",
     )
