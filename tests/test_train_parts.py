@@ -1,6 +1,7 @@
 """The parts of the application: configuration, optimizer, losses, augmentation, the step, checkpoints."""
 
 import dataclasses
+import io
 import json
 import math
 import platform
@@ -16,6 +17,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from qpde.bits import Bits
 from qpde.datasets import Split
@@ -23,6 +25,7 @@ from qpde.models import Smoothing
 from train.annealing import is_annealed, make_draw, strength_of, widths_of
 from train.augment import random_crop, random_flip
 from train.checkpoints import CheckpointError, Checkpoints
+from train.cli import load_recipes
 from train.config import (
     Annealing,
     BitSchedule,
@@ -40,7 +43,9 @@ from train.guards import SMALLEST_CLIP, clips_of, hold, make_explain
 from train.losses import IGNORED, classification_sums
 from train.memory import keep_freed_memory
 from train.optimizer import create_optimizer, rule_of_each
+from train.progress import print_table
 from train.recipes import any_bit
+from train.report import _table
 from train.schedules import SCHEDULES, cosine, one_cycle
 from train.state import RANDOM, create_state
 from train.step import (
@@ -363,6 +368,19 @@ def test_without_random_schedules_the_widths_of_a_step_are_those_given():
     draw = make_draw(Annealing(activations=BitSchedule("listed", widths=(8,))), Bits(4, 4))
     assert draw(jax.random.key(0), None) is None
     assert draw(jax.random.key(0), Bits(4, 8)) == Bits(4, 8)
+
+
+# What is printed
+
+
+def test_the_table_of_many_variants_is_whole_where_lines_are_short():
+    digits = load_recipes(Path(__file__).parents[1] / "configs" / "digits.py")["smoothing"]
+    results = {variant.name: {"parameters": 272186, "accuracy": 0.9875} for variant in digits.variants}
+    printed = io.StringIO()
+    print_table(Console(file=printed, width=80), _table(digits, results))
+    lines = printed.getvalue().splitlines()
+    assert sum(line.count("272,186") for line in lines) == sum(line.count("98.75%") for line in lines) == 7
+    assert len({len(line) for line in lines[1:]}) == 1
 
 
 # The step

@@ -17,6 +17,7 @@ from qpde.certificate import certify, exact_twin, step_bounds
 from qpde.models import converge_norms
 from train.config import check_at_least
 from train.finished import Finished, read_finished
+from train.progress import print_table
 
 _COLUMNS = ("bits", "variant", "accuracy", "agreement", "certified", "a priori", "bound/error")
 
@@ -70,7 +71,7 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
                 measured = measure(finished, width, images=options.images, sweeps=options.sweeps)
                 shares = (f"{measured[key]:.1%}" for key in ("accuracy", "agreement", "certified", "a_priori"))
                 table.add_row("" if i else str(width), name, *shares, f"{measured['tightness']:.3g}")
-        console.print(table)
+        print_table(console, table)
 
     return work
 

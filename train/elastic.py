@@ -15,6 +15,7 @@ from qpde.bits import Bits
 from qpde.elastic import WidthComparison, compare_bits
 from qpde.plots import against_bits_figure
 from train.finished import Finished, read_finished
+from train.progress import print_table
 from train.quantize import distinct_widths
 
 _FULL = Bits(32, 32)
@@ -60,7 +61,7 @@ def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:
 
     def work(console: Console) -> None:
         results = {name: _measure(finished, widths) for name, finished in found.items()}
-        console.print(_table(options.run.name, results))
+        print_table(console, _table(options.run.name, results))
         with open(options.run / "elastic.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("widths", "variant", *_FIELDS))

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on, a bar in a terminal, plain lines elsewhere, and of its table at the end."""
 
 from typing import Self
 
@@ -11,6 +11,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+
+_UNBOUNDED = 10**6
+"""Columns of a console in which every table fits."""
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table with every cell whole, in lines longer than the console's where it must be."""
+    needed = console.measure(table, options=console.options.update(max_width=_UNBOUNDED)).maximum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
 
 
 class Display:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from qpde.plots import COLOURS, layer_error_figure
 from train.config import Experiment
+from train.progress import print_table
 from train.rundir import RunDirectory
 
 # Rows of the table: what, key in the results, format.
@@ -44,7 +45,7 @@ def write_report(
         network), and the history of its training.
       console: where the table goes.
     """
-    console.print(_table(experiment, results))
+    print_table(console, _table(experiment, results))
     quantized = {name: result for name, result in results.items() if "layer_error" in result}
     if quantized:
         layer_error_figure(

@@ -22,6 +22,7 @@ from qpde.plots import against_bits_figure
 from train.config import Experiment, Variant, check_at_least
 from train.fleet import prepare_fleet
 from train.jobs import prepare_job
+from train.progress import print_table
 from train.quantize import distinct_widths
 from train.report import check_drawable
 from train.rundir import read_results, unfinished
@@ -154,7 +155,7 @@ def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Cons
             for variant, result in read_results(folder / cell.name).items():
                 writer.writerow((widths, cell.seed, variant, *(result[key] for key in _CSV)))
                 results.setdefault(widths, {}).setdefault(variant, []).append(result)
-    console.print(_table(options, results))
+    print_table(console, _table(options, results))
     variants = list(next(iter(results.values())))
     figure = {
         heading: {v: {w: interval([factor * r[key] for r in results[w][v]]) for w in results} for v in variants}

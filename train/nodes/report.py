@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qpde.plots import layer_error_figure, over_smoothing_figure
 from train.nodes.config import GraphExperiment
+from train.progress import print_table
 from train.report import check_drawable
 from train.rundir import RunDirectory
 
@@ -45,7 +46,7 @@ def write_report(
       results: by variant, its "parameters" and its parts: "full" with "accuracy", "energy" and "best_epoch", "W4A8"
         and so on with the fields of `qpde.diagnostics.Faithfulness`; all lists over seeds.
     """
-    console.print(_table(experiment, results))
+    print_table(console, _table(experiment, results))
     if experiment.bits:
         part = name_of(experiment.bits[-1])
         for depth, names in _by_depth(experiment).items():
