@@ -8,6 +8,7 @@ from rich.console import Console
 from scipy import stats
 
 from train import sweep
+from train.cli import main
 from train.config import Experiment, Variant
 from train.sweep import interval, paired_p
 
@@ -41,14 +42,31 @@ def test_the_paired_test_sees_the_differences_only(values, shift):
     assert paired_p([1, 2, 3], [0, 1, 2]) == 0
 
 
-def test_widths_that_are_named_twice_are_one_cell(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(sweep, "prepare_job", lambda cell, **_: lambda console: started.append(cell.name))
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the cells that a sweep starts, in place of training them."""
+    names = []
+    monkeypatch.setattr(sweep, "prepare_job", lambda cell, **_: lambda console: names.append(cell.name))
     monkeypatch.setattr(sweep, "_report", lambda *_: None)
+    return names
+
+
+def test_widths_that_are_named_twice_are_one_cell(started, tmp_path):
     experiment = Experiment("tiny", (Variant("plain"),))
     options = sweep.Sweep(experiment, "fast", seeds=2, bits=("4", "W4A8", "W4A4"), at_once=1, runs_dir=tmp_path)
     sweep.prepare_sweep(options)(Console(quiet=True))
     assert started == ["W4A4_seed0", "W4A4_seed1", "W4A8_seed0", "W4A8_seed1"]
+
+
+def test_without_bits_a_sweep_has_the_widths_of_the_model(started, tmp_path, capsys, pytestconfig):
+    command = ["sweep", str(pytestconfig.rootpath / "configs" / "digits.py"), "--seeds", "1", "--at-once", "1"]
+    command += ["--runs-dir", str(tmp_path)]
+    assert main([*command, "--model.weight-bits", "3"]) == 0
+    assert started == ["W3A4_seed0"]
+    assert main([*command, "--model.weight_bits", "3", "--bits", "4"]) == 2
+    assert "--model.weight-bits and --bits both give widths" in capsys.readouterr().err
+    assert main([*command, "--model.act-bits", "None"]) == 2
+    assert "not all variants are quantized alike: give widths" in capsys.readouterr().err
 
 
 def test_one_seed_has_a_mean_and_nothing_else():

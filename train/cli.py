@@ -111,7 +111,12 @@ def prepare_run(arguments: Sequence[str]) -> Callable[[Console], None]:
 
 def parse_sweep(arguments: Sequence[str]) -> Callable[[Console], None]:
     """The runs that the arguments of `sweep` describe, everything about them checked."""
-    return prepare_sweep(_parse_with_recipe(Sweep, "sweep", arguments))
+    options = _parse_with_recipe(Sweep, "sweep", arguments)
+    spelled = [argument.replace("_", "-") for argument in arguments]
+    for option in ("--model.weight-bits", "--model.act-bits"):
+        if options.bits is not None and _value_of(option, spelled) is not None:
+            raise ValueError(f"{option} and --bits both give widths: leave one of them out")
+    return prepare_sweep(options)
 
 
 def command_of(name: str, options: type, prepare: Callable) -> Callable[[Sequence[str]], Callable]:

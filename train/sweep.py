@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from qpde.bits import Bits
 from qpde.plots import against_bits_figure
 from train.config import Experiment, Variant, check_at_least
 from train.fleet import prepare_fleet
@@ -55,8 +56,8 @@ class Sweep:
     """Which of the file's recipes."""
     seeds: int = 5
     """Number of seeds, from the experiment's own on."""
-    bits: tuple[str, ...] = ("4",)
-    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    bits: tuple[str, ...] | None = None
+    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both. None: those of the model."""
     symmetric: Literal["both", "yes", "no"] | None = None
     """Symmetric and plain networks, or one kind of them, instead of the experiment's variants."""
     at_once: int | None = None
@@ -129,19 +130,29 @@ def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _cells(options: Sweep) -> list[Experiment]:
     check_at_least("seeds", options.seeds, 1)
-    if not options.bits:
-        raise ValueError("--bits is empty: give widths, such as --bits 2 3 4 8")
     source = options.experiment
     variants = source.chosen if options.symmetric is None else _FORMS[options.symmetric]
     check_drawable(variants)
     cells = []
-    for bits in distinct_widths(options.bits):
+    for bits in _widths(options, variants):
         widths = {"weight_bits": bits.weights, "act_bits": bits.activations}
         own = tuple(Variant(variant.name, variant.changes | widths) for variant in variants)
         for seed in range(source.seed, source.seed + options.seeds):
             name = f"W{bits.weights}A{bits.activations}_seed{seed}"
             cells.append(dataclasses.replace(source, name=name, variants=own, only=(), seed=seed))
     return cells
+
+
+def _widths(options: Sweep, variants: Sequence[Variant]) -> list[Bits]:
+    """Those given, or those that all variants have."""
+    if options.bits is None:
+        own = [options.experiment.model_of(variant) for variant in variants]
+        found = {Bits(model.weight_bits, model.act_bits) for model in own}
+        if len(found) == 1 and None not in (bits := found.pop()):
+            return [bits]
+    if not options.bits:
+        raise ValueError("--bits is empty, or not all variants are quantized alike: give widths, such as --bits 2 4 8")
+    return distinct_widths(options.bits)
 
 
 def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Console) -> None:
