@@ -23,6 +23,7 @@ from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVari
 from train.nodes.data import make_task
 from train.nodes.report import check_pictures
 from train.optimizer import create_optimizer
+from train.start import read_model
 from train.stored import from_json, to_json
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -174,6 +175,12 @@ def test_experiments_survive_json():
 def test_an_experiment_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(EXPERIMENT, **changes)
+
+
+def test_no_training_on_images_starts_from_a_run_on_a_graph(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(EXPERIMENT))
+    with pytest.raises(ValueError, match="is a run on a graph: give one on images"):
+        read_model(tmp_path, "symmetric")
 
 
 def test_more_variants_than_a_picture_shows_are_refused_before_training():

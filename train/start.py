@@ -35,7 +35,7 @@ def read_start(run: Path, variant: str, shapes: dict[str, Any]) -> Start:
       run: the folder.   variant: its name there.   shapes: of the variables that are needed, without the twin's clips.
     Raises:
       FileNotFoundError: no such run or variant, or it has not finished an epoch.
-      ValueError: its network has other parameters.
+      ValueError: it is a run on a graph, or its network has other parameters.
     """
     model = read_model(run, variant)
     state, _ = read_best(run / CHECKPOINTS / variant)
@@ -46,12 +46,18 @@ def read_start(run: Path, variant: str, shapes: dict[str, Any]) -> Start:
 
 
 def read_model(run: Path, variant: str) -> Model:
-    """The configuration of the network of a variant in a run's folder; FileNotFoundError where there is none."""
+    """The configuration of the network of a variant in a run's folder.
+
+    Raises:
+      FileNotFoundError: no such run or variant.   ValueError: it is a run on a graph.
+    """
     experiment = read_experiment(run)
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"start_from (={run}) is a run on a graph: give one on images")
     named = [v for v in experiment.variants if v.name == variant]
-    if not (isinstance(experiment, Experiment) and named):
+    if not named:
         names = [v.name for v in experiment.variants]
-        raise FileNotFoundError(f"start_from (={run}) has no variant {variant!r} of images: it has {names}")
+        raise FileNotFoundError(f"start_from (={run}) has no variant {variant!r}: it has {names}")
     return experiment.model_of(named[0])
 
 
