@@ -583,6 +583,11 @@ def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(c
     assert all(command.usage in printed and command.summary in printed for command in COMMANDS.values())
     assert main(["dance"]) == 2
     assert f"choose from {list(COMMANDS)}" in capsys.readouterr().err
+    for name, words in (("run", "run configs/digits.py"), ("sweep", "RUNS_DIR/NAME_sweep"), ("data", "data prepare")):
+        assert main([name, "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert COMMANDS[name].usage in printed
+        assert words in printed
     with pytest.raises(SystemExit) as exit:
         main(["run", config, "--help"])
     assert exit.value.code == 0

@@ -1,5 +1,6 @@
 """The command line.  A command is a dataclass whose fields are its options, and one row of `COMMANDS`."""
 
+import inspect
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from train.interrupt import Interrupted
 from train.jobs import KINDS, prepare_job
 from train.nodes.config import GraphExperiment
 from train.page.command import Report, prepare_report
-from train.prepare import parse_data
+from train.prepare import Prepare, parse_data
 from train.prepared import DataError
 from train.processes import is_first, join
 from train.quantize import Quantize, prepare_quantize
@@ -136,16 +137,29 @@ class Command:
       prepare: arguments -> what `main` then calls with a console, which returns None or an exit status; raises
         ValueError or OSError for bad input.
       usage, summary: its line in the help.
+      help: (dataclass, words of a command): what `--help` says where the options depend on what comes before them, the
+        dataclass's docstring and that those words with --help list them. None: `prepare` answers it.
     """
 
     prepare: Callable[[Sequence[str]], Callable[[Console], int | None]]
     usage: str
     summary: str
+    help: tuple[type, str] | None = None
 
 
 COMMANDS = {
-    "run": Command(prepare_run, "run CONFIG.py [--option value ...]", "train and evaluate an experiment"),
-    "sweep": Command(parse_sweep, "sweep CONFIG.py --seeds 5 --bits 2 4 8", "many runs, one table with intervals"),
+    "run": Command(
+        prepare_run,
+        "run CONFIG.py [--option value ...]",
+        "train and evaluate an experiment",
+        (Run, "run configs/digits.py"),
+    ),
+    "sweep": Command(
+        parse_sweep,
+        "sweep CONFIG.py --seeds 5 --bits 2 4 8",
+        "many runs, one table with intervals",
+        (Sweep, "sweep configs/digits.py"),
+    ),
     "quantize": Command(
         command_of("quantize", Quantize, prepare_quantize),
         "quantize RUN --bits W8A8 W4A4",
@@ -169,7 +183,12 @@ COMMANDS = {
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
     ),
-    "data": Command(parse_data, "data prepare NAME [--data-dir FOLDER]", "download a set of images, once"),
+    "data": Command(
+        parse_data,
+        "data prepare NAME [--data-dir FOLDER]",
+        "download a set of images, once",
+        (Prepare, "data prepare"),
+    ),
     "replay": Command(
         command_of("replay", Replay, prepare_replay),
         "replay RUN [--option value ...]",
@@ -192,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}: choose from {list(COMMANDS)}")
+    if rest[:1] in (["-h"], ["--help"]) and COMMANDS[name].help:
+        print(_help_of(COMMANDS[name]))
+        return 0
     try:
         try:
             work = COMMANDS[name].prepare(rest)
@@ -241,6 +263,14 @@ def _help() -> str:
         f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults.\n"
         "Compiled programs are kept in the user's cache: JAX_COMPILATION_CACHE_DIR moves them,\n"
         "JAX_ENABLE_COMPILATION_CACHE=false turns that off."
+    )
+
+
+def _help_of(command: Command) -> str:
+    options, words = command.help
+    return (
+        f"usage: {_PROGRAM} {command.usage}\n\n{inspect.getdoc(options)}\n\n"
+        f"`{_PROGRAM} {words} --help` lists the options with their defaults."
     )
 
 
