@@ -30,7 +30,7 @@ norms should have converged, see `qpde.models.converge_norms`:
     separate norms      1 + h |D2 K^T| |D1 K|; neither symmetric nor a gradient, and no better constant is proven
     plain               |shortcut| + |D2 K2| |D1 K1|
     growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
-    clip, ReLU, smoothing within its stable range    1
+    clip, ReLU, convex smoothing within its stable range    1; a step of another kind can amplify, and is refused
 
 A certificate costs more than the twin itself, and as many sweeps as steps end at the twin: what one of few sweeps adds
 to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add up as the
@@ -49,7 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qpde import operators, quantizers
+from qpde import operators, quantizers, stencils
 from qpde.bits import Bits
 from qpde.conv_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.models.blocks import Block, InvertedBlock, StableBlock, is_depthwise
@@ -125,8 +125,9 @@ def certify(
     Returns:
       `Certificate`.
     Raises:
-      ValueError: no width for activations, a negative number of sweeps, not an image network, or one with clips for
-        each width (`Network.at_width` makes an ordinary one of it).
+      ValueError: no width for activations, a negative number of sweeps, not an image network, one with clips for
+        each width (`Network.at_width` makes an ordinary one of it), one that computes in bfloat16, or one that smooths
+        by a kind that is not convex.
     """
     if not isinstance(model, Network):
         raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
@@ -134,7 +135,7 @@ def certify(
         raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
     if sweeps < 0:
         raise ValueError(f"`sweeps` (={sweeps}) must be at least 0")
-    _check_clips(model)
+    _check_model(model)
     x = jnp.asarray(x)
     steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
     a_priori = 0.0
@@ -156,9 +157,9 @@ def exact_twin(
     Args:
       model, variables, x, bits: as for `certify`.
     Raises:
-      ValueError: a network with clips for each width.
+      ValueError: a network with clips for each width, or one that computes in bfloat16.
     """
-    _check_clips(model)
+    _check_model(model)
     rounded = _rounded_steps(model, variables, bits)
     with _in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
@@ -172,9 +173,9 @@ def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bi
     Returns:
       One `StepBound` a block, in order.
     Raises:
-      ValueError: a network with clips for each width.
+      ValueError: as `certify`, for the network.
     """
-    _check_clips(model)
+    _check_model(model)
     found = []
     for index, (block, own, step_size, _) in enumerate(model.steps(variables)):
         found.append(step_bound(block, own, step_size, _at(bits, index), size))
@@ -191,7 +192,15 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
     Args:
       block, variables, step_size: of `Network.steps`.   bits: scalars, activations not None.
       size: height and width of the step's input.
+    Raises:
+      ValueError: the block smooths by a kind that is not convex.
     """
+    if block.smoothing is not None and not stencils.KINDS[block.smoothing.kind].convex:
+        convex = ", ".join(name for name, kind in stencils.KINDS.items() if kind.convex)
+        raise ValueError(
+            f"smoothing of kind {block.smoothing.kind!r} can amplify a difference, so no constant of its step is "
+            f"proven: certify networks that smooth by a convex kind ({convex})"
+        )
     rounded = _rounded(block, variables, step_size, bits)
     with _in_float64():
         kernels, scales, h = jax.tree.map(np.asarray, _factors(block, rounded, step_size))
@@ -233,11 +242,16 @@ def step_bound(block: Block, variables: dict, step_size: Any, bits: Bits, size: 
     return StepBound(lipschitz, injected)
 
 
-def _check_clips(model):
+def _check_model(model):
     if model.clip_widths is not None:
         raise ValueError(
             f"the twin of a network with clips for each of {model.clip_widths} clips elsewhere, which no bound covers: "
             "certify `model.at_width(variables, bits)`"
+        )
+    if model.compute_dtype != "float32":
+        raise ValueError(
+            f"a network that computes in {model.compute_dtype} rounds more than activations, which no bound covers: "
+            "certify `model.clone(compute_dtype='float32')`"
         )
 
 

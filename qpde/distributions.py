@@ -20,7 +20,7 @@ from qpde.bits import Bits
 from qpde.calibration import histogram, merge
 from qpde.models.graph_networks import GraphNetwork
 from qpde.models.layers import Quantizer
-from qpde.models.network import Network, groups
+from qpde.models.network import Network
 
 __all__ = ["Distribution", "distributions"]
 
@@ -167,8 +167,7 @@ def _by_block(model, observed) -> list[list[_Seen]]:
     if isinstance(model, GraphNetwork):
         stacks = [(observed["layers"], model.depth)]
     else:
-        stages = enumerate(model.stages)
-        stacks = [(observed[f"stage{s}"][name], count) for s, blocks in stages for name, _, _, count in groups(blocks)]
+        stacks = [(observed[stage][name], count) for stage, name, _, count in model.groups]
     return [
         [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for seen in stack["act_clips"]]
         for stack, count in stacks

@@ -27,7 +27,7 @@ from jaxtyping import Array
 from qpde.bits import Bits
 from qpde.models.blocks import Block, is_depthwise
 from qpde.models.layers import NORM_EPSILON, Quantizer
-from qpde.models.network import Network, groups
+from qpde.models.network import Network
 
 __all__ = ["equalize"]
 
@@ -55,13 +55,9 @@ def equalize(model: nn.Module, variables: dict, batches: Iterable[Array]) -> dic
     if ranges is None:
         raise ValueError("`batches` is empty: the ranges of the activations need at least one batch of images")
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
-    for s, blocks in enumerate(model.stages):
-        stage = f"stage{s}"
-        params[stage], stats[stage] = dict(params[stage]), dict(stats[stage])
-        for name, block, _, _ in groups(blocks):
-            params[stage][name], stats[stage][name] = _rescaled(
-                block, params[stage][name], stats[stage][name], ranges[stage][name]["act_clips"]
-            )
+    for stage, name, block, _ in model.groups:
+        new, own = _rescaled(block, params[stage][name], stats[stage][name], ranges[stage][name]["act_clips"])
+        params[stage], stats[stage] = params[stage] | {name: new}, stats[stage] | {name: own}
     return {**variables, "params": params, "batch_stats": stats}
 
 

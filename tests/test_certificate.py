@@ -16,6 +16,7 @@ from qpde.models.blocks import BasicBlock, StableBlock
 from qpde.models.layers import Mode
 from qpde.operators import conv, depthwise
 from qpde.stability import certify, jacobian_spectrum
+from qpde.stencils import KINDS
 
 # Proven norms.
 
@@ -210,6 +211,36 @@ def test_one_width_per_block_is_the_bound_of_each():
 
 
 # Constants.
+
+
+def constants_with_smoothing(smoothing):
+    model, init = network("spectral, precise")
+    variables = init(jax.random.key(0))
+    smoothed = models.create("stablenet20", num_classes=5, norm="spectral", residual="precise", smoothing=smoothing)
+    smoothed = smoothed.clone(stages=(smoothed.stages[0][:2], smoothed.stages[1][:2]))
+    return [step.lipschitz for step in step_bounds(smoothed, variables, (8, 8), Bits(4, 4))]
+
+
+def test_smoothing_costs_the_blocks_that_smooth_their_constant_and_no_others():
+    everywhere = constants_with_smoothing(models.Smoothing())
+    one = constants_with_smoothing(models.Smoothing(blocks=(1,)))
+    without = constants_with_smoothing(None)
+    assert one == [without[0], everywhere[1], *without[2:]]
+    assert everywhere[0] > 2 > without[0]
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.convex])
+def test_smoothing_that_can_amplify_is_refused(kind):
+    with pytest.raises(ValueError, match=f"{kind}.*isotropic"):
+        constants_with_smoothing(models.Smoothing(kind=kind, output=True))
+
+
+def test_a_network_in_bfloat16_is_refused():
+    model, init = network("spectral, precise")
+    with pytest.raises(ValueError, match="bfloat16.*float32"):
+        certify(
+            model.clone(compute_dtype="bfloat16"), init(jax.random.key(0)), images(1, jax.random.key(1)), Bits(4, 4)
+        )
 
 
 def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():

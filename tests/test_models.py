@@ -258,6 +258,29 @@ def test_a_step_that_finds_its_own_size_keeps_to_its_bound(name, norm, step_size
     np.testing.assert_allclose(h * norm_of_step**2, bound.get("step_bound", 1.9), rtol=1e-3)
 
 
+@pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("spectral", 0.1)])
+@pytest.mark.parametrize("zero", ["kernel", "gain"])
+def test_a_step_without_a_kernel_or_gain_stands_still(norm, step_size, zero):
+    """No size of step follows from |D K| = 0; it and its gradient stay finite."""
+    block = models.create("stablenet20", num_classes=4, norm=norm, step_size=step_size, standardize=False).blocks[0]
+    params, stats = block.init(jax.random.key(1))
+    start = block.initial_spectral(jax.random.key(4), params, 8, 8)
+    if zero == "kernel":
+        params["kernel1"] = jnp.zeros_like(params["kernel1"])
+    else:
+        params["norm1"]["scale"] = jnp.zeros_like(params["norm1"]["scale"])
+    x = jax.nn.relu(images(2, (8, 8, block.width_in)))
+
+    @jax.jit
+    def step(params):
+        variables = {"params": params, "batch_stats": stats, "spectral": start}
+        return block(variables, x, 1.0, qpde.Bits(), models.layers.Mode())[0]
+
+    np.testing.assert_array_equal(step(params), x)
+    gradient = jax.grad(lambda p: jnp.sum(step(p) ** 2))(params)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+
+
 def test_a_scaled_head_sees_pooled_features_of_mean_square_one():
     model, variables = make(head="scaled")
     head = variables["params"]["head"]
@@ -363,12 +386,26 @@ def test_summary_counts_operations_and_bits():
     assert halved.rows[9].bit_operations * 2 == table.rows[9].bit_operations
 
 
-def test_depthwise_weights_keep_eight_bits():
-    model = models.create("mobilenetv2", num_classes=3, symmetric=False)
-    row = models.summary(model, (32, 32, 3), bits=qpde.Bits(4, 4)).rows[1]
+def test_depthwise_weights_keep_eight_bits_where_anything_is_rounded():
+    model = models.create("mobilenetv2", num_classes=3, symmetric=False, standardize=False)
     block = model.blocks[0]
     macs = block.macs(32, 32)
-    assert row.bit_operations == 4 * (4 * macs["kernel1"] + 8 * macs["kernel2"] + 4 * macs["kernel3"])
+
+    def of_depthwise(weights):
+        row = models.summary(model, (32, 32, 3), bits=qpde.Bits(weights, 4)).rows[1]
+        return (row.bit_operations // 4 - weights * (macs["kernel1"] + macs["kernel3"])) / macs["kernel2"]
+
+    assert [of_depthwise(bits) for bits in (4, 16, 32)] == [8, 16, 32]
+
+    params, stats = block.init(jax.random.key(0))
+    x = jax.nn.relu(images(1, (8, 8, block.width_in)))
+
+    @jax.jit
+    def run(bits):
+        return block({"params": params, "batch_stats": stats}, x, 1.0, qpde.Bits(bits, None), models.layers.Mode())[0]
+
+    gaps = {bits: float(jnp.abs(run(jnp.int32(bits)) - run(None)).max()) for bits in (4, 8, 16, 32)}
+    assert gaps[4] > gaps[8] > 1e-3 and gaps[16] == gaps[32] < 1e-5, gaps
 
 
 @pytest.mark.parametrize(
@@ -401,8 +438,12 @@ def test_bad_options_are_refused_by_name(options, message):
 
 def test_bad_input_is_refused_by_name():
     model, variables = make()
-    with pytest.raises(ValueError, match="smaller than resnet20's total stride 2"):
+    with pytest.raises(ValueError, match="too small for resnet20.*2x2"):
         model.apply(variables, images(1, (1, 8, 3)))
+    mobile = models.create("mobilenetv2", num_classes=3)
+    with pytest.raises(ValueError, match="too small for mobilenetv2.*17x17"):
+        jax.eval_shape(mobile.init, jax.random.key(0), images(1, (16, 16, 3)))
+    jax.eval_shape(mobile.init, jax.random.key(0), images(1, (17, 17, 3)))
     with pytest.raises(ValueError, match=r"\(N, H, W, C\)"):
         model.apply(variables, jnp.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match="6 blocks"):

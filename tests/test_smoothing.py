@@ -69,6 +69,8 @@ def test_blocks_that_smooth_own_a_gamma2_and_start_as_the_network_that_learns_no
     only_last, _ = make(dataclasses.replace(LEARNED, blocks=(2,)))
     counts.append(models.summary(only_last, (8, 8, 3)).parameters)
     assert counts[2] - counts[0] == 2  # nobody in the group of block 0 smooths
+    assert list(only_last.ranges) == ["stage0/blocks1to2/gamma2"]
+    assert [step[0].smoothing is None for step in only_last.steps(with_gamma2(variables, 0.005))] == [True, True, False]
 
 
 def test_the_gradient_of_gamma2_is_the_difference_quotient_and_leads_back_from_both_ends_of_its_range():

@@ -38,7 +38,6 @@ __all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Scalin
 
 NORMS = ("separate", "tied", "spectral")
 RESIDUALS = ("rounded", "precise")
-DEPTHWISE_BITS = 8
 STEP_BOUND = 1.9  # where nothing else is asked for: as far as a power iteration's |D K|, which is a bit low, allows
 
 
@@ -106,6 +105,7 @@ class Block(abc.ABC):
 
     act_count = 2
     has_signed_inputs = False  # whether a block's input can be negative
+    smallest_map = 1  # side of an input that it can take
 
     @property
     def has_spectral_state(self) -> bool:
@@ -391,6 +391,10 @@ class InvertedBlock(Block):
         return 2 if self.symmetric else 3
 
     @property
+    def smallest_map(self):
+        return 3 if self.symmetric else 1  # its depthwise convolution has no padding
+
+    @property
     def hidden(self) -> int:
         """Expanded width."""
         return self.width_in * self.expansion
@@ -415,7 +419,7 @@ class InvertedBlock(Block):
 
     def macs(self, height, width):
         shapes = self.kernel_shapes()
-        if self.symmetric:  # the depthwise convolution has no padding: (H-2)(W-2) outputs, and as many inputs back
+        if self.symmetric:  # (H-2)(W-2) outputs of the depthwise convolution, and as many inputs back
             inner = (height - 2) * (width - 2)
             return {
                 "kernel1": 2 * height * width * math.prod(shapes["kernel1"]),
@@ -468,12 +472,12 @@ class _Call:
             self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
 
     def kernels(self) -> dict[str, jax.Array]:
-        """Q_w of every kernel, in the dtype to compute in; a depthwise kernel keeps 8 bits whatever the others have."""
+        """Q_w of every kernel, in the dtype to compute in."""
         quantized = {}
         for i, name in enumerate(self.block.kernel_shapes()):
             kernel, bits = self.params[name], self.bits.weights
             if bits is not None and is_depthwise(kernel.shape):
-                bits = DEPTHWISE_BITS
+                bits = depthwise_bits(bits)
             if bits is not None and self.block.standardize:
                 kernel = quantizers.standardize_weight(kernel)
             self._observe("weight_clips", i, kernel, bits, signed=True)
@@ -521,17 +525,24 @@ class _Call:
         return normalize(x, self.params[name], *self.statistics(name, x))
 
     def spectral_norm(self, linear: Callable, adjoint: Callable, scale: jax.Array) -> jax.Array:
-        """|D K| from the carried singular vector, differentiable in D and K."""
+        """|D K| from the carried singular vector, differentiable in D and K; a floor keeps steps of D K = 0 finite."""
         d = row(scale)
         iterations = self.mode.power_iterations
         sigma, vector = _iterate(lambda v: d * linear(v), lambda u: adjoint(d * u), self.singular_vector, iterations)
         self.updates["spectral"] = vector
-        return sigma
+        return jnp.maximum(sigma, 1e-3)
 
 
 def is_depthwise(shape: tuple[int, ...]) -> bool:
     """Whether a kernel inside a block, HWIO, is depthwise: one input per output."""
     return shape[2] == 1
+
+
+def depthwise_bits(bits: Any) -> Any:
+    """Width of a depthwise kernel where the others have `bits`: 8, as published, unless those are not rounded."""
+    if isinstance(bits, int):
+        return bits if bits >= 16 else 8
+    return jnp.where(bits >= 16, bits, 8)
 
 
 def _iterate(linear: Callable, adjoint: Callable, v: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -27,11 +28,16 @@ from qpde.models.layers import Mode, Observe, divide_by_rms, he_normal, moments,
 __all__ = ["Network", "Stage", "groups"]
 
 
-def groups(blocks: tuple[Block, ...]) -> list[tuple[str, Block, int, int]]:
-    """Runs of equal blocks in a stage, whose parameters are stacked: (name, block, index of the first, count)."""
+def groups(blocks: tuple[Block, ...], first: int = 0) -> list[tuple[str, Block, int, int]]:
+    """Runs of equal blocks in a stage, whose parameters are stacked: (name, block, index of the first, count).
+
+    A run of which no block is chosen for smoothing does not smooth; `first` is how many blocks lie before the stage.
+    """
     found, start = [], 0
     for block, equal in itertools.groupby(blocks):
         count = len(list(equal))
+        if not any(_smooths(block.smoothing, first + start, count)):
+            block = dataclasses.replace(block, smoothing=None)
         name = f"block{start}" if count == 1 else f"blocks{start}to{start + count - 1}"
         found.append((name, block, start, count))
         start += count
@@ -91,7 +97,7 @@ class Stage(nn.Module):
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The last block's output, and all of them in order when asked for (else none)."""
         states = []
-        for name, block, start, count in groups(self.blocks):
+        for name, block, start, count in groups(self.blocks, self.first_block):
             x, new = self._integrate(
                 block, count, name, self.first_block + start, x, bits, mode, strength, return_states
             )
@@ -99,8 +105,6 @@ class Stage(nn.Module):
         return x, states
 
     def _integrate(self, block, count, name, first, x, bits, mode, strength, return_states):
-        if not any(_smooths(block.smoothing, first, count)):
-            block = dataclasses.replace(block, smoothing=None)
         params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
         held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
         if block.has_spectral_state:
@@ -169,6 +173,16 @@ class Network(nn.Module):
         return tuple(itertools.chain(*self.stages))
 
     @property
+    def groups(self) -> list[tuple[str, str, Block, int]]:
+        """All blocks in order, as their parameters are stacked: (stage, name, block, count)."""
+        firsts = itertools.accumulate(map(len, self.stages), initial=0)
+        return [
+            (f"stage{s}", name, block, count)
+            for s, (first, blocks) in enumerate(zip(firsts, self.stages, strict=False))
+            for name, block, _, count in groups(blocks, first)
+        ]
+
+    @property
     def clip_widths(self) -> tuple[int, ...] | None:
         """Widths that have clips of their own, or None where one clip serves all."""
         return self.stages[0][0].clip_widths
@@ -204,27 +218,27 @@ class Network(nn.Module):
           The network, created with these widths and one clip for all, and its variables.
         """
         params = dict(variables["params"])
-        for s, blocks in enumerate(self.stages):
-            own = params[f"stage{s}"]
-            params[f"stage{s}"] = {
-                name: own[name] | jax.vmap(partial(block.clips_at, bits=bits))(own[name])
-                for name, block, _, _ in groups(blocks)
-            }
+        for stage, name, block, _ in self.groups:
+            own = params[stage][name]
+            params[stage] = params[stage] | {name: own | jax.vmap(partial(block.clips_at, bits=bits))(own)}
         stages = tuple(tuple(dataclasses.replace(b, clip_widths=None) for b in blocks) for blocks in self.stages)
         model = self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
         return model, {**variables, "params": params}
 
     def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
-        """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with."""
+        """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with.
+
+        One that is not chosen for smoothing comes without it, and its gamma2 is None.
+        """
         found, strength = [], variables.get("smoothing", {}).get("strength")
-        for s, blocks in enumerate(self.stages):
-            for name, block, _, count in groups(blocks):
-                step_size = block.step_size if isinstance(block.step_size, float) else 1.0
-                stacked = {k: v[f"stage{s}"][name] for k, v in variables.items() if name in v.get(f"stage{s}", {})}
-                for i in range(count):
-                    own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                    gamma2 = _gamma2(block.smoothing, own["params"], strength, len(found), 1)
-                    found.append((block, own, step_size, gamma2))
+        for stage, name, block, count in self.groups:
+            step_size = block.step_size if isinstance(block.step_size, float) else 1.0
+            stacked = {k: v[stage][name] for k, v in variables.items() if name in v.get(stage, {})}
+            for i in range(count):
+                own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                gamma2 = _gamma2(block.smoothing, own["params"], strength, len(found), 1)
+                single = block if gamma2 is not None else dataclasses.replace(block, smoothing=None)
+                found.append((single, own, step_size, gamma2))
         return found
 
     @property
@@ -235,22 +249,27 @@ class Network(nn.Module):
         learning; from the ends themselves the gradient leads back.
         """
         return {
-            f"stage{s}/{name}/gamma2": (
+            f"{stage}/{name}/gamma2": (
                 0.0,
                 stencils.max_stable_step(eps=block.smoothing.eps, kind=block.smoothing.kind),
             )
-            for s, blocks in enumerate(self.stages)
-            for name, block, _, _ in groups(blocks)
+            for stage, name, block, _ in self.groups
             if block.learns_gamma2
         }
 
     @property
-    def total_stride(self) -> int:
-        """Of all blocks together: the smallest image side."""
-        stride = 1
-        for block in self.blocks:
-            stride *= block.stride
-        return stride
+    def smallest_image(self) -> int:
+        """The smallest side of an image: that of all strides together, or more where a block needs a larger map."""
+
+        def fits(side):
+            for block in self.blocks:
+                if side < block.smallest_map:
+                    return False
+                side = block.output_size(side, side)[0]
+            return True
+
+        total_stride = math.prod(block.stride for block in self.blocks)
+        return next(side for side in itertools.count(total_stride) if fits(side))
 
     @nn.compact
     def __call__(
@@ -267,7 +286,7 @@ class Network(nn.Module):
         """Logits of images.
 
         Args:
-          x: (N, H, W, C) float32, H and W at least the product of the strides.
+          x: (N, H, W, C) float32, H and W at least `smallest_image`.
           train: normalise by the batch's statistics; the running ones change when "batch_stats" is mutable.
           bits: `qpde.Bits` for this call, values static or traced; None is the widths of `create`.
           return_states: also return the blocks' outputs, in order.
@@ -279,7 +298,7 @@ class Network(nn.Module):
         Returns:
           logits (N, num_classes), or (logits, tuple of states).
         Raises:
-          ValueError: wrong rank, an image smaller than the strides, per-block bits of another length than the blocks.
+          ValueError: wrong rank, an image smaller than `smallest_image`, bits per block of another number than blocks.
         """
         self._check_input(x)
         bits = self._checked_bits(self.bits if bits is None else bits)
@@ -307,10 +326,10 @@ class Network(nn.Module):
     def _check_input(self, x):
         if x.ndim != 4:
             raise ValueError(f"images must be (N, H, W, C); got shape {x.shape}")
-        if min(x.shape[1:3]) < self.total_stride:
+        if min(x.shape[1:3]) < (side := self.smallest_image):
             raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} are smaller than {self.name_of_architecture}'s total stride "
-                f"{self.total_stride}; pad or resize them to at least {self.total_stride}x{self.total_stride}"
+                f"images of {x.shape[1]}x{x.shape[2]} are too small for {self.name_of_architecture}: "
+                f"pad or resize them to at least {side}x{side}"
             )
 
     def _checked_bits(self, bits):

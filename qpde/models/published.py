@@ -33,7 +33,7 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
       ValueError: an array is missing, left over, or of another shape than the network's.
     """
     model = create(name, **options)
-    side = max(model.total_stride, 4)
+    side = model.smallest_image
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     if set(template) != {"params", "batch_stats"}:
         raise ValueError("published networks have norm='separate'; create another norm and train it")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpde.bits import Bits
-from qpde.models.blocks import DEPTHWISE_BITS, Block, is_depthwise
+from qpde.models.blocks import Block, depthwise_bits, is_depthwise
 from qpde.models.network import Network, groups
 
 __all__ = ["Summary", "summary"]
@@ -112,7 +112,7 @@ def _block(name: str, block: Block, parameters: int, size: tuple[int, int], bits
     )
     macs = block.macs(*size)
     shapes = block.kernel_shapes()
-    kernel_bits = {k: DEPTHWISE_BITS if is_depthwise(shapes[k]) and weights < 32 else weights for k in macs}
+    kernel_bits = {k: depthwise_bits(weights) if is_depthwise(shapes[k]) else weights for k in macs}
     sizes = {k: math.prod(shapes[k]) for k in macs}
     packed = sum(-(-sizes[k] * kernel_bits[k] // 8) for k in macs)
     return Row(
