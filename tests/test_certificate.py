@@ -214,8 +214,7 @@ def test_one_width_per_block_is_the_bound_of_each():
 
 
 def constants_with_smoothing(smoothing):
-    model, init = network("spectral, precise")
-    variables = init(jax.random.key(0))
+    variables = network("spectral, precise")[1](jax.random.key(0))
     smoothed = models.create("stablenet20", num_classes=5, norm="spectral", residual="precise", smoothing=smoothing)
     smoothed = smoothed.clone(stages=(smoothed.stages[0][:2], smoothed.stages[1][:2]))
     return [step.lipschitz for step in step_bounds(smoothed, variables, (8, 8), Bits(4, 4))]
@@ -237,10 +236,9 @@ def test_smoothing_that_can_amplify_is_refused(kind):
 
 def test_a_network_in_bfloat16_is_refused():
     model, init = network("spectral, precise")
-    with pytest.raises(ValueError, match="bfloat16.*float32"):
-        certify(
-            model.clone(compute_dtype="bfloat16"), init(jax.random.key(0)), images(1, jax.random.key(1)), Bits(4, 4)
-        )
+    variables, x = init(jax.random.key(0)), images(1, jax.random.key(1))
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):
+        certify(model.clone(compute_dtype="bfloat16"), variables, x, Bits(4, 4))
 
 
 def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():
