@@ -6,9 +6,10 @@ JOBS   ?= 2
 
 .PHONY: demo test lint bench clean
 
-# The main job on embedded data: symmetric and plain nets in 4 bits, their table and their report.
+# The main job on embedded data: symmetric and plain nets in 4 bits, their table, and the page of their report.
 demo: $(VENV)/.train
 	$(RUN) -m train run configs/digits.py
+	$(RUN) -m train report runs/digits
 
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal

@@ -122,3 +122,8 @@ def test_missing_extra_and_misshapen_arrays_are_refused_by_name(golden_dir):
     symmetric = {k: v for k, v in state.items() if "conv2_weight" not in k or ".0.conv2" in k}
     with pytest.raises(ValueError, match="norm='separate'"):
         load(symmetric, symmetric=True, norm="spectral")
+
+
+def test_a_symmetric_mobilenet_is_read_as_far_as_its_state_goes():
+    with pytest.raises(ValueError, match="the state lacks"):  # its smallest image is larger than its strides
+        models.from_torch_state("mobilenetv2", {}, num_classes=10, symmetric=True)
