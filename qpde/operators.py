@@ -44,7 +44,8 @@ def conv(
     Returns:
       Images of height (h + 2 p - d (kh - 1) - 1) // s + 1, likewise the width, in x's dtype.
     Raises:
-      ValueError: an even kernel; a stride, padding or dilation out of range; a kernel larger than the padded image.
+      ValueError: images or a kernel that are not floating; an even kernel; a stride, padding or dilation out of range;
+        a kernel larger than the padded image.
     """
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
     return _in_kernel_dtype(_conv, form, x, kernel)
@@ -114,6 +115,9 @@ def depthwise_adjoint(
 
 def _in_kernel_dtype(f, form, x, kernel):
     """Cast outside the custom rules, so that the narrow x is what the backward pass keeps."""
+    for name, dtype in (("images", x.dtype), ("kernel", kernel.dtype)):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name} of dtype {dtype} must be floating: convert by .astype(jnp.float32)")
     return f(form, x.astype(kernel.dtype), kernel).astype(x.dtype)
 
 

@@ -447,6 +447,8 @@ def test_bad_input_is_refused_by_name():
     jax.eval_shape(mobile.init, jax.random.key(0), images(1, (17, 17, 3)))
     with pytest.raises(ValueError, match=r"\(N, H, W, C\)"):
         model.apply(variables, jnp.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="dtype uint8 must be floating"):
+        model.apply(variables, np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="6 blocks"):
         model.apply(variables, images(), bits=qpde.Bits(4, jnp.full(9, 4)))
 

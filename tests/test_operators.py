@@ -1,6 +1,7 @@
 """Convolutions and their adjoints: values, exact adjointness, gradients of every order, and where they run."""
 
 from functools import partial
+from inspect import unwrap
 from typing import NamedTuple
 
 import jax
@@ -301,6 +302,14 @@ IMAGE, KERNEL = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
         (lambda: conv(IMAGE, KERNEL, padding=0, dilation=2), r"spans \(5, 5\) pixels"),
         (lambda: conv_adjoint(IMAGE, KERNEL, stride=2), r"`stride` \(=2\) above 1 needs `size`"),
         (lambda: depthwise_adjoint(IMAGE, KERNEL, stride=2, size=(9, 8)), r"`size` \(=\(9, 8\)\) .* \(5, 4\)"),
+        *[
+            (lambda f=unwrap(f), x=x, k=k: f(x, k), message)  # as users call it: shapes and dtypes are unchecked
+            for f in (conv, conv_adjoint, depthwise, depthwise_adjoint)
+            for x, k, message in (
+                (IMAGE.astype(jnp.uint8), KERNEL, "images of dtype uint8 must be floating"),
+                (IMAGE, KERNEL.astype(jnp.int32), "kernel of dtype int32 must be floating"),
+            )
+        ],
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(call, message):

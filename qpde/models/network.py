@@ -298,7 +298,8 @@ class Network(nn.Module):
         Returns:
           logits (N, num_classes), or (logits, tuple of states).
         Raises:
-          ValueError: wrong rank, an image smaller than `smallest_image`, bits per block of another number than blocks.
+          ValueError: wrong rank, images that are not floating or smaller than `smallest_image`, bits per block of
+            another number than blocks.
         """
         self._check_input(x)
         bits = self._checked_bits(self.bits if bits is None else bits)
@@ -326,6 +327,8 @@ class Network(nn.Module):
     def _check_input(self, x):
         if x.ndim != 4:
             raise ValueError(f"images must be (N, H, W, C); got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"images of dtype {x.dtype} must be floating: x.astype(jnp.float32), and scale them")
         if min(x.shape[1:3]) < (side := self.smallest_image):
             raise ValueError(
                 f"images of {x.shape[1]}x{x.shape[2]} are too small for {self.name_of_architecture}: "
