@@ -90,8 +90,9 @@ def depthwise(
 
     y[n, i, j, c] = sum_{a, b} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, 0, c], all taps in one pass over x.
 
-    Args, Returns, Raises: as `conv`.
+    Args, Returns, Raises: as `conv`; ValueError also for a kernel that is not one for each channel of x.
     """
+    _check_depthwise(x, kernel)
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
     return _in_kernel_dtype(_depthwise, form, x, kernel)
 
@@ -109,8 +110,17 @@ def depthwise_adjoint(
 
     With padding=0 it is the full correlation: the image grows back to the size that `depthwise` shrank.
     """
+    _check_depthwise(y, kernel)
     form = _adjoint_form(y.shape[1:3], kernel, stride, padding, dilation, size)
     return _in_kernel_dtype(_depthwise_adjoint, form, y, kernel)
+
+
+def _check_depthwise(x, kernel):
+    if kernel.shape[2:] != (1, x.shape[-1]):
+        raise ValueError(
+            f"`kernel` has shape {kernel.shape}; a depthwise one for images of {x.shape[-1]} channels is "
+            f"(kh, kw, 1, {x.shape[-1]}): use conv to mix channels"
+        )
 
 
 def _in_kernel_dtype(f, form, x, kernel):

@@ -303,12 +303,17 @@ IMAGE, KERNEL = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
         (lambda: conv_adjoint(IMAGE, KERNEL, stride=2), r"`stride` \(=2\) above 1 needs `size`"),
         (lambda: depthwise_adjoint(IMAGE, KERNEL, stride=2, size=(9, 8)), r"`size` \(=\(9, 8\)\) .* \(5, 4\)"),
         *[
-            (lambda f=unwrap(f), x=x, k=k: f(x, k), message)  # as users call it: shapes and dtypes are unchecked
+            (lambda f=f, x=x, k=k: unwrap(f)(x, k), message)  # as users call it: dtypes and shapes are unchecked
             for f in (conv, conv_adjoint, depthwise, depthwise_adjoint)
             for x, k, message in (
                 (IMAGE.astype(jnp.uint8), KERNEL, "images of dtype uint8 must be floating"),
                 (IMAGE, KERNEL.astype(jnp.int32), "kernel of dtype int32 must be floating"),
             )
+        ],
+        *[
+            (lambda f=f, c=c, k=k: unwrap(f)(jnp.ones((1, 4, 4, c)), jnp.ones((3, 3, *k))), rf"\(kh, kw, 1, {c}\)")
+            for f in (depthwise, depthwise_adjoint)
+            for c, k in ((1, (1, 8)), (8, (1, 1)), (8, (8, 1)), (8, (8, 8)))
         ],
     ],
 )
