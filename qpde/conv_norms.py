@@ -29,7 +29,7 @@ def conv_norm_bound(kernel: Float[Array | np.ndarray, "kh kw c_in c_out"], *, po
     Returns:
       The bound.
     Raises:
-      ValueError: too few points.
+      ValueError: a kernel of even size, or NaN or infinite; too few points.
     """
     return _symbol_bound(kernel, points, lambda symbol: np.linalg.norm(symbol, 2, axis=(2, 3)))
 
@@ -40,7 +40,7 @@ def depthwise_norm_bound(kernel: Float[Array | np.ndarray, "kh kw 1 c"], *, poin
 
 
 def _symbol_bound(kernel, points, norm):
-    kernel = np.asarray(kernel, np.float64)
+    kernel = _checked(kernel)
     taps = kernel.shape[:2]
     if points <= max(taps):
         raise ValueError(f"`points` (={points}) must exceed the kernel's taps {taps}: 32 are enough for 3x3")
@@ -66,8 +66,12 @@ def conv_norm_is_at_most(
       padding: as for `qpde.operators.conv`, at stride 1.
     Returns:
       True is a proof. False means a larger norm, or one within 1e-9 of the bound.
+    Raises:
+      ValueError: a kernel of even size, or NaN or infinite; a bound that is negative or NaN.
     """
-    kernel = np.asarray(kernel, np.float64)
+    kernel = _checked(kernel)
+    if not bound >= 0:
+        raise ValueError(f"`bound` (={bound}) must be at least 0: no norm is smaller")
     rows = _rows(kernel, size[1], _padding(kernel.shape[1], padding))
     reach, pad, height = kernel.shape[0] - 1, _padding(kernel.shape[0], padding), size[0]
     outputs = range(height + 2 * pad - reach)
@@ -88,6 +92,15 @@ def conv_norm_is_at_most(
     except np.linalg.LinAlgError:
         return False
     return True
+
+
+def _checked(kernel):
+    kernel = np.asarray(kernel, np.float64)
+    if any(taps % 2 == 0 for taps in kernel.shape[:2]):
+        raise ValueError(f"`kernel` has even size {kernel.shape[:2]}; pad it with a row or column of zeros")
+    if not np.isfinite(kernel).all():
+        raise ValueError("`kernel` is NaN or infinite, and so has no norm: look for what made it so")
+    return kernel
 
 
 def _padding(taps, padding):

@@ -63,6 +63,29 @@ def test_few_frequencies_still_give_a_bound():
         conv_norm_bound(kernel, points=3)
 
 
+NORMS = [conv_norm_bound, depthwise_norm_bound, functools.partial(conv_norm_is_at_most, bound=1.0, size=(4, 4))]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (np.full((3, 3, 1, 1), np.nan), "NaN or infinite"),
+        (np.full((1, 1, 1, 1), np.inf), "NaN or infinite"),
+        (np.ones((2, 3, 1, 1)), r"even size \(2, 3\)"),
+    ],
+)
+def test_nothing_is_proven_of_kernels_without_a_norm_or_a_middle(norm, kernel, message):
+    with pytest.raises(ValueError, match=message):
+        norm(kernel.astype(np.float32))
+
+
+@pytest.mark.parametrize("bound", [-1.0, float("nan")])
+def test_no_norm_is_at_most_a_negative_number(bound):
+    with pytest.raises(ValueError, match=r"`bound` \(=.*\) must be at least 0"):
+        conv_norm_is_at_most(np.zeros((1, 1, 1, 1), np.float32), bound, (4, 4))
+
+
 # Networks.
 
 NETWORKS = {
