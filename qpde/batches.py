@@ -2,7 +2,8 @@
 
 A batch is images (N, H, W, C) float32 or a `jraph.GraphsTuple`, alone or in a pair with integer labels: one for each
 image in 0 .. classes - 1; or one for each node, or for each pixel of a segmentation network's logits, -1 where it does
-not count.
+not count. Without labels every node counts, those too with which jraph pads a graph, which cannot be told from others:
+label them -1.
 """
 
 from collections.abc import Callable, Iterable

@@ -244,9 +244,10 @@ def total_variation(
     kind: str = "normalized",
     scale: Float[Array, " nodes"] | None = None,
 ) -> Float[Array, ""]:
-    """TV_eps(x) = sum sqrt((G x)^2 + eps^2) over edges and channels. Args as for `gradient`; eps > 0."""
+    """TV_eps(x) = sum sqrt((G x)^2 + eps^2) over edges (not loops) and channels. Args as for `gradient`; eps > 0."""
     _check_positive("eps", eps)
-    return jnp.sum(jnp.sqrt(jnp.square(gradient(graph, x, kind=kind, scale=scale)) + _square(eps)))
+    lengths = jnp.sqrt(jnp.square(gradient(graph, x, kind=kind, scale=scale)) + _square(eps))
+    return jnp.sum(lengths, where=_along(graph.senders != graph.receivers, lengths))
 
 
 def tv_step(
