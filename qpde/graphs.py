@@ -202,13 +202,13 @@ def nonlinear_laplacian(
       flux: s, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
         may close over traced numbers, and gradients flow to those that are floating point; reverse mode only.
     Returns:
-      Node field like x.
+      Node field like x, of the dtype of x * scale.
     Raises:
       ValueError: as for `gradient`.
     """
     _check(graph, kind, x)
-    x = jnp.asarray(x)
     scale = normalize(graph) if scale is None else scale
+    x = jnp.asarray(x, jnp.result_type(x, scale))
     if kind == "normalized":
         weight, x = None, x * _along(scale, x)
     else:

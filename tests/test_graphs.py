@@ -1,6 +1,7 @@
 """Graph operators against dense matrices in NumPy, and the properties that networks rely on."""
 
 import functools
+from inspect import unwrap
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,17 @@ def test_nonlinear_laplacian_and_its_gradients_are_those_of_the_fields_on_the_ed
 
     for blocks, fields in zip(pulled_back(by_blocks), pulled_back(by_fields), strict=True):
         close(blocks, fields, scale=10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", KIND_LIST)
+def test_fields_of_any_dtype_are_summed_in_that_of_the_degrees(kind, dtype):
+    graph, x = random_graph(4), jnp.asarray(10 * field(4)).astype(dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        total = unwrap(graphs.nonlinear_laplacian)(graph, x, lambda p: p, kind=kind)
+        expected = unwrap(graphs.laplacian)(graph, x.astype(jnp.float32), kind=kind)
+    assert total.dtype == jnp.float32
+    close(total, expected, scale=10)
 
 
 def test_blocks_of_edges_are_small_on_a_cpu_alone(small_blocks):
