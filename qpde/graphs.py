@@ -283,7 +283,8 @@ def tv_step(
                 "can raise the energy; take more steps instead"
             )
     else:
-        gamma2 = jnp.clip(gamma2, 0.0, bound)
+        # `where`, not `clip`: the gradient at the bounds themselves is 1, so a step can start there and learn.
+        gamma2 = jnp.where(gamma2 < 0, 0.0, jnp.where(gamma2 > bound, bound, gamma2))
     scale = normalize(graph) if scale is None else scale
     g = gradient(graph, x, kind=kind, scale=scale)
     return x + gamma2 * divergence(graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale)
@@ -444,7 +445,7 @@ def _check(graph, kind, x=None, p=None):
 
 
 def _is_static(*values):
-    return all(isinstance(v, int | float) for v in values)
+    return all(isinstance(v, int | float | np.number) for v in values)
 
 
 def _check_positive(name, value):
@@ -475,7 +476,7 @@ def _checked_nodes(nodes, num_nodes):
         raise ValueError(f"nodes have {nodes.shape[0]} rows of features, but num_nodes is {num_nodes}")
     sparse = isinstance(nodes, BCOO)
     values = np.asarray(nodes.data if sparse else nodes)
-    if not np.issubdtype(values.dtype, np.floating):
+    if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(f"features are {values.dtype}; they must be floating point: convert them to float32")
     bad = np.argwhere(~np.isfinite(values))
     if bad.size:

@@ -382,6 +382,10 @@ def test_sparse_features_are_kept_sparse():
     assert graphs.laplacian(graph, jnp.ones((3, 1))).shape == (3, 1)
 
 
+def test_features_may_be_in_half_precision():
+    assert graphs.from_edges([0], [1], num_nodes=3, nodes=jnp.ones((3, 1), jnp.bfloat16)).nodes.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -409,6 +413,7 @@ def test_bad_graphs_are_refused(arguments, message):
         (lambda g, x: graphs.divergence(g, x), "9 rows, the graph has 14 edges"),
         (lambda g, x: graphs.nonlinear_laplacian(g, x[:-1], jnp.tanh), "8 rows, the graph has 9 nodes"),
         (lambda g, x: graphs.tv_step(g, x, gamma2=0.11, eps=0.1), "0.11.*within .0, 0.1."),
+        (lambda g, x: graphs.tv_step(g, x, gamma2=np.float32(50), eps=0.1), "50.*within .0, 0.1."),
         (lambda g, x: graphs.tv_step(g, x, gamma2=-0.1, eps=0.1), "-0.1"),
         (lambda g, x: graphs.tv_step(g, x, gamma2=0.0, eps=0.0), "eps"),
         (lambda g, x: graphs.total_variation(g, x, eps=-1.0), "eps"),
@@ -425,6 +430,17 @@ def test_a_traced_step_beyond_the_bound_is_clamped_to_it():
     graph, x = random_graph(0), jnp.asarray(field(0))
     step = jitted("tv_step", kind="normalized")
     np.testing.assert_array_equal(step(graph, x, gamma2=5.0, eps=0.1), step(graph, x, gamma2=0.1, eps=0.1))
+
+
+@pytest.mark.parametrize("gamma2", [0.0, 0.1])
+def test_a_step_at_a_bound_learns_as_one_beside_it(gamma2):
+    graph, x = random_graph(0), jnp.asarray(field(0))
+
+    def loss(gamma2):
+        return jnp.sum(x * graphs.tv_step(graph, x, gamma2=gamma2, eps=0.1))
+
+    slope = jax.jit(jax.grad(loss))
+    close(slope(jnp.float32(gamma2)), slope(jnp.float32(0.05)))  # the step is linear in gamma2
 
 
 def test_nan_in_a_node_reaches_its_neighbours_only():
