@@ -96,17 +96,17 @@ def power_iteration_step(
     """
     v = lax.stop_gradient(v)
     u = lax.stop_gradient(linear_map(v))
-    w = adjoint(_direction(u, _norm(u)))
-    sigma = _norm(w)
+    w = adjoint(_direction(u, _norm(u))).astype(v.dtype)
+    sigma = _norm(w).astype(v.dtype)
     v = jnp.where(sigma == 0, v, _direction(w, sigma))
     return sigma, lax.stop_gradient(v)
 
 
 def step_lipschitz(
-    norm: Float[ArrayLike, "*layers"],
-    second_norm: Float[ArrayLike, "*layers"] | None = None,
+    norm: Float[ArrayLike, "*#layers"],
+    second_norm: Float[ArrayLike, "*#layers"] | None = None,
     *,
-    step_size: int | Float[ArrayLike, ""] | Float[ArrayLike, "*layers"],
+    step_size: int | Float[ArrayLike, "*#layers"],
 ) -> Float[Array, "*layers"]:
     """Lipschitz constant, in the 2-norm, of a step with a nondecreasing, 1-Lipschitz s (ReLU, clip, tanh).
 
@@ -117,14 +117,13 @@ def step_lipschitz(
     is plain.
 
     Args:
-      norm: |K|, or |K1|; one value or one per layer. An estimate from below needs a margin.
-      second_norm: |K2| of a plain step, of the same shape; None for the symmetric step.
-      step_size: h >= 0, for all layers or one per layer.
+      norm: |K|, or |K1|; for all layers or one per layer. An estimate from below needs a margin.
+      second_norm: |K2| of a plain step, alike; None for the symmetric step.
+      step_size: h >= 0, alike.
     Returns:
       The constant of each layer, never below 1. A sequence of steps has at most their product.
     """
     norm, h = jnp.asarray(norm), jnp.asarray(step_size, jnp.float32)
-    h = jnp.broadcast_to(h, norm.shape)
     if second_norm is None:
         return jnp.maximum(1.0, h * norm**2 - 1.0)
     return 1.0 + h * norm * jnp.asarray(second_norm)
@@ -165,11 +164,16 @@ def jacobian_spectrum(
       num: Lanczos steps and so values of each kind, at least 1; at most x.size are taken. Unused by "dense".
       key: of the random start of "lanczos".
     Returns:
-      `JacobianSpectrum`, float32: with "dense" x.size eigenvalues and min(x.size, f(x).size) singular values.
+      `JacobianSpectrum` in x's dtype, float32 at least: with "dense" x.size eigenvalues and min(x.size, f(x).size)
+        singular values.
     Raises:
-      ValueError: an unknown method, `num` < 1, "lanczos" without a key, "dense" on too large a map.
+      ValueError: an x that is not floating, an unknown method, `num` < 1, "lanczos" without a key, "dense" on too large
+        a map.
     """
-    y, pullback = jax.vjp(f, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"`x` has dtype {x.dtype}; it must be floating: x.astype(jnp.float32)")
+    # Only f itself is in half precision, where x is.
+    y, pullback = jax.vjp(lambda wide: _wide(f(wide.astype(x.dtype))), _wide(x))
     transposed = _first(pullback)
     square = y.shape == x.shape
     if method == "dense":
@@ -185,7 +189,7 @@ def jacobian_spectrum(
     jacobian = _first(second_pullback)  # the transpose of u -> J^T u
 
     def lanczos(product):
-        return _lanczos(lambda q: product(q.reshape(x.shape)).ravel(), x.size, min(num, x.size), key)
+        return _lanczos(lambda q: product(q.reshape(x.shape)).ravel(), x.size, min(num, x.size), key, y.dtype)
 
     eigenvalues = lanczos(lambda v: (jacobian(v) + transposed(v)) / 2) if square else None
     squares = lanczos(lambda v: transposed(jacobian(v)))
@@ -204,7 +208,7 @@ def _dense_spectrum(transposed, x, y, square):
     return JacobianSpectrum(eigenvalues, jnp.linalg.svd(jacobian, compute_uv=False))
 
 
-def _lanczos(product, n, num, key):
+def _lanczos(product, n, num, key, dtype):
     """Eigenvalues of the `num` x `num` tridiagonal section of a symmetric product, ascending.
 
     Where the Krylov space closes (for the identity after one step) the iteration goes on from a fresh random
@@ -223,8 +227,8 @@ def _lanczos(product, n, num, key):
         basis = basis.at[i].set(q)
         w = product(q)
         q_next, length = unit(w, basis)
-        fresh, _ = unit(jax.random.normal(jax.random.fold_in(key, i + 1), (n,)), basis)
-        closed = length <= 8 * jnp.finfo(jnp.float32).eps * _norm(w)
+        fresh, _ = unit(jax.random.normal(jax.random.fold_in(key, i + 1), (n,), dtype), basis)
+        closed = length <= 8 * jnp.finfo(dtype).eps * _norm(w)
         return (
             basis,
             jnp.where(closed, fresh, q_next),
@@ -232,9 +236,9 @@ def _lanczos(product, n, num, key):
             off_diagonal.at[i].set(jnp.where(closed, 0, length)),
         )
 
-    basis = jnp.zeros((num, n))
-    start, _ = unit(jax.random.normal(jax.random.fold_in(key, 0), (n,)), basis)
-    zeros = jnp.zeros(num)
+    basis = jnp.zeros((num, n), dtype)
+    start, _ = unit(jax.random.normal(jax.random.fold_in(key, 0), (n,), dtype), basis)
+    zeros = jnp.zeros(num, dtype)
     _, _, diagonal, off_diagonal = lax.fori_loop(0, num, step, (basis, start, zeros, zeros))
     off = jnp.diag(off_diagonal[:-1], 1)
     return jnp.linalg.eigvalsh(jnp.diag(diagonal) + off + off.T)
@@ -251,11 +255,21 @@ def _first(pullback):
 
 
 def _norm(x):
-    """The 2-norm, with gradient 0 instead of NaN at x = 0."""
-    square = jnp.sum(jnp.square(x))
-    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+    """The 2-norm, in float32 at least, with gradient 0 instead of NaN at x = 0.
+
+    Dividing by a power of two near the largest number rounds nothing and keeps the squares from over- and underflow.
+    """
+    x = _wide(x)
+    _, exponent = jnp.frexp(lax.stop_gradient(jnp.max(jnp.abs(x))))
+    scale = jnp.maximum(jnp.ldexp(jnp.ones((), x.dtype), exponent - 2), jnp.finfo(x.dtype).tiny)
+    square = jnp.sum(jnp.square(x / scale))
+    return jnp.where(square == 0, 0, scale * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def _direction(x, length):
     """x / length, and 0 where the length is 0."""
-    return x / jnp.where(length == 0, 1, length)
+    return (_wide(x) / jnp.where(length == 0, 1, length)).astype(x.dtype)
+
+
+def _wide(x):
+    return x if x.dtype.itemsize > 4 else x.astype(jnp.float32)

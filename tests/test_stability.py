@@ -137,6 +137,25 @@ def test_zero_map_has_norm_and_gradient_zero():
     np.testing.assert_array_equal(v, [1, 0, 0])
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25, 1e30])
+def test_norms_whose_squares_are_no_floats_are_found(scale):
+    matrix = random(10, (4, 3))
+    found, gradient = jax.value_and_grad(norm_of_matrix)(matrix * np.float32(scale), jax.random.key(0))
+    usual = jax.grad(norm_of_matrix)(matrix, jax.random.key(0))
+    np.testing.assert_allclose(found, scale * np.linalg.norm(matrix, 2), rtol=1e-4)
+    np.testing.assert_allclose(gradient, usual, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("given_adjoint", [False, True])
+def test_norm_of_a_double_precision_map_is_found_in_single(given_adjoint):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        matrix = np.random.default_rng(0).standard_normal((4, 3))
+        adjoint = (lambda y: matrix.T @ y) if given_adjoint else None
+        norm = spectral_norm(lambda x: matrix @ x, (3,), adjoint=adjoint, key=jax.random.key(0), iterations=60)
+    assert norm.dtype == np.float32
+    np.testing.assert_allclose(norm, np.linalg.norm(matrix, 2), rtol=1e-5)
+
+
 def test_norm_is_the_same_eager_jitted_and_vmapped():
     matrices = random(5, (3, 5, 4))
     keys = jax.random.split(jax.random.key(1), 3)
@@ -175,6 +194,8 @@ def test_lipschitz_constant_of_the_symmetric_step_is_attained():
 
     assert np.isclose(abs(f(2.0) - f(1.0)), 2.0)
     np.testing.assert_allclose(step_lipschitz(2.0, 3.0, step_size=0.5), 4.0)
+    np.testing.assert_allclose(step_lipschitz(1.0, step_size=np.array([0.5, 4.0], np.float32)), [1.0, 3.0])
+    np.testing.assert_allclose(step_lipschitz(np.array([1.0, 2.0], np.float32), 3.0, step_size=1), [4.0, 7.0])
 
 
 @given(seed=SEEDS, h=st.floats(0.01, 1.0))
@@ -241,6 +262,19 @@ def test_map_that_changes_the_shape_has_singular_values_only():
     np.testing.assert_allclose(spectrum.singular_values, truth, rtol=1e-5)
     spectrum = jacobian_spectrum(lambda x: matrix @ x, jnp.zeros(5), method="lanczos", key=jax.random.key(0))
     np.testing.assert_allclose(spectrum.singular_values[:3], truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dense", "lanczos"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
+def test_spectrum_is_in_the_dtype_of_the_point_or_wider(method, dtype):
+    matrix = np.random.default_rng(11).standard_normal((6, 6))
+    with jax.enable_x64(dtype == jnp.float64):
+        narrow = jnp.asarray(matrix, dtype)
+        found = jacobian_spectrum(lambda x: narrow @ x, jnp.ones(6, dtype), method=method, key=jax.random.key(0))
+    truth = np.linalg.eigvalsh((matrix + matrix.T) / 2), np.linalg.svd(matrix, compute_uv=False)
+    for values, true in zip(found, truth, strict=True):
+        assert values.dtype == (np.float64 if dtype == jnp.float64 else np.float32)
+        np.testing.assert_allclose(values, true, atol=1e-9 if dtype == jnp.float64 else 4 * jnp.finfo(dtype).eps)
 
 
 def test_spectrum_is_the_same_eager_jitted_and_vmapped():
