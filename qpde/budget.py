@@ -43,7 +43,7 @@ def sensitivity(
     Returns:
       `WidthComparison` with full precision, whose arrays are (choices, blocks).
     Raises:
-      ValueError: as `compare_bits`; choices that are no scalars.
+      ValueError: as `compare_bits`; choices that are no scalars, or None.
     """
     if any(np.ndim(width) for choice in choices for width in choice):
         raise ValueError("choices are widths of one block, two numbers each")
@@ -56,7 +56,13 @@ def sensitivity(
 
 
 def block_bits(widths: Sequence[Bits]) -> Bits:
-    """The widths of a network whose blocks have these, in their order, as one `Bits` of int32 arrays (blocks,)."""
+    """The widths of a network whose blocks have these, in their order, as one `Bits` of int32 arrays (blocks,).
+
+    Raises:
+      ValueError: a width that is None.
+    """
+    if any(width is None for both in widths for width in both):
+        raise ValueError("a block's width is None: give 32, which rounds nothing, in place of None")
     weights, activations = zip(*widths, strict=True)
     return Bits(jnp.asarray(weights, jnp.int32), jnp.asarray(activations, jnp.int32))
 

@@ -66,7 +66,7 @@ def quantize(
         of range, an unknown method, or activations that are not finite, naming the block.
     """
     batches = _checked_batches(batches)
-    _check_bits(bits)
+    bits = _checked_bits(bits)
     if model.bits != EXACT:
         raise ValueError(
             f"this network has quantizers already ({model.bits}): quantize one of weight_bits=None, act_bits=None, or "
@@ -274,7 +274,8 @@ def _checked_batches(batches):
     return batches
 
 
-def _check_bits(bits):
+def _checked_bits(bits):
     for field, value in zip(Bits._fields, bits, strict=True):
-        if value is not None and not (isinstance(value, int) and 2 <= value <= 32):
+        if value is not None and not (isinstance(value, int | np.integer) and 2 <= value <= 32):
             raise ValueError(f"bits.{field} (={value}) must be a whole number from 2 to 32, or None for exact")
+    return Bits(*(None if value is None else int(value) for value in bits))

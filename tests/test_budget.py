@@ -111,3 +111,5 @@ def test_sensitivity_rounds_one_block_and_leaves_the_others(trained):
     assert np.all(found.kl[0] > found.kl[1])
     with pytest.raises(ValueError, match="two numbers each"):
         sensitivity(model, variables, [images], [Bits(jnp.array([2, 3]), 4)])
+    with pytest.raises(ValueError, match="give 32"):
+        sensitivity(model, variables, [images], [Bits(None, 4)])

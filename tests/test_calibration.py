@@ -242,6 +242,14 @@ def test_more_bits_are_closer_to_full_precision():
     assert errors[8] < 0.04
 
 
+def test_widths_may_be_numbers_of_numpy():
+    model, variables = trained(symmetric=False)
+    found, of_numpy = quantize(model, variables, [images(8, seed=4)], Bits(np.int64(4), np.int32(4)))
+    expected, usual = quantize(model, variables, [images(8, seed=4)], Bits(4, 4))
+    assert found == expected
+    jax.tree.map(np.testing.assert_array_equal, of_numpy, usual)
+
+
 def test_clips_are_read_off_the_network_in_full_precision():
     model, variables = trained(symmetric=False)
     x = images(8, seed=4)

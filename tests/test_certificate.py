@@ -230,7 +230,15 @@ def test_one_width_per_block_is_the_bound_of_each():
     mixed = step_bounds(model, variables, (8, 8), Bits(4, (2, 4, 8, 4)))
     for index, bits in enumerate((2, 4, 8, 4)):
         assert mixed[index] == step_bounds(model, variables, (8, 8), Bits(4, bits))[index]
-    check(model, variables, images(4, jax.random.key(1)), Bits(4, jnp.array([2, 4, 8, 4])))
+    x, widths = images(4, jax.random.key(1)), Bits(4, jnp.array([2, 4, 8, 4]))
+    check(model, variables, x, widths)
+    as_list = Bits(4, [2, 4, 8, 4])
+    np.testing.assert_array_equal(exact_twin(model, variables, x, as_list), exact_twin(model, variables, x, widths))
+    found, expected = (certify(model, variables, x, bits, steps=mixed) for bits in (as_list, widths))
+    np.testing.assert_array_equal(found.bound, expected.bound)
+    for f in (certify, exact_twin):
+        with pytest.raises(ValueError, match="one for each of the 4 blocks"):
+            f(model, variables, x, Bits(4, [4, 4]))
 
 
 # Constants.
