@@ -83,7 +83,9 @@ class Elastic:
         """
         count = len(jax.tree.leaves(bits)[0])
         spread = {
-            name: tree if name == "params" else jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), tree)
+            name: tree
+            if name == "params"
+            else jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *jnp.shape(a))), tree)
             for name, tree in variables.items()
         }
         return spread if statistics_batches is None else reestimate_statistics(self, spread, statistics_batches, bits)
