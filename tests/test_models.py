@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 import qpde
 from qpde import models
+from qpde.models.layers import Mode, moments
 from qpde.models.network import groups
 
 IMAGE = (8, 8, 3)
@@ -104,6 +105,13 @@ def test_every_kind_of_network_trains_in_low_bits(name, symmetric):
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updates["batch_stats"])
     assert all(jax.tree.leaves(changed))
+
+
+def test_statistics_of_one_batch_do_not_depend_on_what_was_before():
+    broken = {"mean": jnp.full(3, jnp.inf), "var": jnp.full(3, jnp.nan)}
+    mean, var, updated = moments(images(2), broken, Mode(train=True, momentum=0.0))
+    np.testing.assert_array_equal(updated["mean"], mean)
+    np.testing.assert_allclose(updated["var"], var * (128 / 127), rtol=1e-6)
 
 
 def test_states_are_the_block_outputs_in_order():

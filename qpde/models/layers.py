@@ -23,6 +23,7 @@ __all__ = [
     "he_normal",
     "he_normals",
     "moments",
+    "moved",
     "normalize",
     "row",
 ]
@@ -81,7 +82,7 @@ def he_normals(key: PRNGKeyArray, shapes: list[tuple[int, int, int, int]]) -> li
 
 
 def batch_moments(x: Float[Array, "*pixels c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and biased variance of x (..., C) per channel."""
+    """Mean and biased variance of x (..., C) per channel, in one pass: exact to some 1e-7 of the mean of squares."""
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return mean, jnp.maximum((x * x).mean(axes) - mean * mean, 0)
@@ -105,9 +106,13 @@ def moments(
     mean, var = batch_moments(x)
     count = x.size // x.shape[-1]
     batch = {"mean": mean, "var": var * (count / max(count - 1, 1))}
-    keep = mode.momentum
-    updated = {k: keep * v + (1 - keep) * jax.lax.stop_gradient(batch[k]) for k, v in running.items()}
+    updated = {k: moved(v, jax.lax.stop_gradient(batch[k]), mode.momentum) for k, v in running.items()}
     return mean, var, updated
+
+
+def moved(running: Array, batch: Array, momentum: float) -> Array:
+    """A running statistic after a batch; at momentum 0 the batch's own, even where the running one is infinite."""
+    return jnp.where(momentum == 0, batch, momentum * running + (1 - momentum) * batch)
 
 
 def normalize(
