@@ -23,7 +23,7 @@ from qpde import operators, stencils
 from qpde.bits import Bits
 from qpde.integrators import integrate
 from qpde.models.blocks import Block, Smoothing
-from qpde.models.layers import Mode, Observe, divide_by_rms, he_normal, moments, normalize
+from qpde.models.layers import Mode, Observe, divide_by_rms, he_normal, moments, moved, normalize
 
 __all__ = ["Network", "Stage", "groups"]
 
@@ -73,7 +73,7 @@ class RootMeanSquare(nn.Module):
         if not mode.train:
             return divide_by_rms(x, old)
         own = jnp.mean(x * x)
-        kept = mode.momentum * old + (1 - mode.momentum) * jax.lax.stop_gradient(own)
+        kept = moved(old, jax.lax.stop_gradient(own), mode.momentum)
         _store(self, running, {"mean_square": kept})
         return divide_by_rms(x, own)
 
