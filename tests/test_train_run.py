@@ -231,6 +231,7 @@ def test_training_starts_from_a_network_in_full_precision_with_clips_read_off_a_
 
 def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, capsys):
     assert main(["run", config, "--recipe", "full_precision"]) == 0
+    assert "training time" in capsys.readouterr().out
     assert main(["quantize", "runs/exact", "--bits", "32", "W8A4", "--per-channel", "--images", "300"]) == 0
     printed = capsys.readouterr().out
     assert "accuracy, full-precision start" in printed
