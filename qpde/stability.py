@@ -57,7 +57,8 @@ def spectral_norm(
       iterations: products with A^T A, at least 1.
       key: of the random start.
     Returns:
-      Scalar float32 estimate, never above the true norm (up to rounding); 0 for the zero map.
+      Scalar float32 estimate, never above the true norm (up to rounding); 0 for the zero map. Squares of norms must be
+        numbers of float32: outside 1e-18 to 1e18 scale the map.
     Raises:
       ValueError: `iterations` < 1.
 
@@ -255,15 +256,9 @@ def _first(pullback):
 
 
 def _norm(x):
-    """The 2-norm, in float32 at least, with gradient 0 instead of NaN at x = 0.
-
-    Dividing by a power of two near the largest number rounds nothing and keeps the squares from over- and underflow.
-    """
-    x = _wide(x)
-    _, exponent = jnp.frexp(lax.stop_gradient(jnp.max(jnp.abs(x))))
-    scale = jnp.maximum(jnp.ldexp(jnp.ones((), x.dtype), exponent - 2), jnp.finfo(x.dtype).tiny)
-    square = jnp.sum(jnp.square(x / scale))
-    return jnp.where(square == 0, 0, scale * jnp.sqrt(jnp.where(square == 0, 1, square)))
+    """The 2-norm, in float32 at least, with gradient 0 instead of NaN at x = 0."""
+    square = jnp.sum(jnp.square(_wide(x)))
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def _direction(x, length):
