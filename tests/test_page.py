@@ -202,9 +202,9 @@ def test_each_network_is_said_to_smooth_as_it_was_smoothed(tmp_path):
     }
     text = images._smoothing(measured, tmp_path)
     for clause in (
-        "none: 1 explicit step, γ² = 0.025, ε = 0.1, isotropic, which the network does without; ",
-        "inside, behind: 1 explicit step, γ² = 0.125, ε = 0.5, isotropic, as the network itself does; ",
-        "huber: 2 explicit steps, γ² = 0.125, ε = 0.5, huber, as the network itself does.",
+        "none: 1 explicit step, γ² = 0.025, ε = 0.1, isotropic, added for this page; ",
+        "inside, behind: 1 explicit step, γ² = 0.125, ε = 0.5, isotropic, as in the network; ",
+        "huber: 2 explicit steps, γ² = 0.125, ε = 0.5, huber, as in the network.",
     ):
         assert clause in text
 

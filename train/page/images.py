@@ -184,7 +184,7 @@ def _smoothings(measured) -> str:
     alike: dict[str, list[str]] = {}
     for name, m in measured.items():
         s = m.maps.smoothing
-        origin = "as the network itself does" if m.maps.is_own else "which the network does without"
+        origin = "as in the network" if m.maps.is_own else "added for this page"
         steps = f"{s.steps} explicit step{'s' if s.steps > 1 else ''}"
         text = f"{steps}, γ² = {s.gamma2:.3g}, ε = {s.eps:g}, {escape(s.kind)}, {origin}"
         alike.setdefault(text, []).append(escape(name))
