@@ -137,7 +137,7 @@ def certify(
         raise ValueError(f"`sweeps` (={sweeps}) must be at least 0")
     _check_model(model)
     x = jnp.asarray(x)
-    bits = model._checked_bits(bits)
+    bits = model.checked_bits(bits)
     steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
     a_priori = 0.0
     for step in steps:
@@ -161,7 +161,7 @@ def exact_twin(
       ValueError: a network with clips for each width, or one that computes in bfloat16.
     """
     _check_model(model)
-    bits = model._checked_bits(bits)
+    bits = model.checked_bits(bits)
     rounded = _rounded_steps(model, variables, bits)
     with _in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
@@ -179,7 +179,7 @@ def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bi
     """
     _check_model(model)
     found = []
-    bits = model._checked_bits(bits)
+    bits = model.checked_bits(bits)
     for index, (block, own, step_size, _) in enumerate(model.steps(variables)):
         found.append(step_bound(block, own, step_size, _at(bits, index), size))
         size = block.output_size(*size)

@@ -167,7 +167,7 @@ def _by_block(model, observed) -> list[list[_Seen]]:
     if isinstance(model, GraphNetwork):
         stacks = [(observed["layers"], model.depth)]
     else:
-        stacks = [(observed[stage][name], count) for stage, name, _, count in model.groups]
+        stacks = [(observed[stage][name], count) for stage, name, _, count in model.stacks]
     return [
         [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for seen in stack["act_clips"]]
         for stack, count in stacks

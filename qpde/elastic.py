@@ -82,12 +82,11 @@ class Elastic:
           statistics_batches: from these, batch statistics are estimated again for each width.
         """
         count = len(jax.tree.leaves(bits)[0])
-        spread = {
-            name: tree
-            if name == "params"
-            else jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *jnp.shape(a))), tree)
-            for name, tree in variables.items()
-        }
+
+        def copies(leaf):
+            return jnp.broadcast_to(leaf, (count, *jnp.shape(leaf)))
+
+        spread = {name: tree if name == "params" else jax.tree.map(copies, tree) for name, tree in variables.items()}
         return spread if statistics_batches is None else reestimate_statistics(self, spread, statistics_batches, bits)
 
 

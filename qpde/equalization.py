@@ -55,7 +55,7 @@ def equalize(model: nn.Module, variables: dict, batches: Iterable[Array]) -> dic
     if ranges is None:
         raise ValueError("`batches` is empty: the ranges of the activations need at least one batch of images")
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
-    for stage, name, block, _ in model.groups:
+    for stage, name, block, _ in model.stacks:
         new, own = _rescaled(block, params[stage][name], stats[stage][name], ranges[stage][name]["act_clips"])
         params[stage], stats[stage] = params[stage] | {name: new}, stats[stage] | {name: own}
     return {**variables, "params": params, "batch_stats": stats}

@@ -173,7 +173,7 @@ class Network(nn.Module):
         return tuple(itertools.chain(*self.stages))
 
     @property
-    def groups(self) -> list[tuple[str, str, Block, int]]:
+    def stacks(self) -> list[tuple[str, str, Block, int]]:
         """All blocks in order, as their parameters are stacked: (stage, name, block, count)."""
         firsts = itertools.accumulate(map(len, self.stages), initial=0)
         return [
@@ -218,7 +218,7 @@ class Network(nn.Module):
           The network, created with these widths and one clip for all, and its variables.
         """
         params = dict(variables["params"])
-        for stage, name, block, _ in self.groups:
+        for stage, name, block, _ in self.stacks:
             own = params[stage][name]
             params[stage] = params[stage] | {name: own | jax.vmap(partial(block.clips_at, bits=bits))(own)}
         stages = tuple(tuple(dataclasses.replace(b, clip_widths=None) for b in blocks) for blocks in self.stages)
@@ -231,7 +231,7 @@ class Network(nn.Module):
         One that is not chosen for smoothing comes without it, and its gamma2 is None.
         """
         found, strength = [], variables.get("smoothing", {}).get("strength")
-        for stage, name, block, count in self.groups:
+        for stage, name, block, count in self.stacks:
             step_size = block.step_size if isinstance(block.step_size, float) else 1.0
             stacked = {k: v[stage][name] for k, v in variables.items() if name in v.get(stage, {})}
             for i in range(count):
@@ -253,7 +253,7 @@ class Network(nn.Module):
                 0.0,
                 stencils.max_stable_step(eps=block.smoothing.eps, kind=block.smoothing.kind),
             )
-            for stage, name, block, _ in self.groups
+            for stage, name, block, _ in self.stacks
             if block.learns_gamma2
         }
 
@@ -302,7 +302,7 @@ class Network(nn.Module):
             another number than blocks.
         """
         self._check_input(x)
-        bits = self._checked_bits(self.bits if bits is None else bits)
+        bits = self.checked_bits(self.bits if bits is None else bits)
         mode = Mode(train, momentum, observe, power_iterations, self.compute_dtype)
 
         opening = self.param("opening_kernel", he_normal, (3, 3, x.shape[-1], self.stages[0][0].width_in))
@@ -335,7 +335,8 @@ class Network(nn.Module):
                 f"pad or resize them to at least {side}x{side}"
             )
 
-    def _checked_bits(self, bits):
+    def checked_bits(self, bits: Bits) -> Bits:
+        """These widths, lists as arrays; ValueError for another number of them than blocks."""
         values = []
         for field, value in zip(Bits._fields, bits, strict=True):
             if isinstance(value, (tuple, list)):

@@ -138,8 +138,8 @@ def image_network(
       step_size: h > 0 of the symmetric steps. "auto" holds h |D K|^2 at `step_bound` by a power iteration that is
         carried in the collection "spectral"; it needs `norm="tied"`. With `norm="spectral"` h is 1 and this argument
         has no effect.
-      step_bound: h |D K|^2 of steps that find their own size, above 0 and at most 2. A step is non-expansive up to 2;
-        what rounding adds to it is proportional to this number, and so is how far it moves the features.
+      step_bound: h |D K|^2 of steps that find their own size, above 0 and at most 2. A step is non-expansive up to 2.
+        How far it moves the features is proportional to this number, and so is what rounding adds, at clips to suit.
       weight_bits, act_bits: default widths, 2 to 32 (16 and more clip without rounding), or None for exact.
         `model.apply(..., bits=)` overrides them call by call.
       norm: of the symmetric steps: "separate" (published), "tied" or "spectral" (non-expansive, `qpde.models.blocks`).

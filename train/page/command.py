@@ -108,7 +108,7 @@ def _work(experiments: dict[Path, Experiment | GraphExperiment], results: dict[s
             f"<p>{'; '.join(alike)}: {', '.join(results)}. How accurate each network is, and how faithfully it follows "
             "its own high-precision twin.</p>"
         )
-        names = [name for group in alike.values() for name in group]
+        names = [run.resolve().name for run in experiments]
         footer = f"Made by python -m train report from the run{'s' if len(names) > 1 else ''} {', '.join(names)}."
         document = page(title, lead, sections(console), footer)
         (folder / PAGE).write_text(document, encoding="utf-8")
