@@ -1,10 +1,10 @@
-"""What does a certificate cost, by sweeps of Newton's method, beside one run of the twin?
+"""What does a certificate cost, by newton_steps of Newton's method, beside one run of the twin?
 
     python benchmarks/certificate.py
     taskset -c 0 python benchmarks/certificate.py --processor-time    # on a busy machine
 
-"twin" is a compiled forward pass of the network with activations in high precision; "sweeps" counts those that
-`qpde.certificate.certify` makes before it measures the defects. 128 images of 32x32, 4 bits, medians. "constants" is
+"twin" is a compiled forward pass of the network with activations in high precision; "newton_steps" counts those that
+`qpde.certify.certify` makes before it measures the defects. 128 images of 32x32, 4 bits, medians. "constants" is
 `step_bounds`, on the host, once for a network.
 """
 
@@ -19,10 +19,11 @@ import jax
 from timing import interleaved
 
 import qpde
-from qpde.certificate import certify, step_bounds
+from qpde.certify.certificate import certify
+from qpde.certify.step_bounds import step_bounds
 
 sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
-from train.memory import keep_freed_memory
+from train.host.allocator import keep_freed_memory
 
 NETS = {"stablenet20": {"head": "scaled"}, "resnet20": {}}
 SWEEPS = (0, 1, 2, 3)
@@ -48,7 +49,8 @@ def main() -> None:
         constants = clock() - start
         twin = jax.jit(partial(model.apply, bits=bits.twin))
         candidates = {"twin": partial(twin, variables, x)} | {
-            f"{n} sweeps": partial(certify, model, variables, x, bits, sweeps=n, steps=steps) for n in SWEEPS
+            f"{n} steps of Newton": partial(certify, model, variables, x, bits, newton_steps=n, steps=steps)
+            for n in SWEEPS
         }
         medians = {k: statistics.median(v) for k, v in interleaved(candidates, options.rounds, 1, clock=clock).items()}
         for name, seconds in medians.items():

@@ -70,7 +70,7 @@ def main() -> None:
         parser.error("a GPU's time is not the processor's")
     if options.child:
         sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
-        from train.memory import keep_freed_memory
+        from train.host.allocator import keep_freed_memory
 
         keep_freed_memory()
         {"race": race, "grow": grow, "compile": compile_depths}[options.child](options)

@@ -24,8 +24,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
 
-from train.prepared import Records
-from train.reading import Batches, Varied, read_ahead, read_all
+from train.data.reader import Batches, Varied, read_ahead, read_all
+from train.data.tfds_records import Records
 
 BATCH = 128
 SIZE = 224
@@ -90,8 +90,8 @@ def variation(images: np.ndarray):
     import jax
 
     from qpde.datasets import Images, Split
-    from train.config import Data
-    from train.data import Resident, make_vary
+    from train.config.images import Data
+    from train.data.resident import Resident, make_vary
 
     split = Split(images[:BATCH], np.zeros(BATCH, np.int32))
     shared = Images(split, split, split, ("a",), np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))

@@ -100,11 +100,11 @@ def compiled_step(model, *, devices: int = 1):
     import jax
     import numpy as np
 
-    from train.config import Loss, Optimizer
-    from train.mesh import make_mesh, put, replicated
-    from train.optimizer import create_optimizer
-    from train.state import create_state
-    from train.step import empty_totals, make_epoch_step, make_loss, make_train_step
+    from train.config.images import Loss, Optimizer
+    from train.host.mesh import make_mesh, put, replicated
+    from train.steps.optimizer import create_optimizer
+    from train.steps.state import create_state
+    from train.steps.train_step import empty_totals, make_epoch_step, make_loss, make_train_step
 
     mesh = make_mesh(devices)
     images = np.random.default_rng(0).standard_normal((BATCH, 32, 32, 3), np.float32)
@@ -140,7 +140,7 @@ def _advancing(arguments, step):
 def _prepare(devices: int) -> None:
     """Sets up the process as the application does."""
     sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
-    from train.memory import keep_freed_memory
+    from train.host.allocator import keep_freed_memory
 
     keep_freed_memory()
     import jax

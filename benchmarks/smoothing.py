@@ -25,7 +25,7 @@ from timing import interleaved
 from qpde.stencils import implicit_step, max_stable_step, smooth, tv_step
 
 sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
-from train.memory import keep_freed_memory
+from train.host.allocator import keep_freed_memory
 
 EPS = 0.1
 SHAPES = {"feature maps": (128, 32, 32, 16), "late feature maps": (128, 8, 8, 64), "image": (1, 512, 512, 3)}

@@ -200,7 +200,7 @@ class Network(nn.Module):
     def __init__(self, layer, depth: int, features: int, classes: int, *, width: int, dropout: float):
         super().__init__()
         self.opening = nn.Parameter(torch.empty(features, width))
-        self.opening_bias = nn.Parameter(torch.zeros(width))
+        self.stem_bias = nn.Parameter(torch.zeros(width))
         self.layers = nn.ModuleList(layer(width, index) for index in range(depth))
         self.closing = nn.Linear(width, classes)
         self.dropout = dropout
@@ -209,7 +209,7 @@ class Network(nn.Module):
         if self.training:
             is_sparse = isinstance(features, Sparse)
             features = features.dropout(self.dropout) if is_sparse else F.dropout(features, self.dropout)
-        x = start = F.relu(features @ self.opening + self.opening_bias)
+        x = start = F.relu(features @ self.opening + self.stem_bias)
         for index, layer in enumerate(self.layers):
             if layer.drops_inputs or index == 0:
                 x = F.dropout(x, self.dropout, self.training)
@@ -219,10 +219,10 @@ class Network(nn.Module):
     @torch.no_grad()
     def load(self, params: dict) -> "Network":
         """Takes the parameters of the network that qpde.models made."""
-        self.opening.copy_(_tensor(params["opening_kernel"]))
-        self.opening_bias.copy_(_tensor(params["opening_bias"]))
-        self.closing.weight.copy_(_tensor(params["closing_kernel"]).T)
-        self.closing.bias.copy_(_tensor(params["closing_bias"]))
+        self.opening.copy_(_tensor(params["stem_kernel"]))
+        self.stem_bias.copy_(_tensor(params["stem_bias"]))
+        self.closing.weight.copy_(_tensor(params["head_kernel"]).T)
+        self.closing.bias.copy_(_tensor(params["head_bias"]))
         for index, layer in enumerate(self.layers):
             layer.load({name: _tensor(value[index]) for name, value in params["layers"].items()})
         return self

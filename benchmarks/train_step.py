@@ -67,7 +67,7 @@ def main() -> None:
 def measure(options) -> None:
     """Times every net on this process's processors, or its GPU, then what compiling the deepest costs."""
     sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
-    from train.memory import keep_freed_memory
+    from train.host.allocator import keep_freed_memory
 
     keep_freed_memory()
     import numpy as np
@@ -130,10 +130,10 @@ def compiled_step(net, symmetric, images, labels, **options):
     import jax.numpy as jnp
 
     import qpde
-    from train.config import Loss, Optimizer
-    from train.optimizer import create_optimizer
-    from train.state import create_state
-    from train.step import make_loss, make_train_step
+    from train.config.images import Loss, Optimizer
+    from train.steps.optimizer import create_optimizer
+    from train.steps.state import create_state
+    from train.steps.train_step import make_loss, make_train_step
 
     model = qpde.models.create(net, num_classes=10, symmetric=symmetric, weight_bits=4, act_bits=4, **options)
     key = jax.random.key(0, impl="rbg")

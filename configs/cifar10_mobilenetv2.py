@@ -8,6 +8,6 @@ Symmetric and plain MobileNetV2 with 4-bit weights and activations on CIFAR-10. 
 the plain network's fall to their floor. Neither recipe has been run to its end yet.
 """
 
-from train.recipes import cifar10
+from train.config.recipes import cifar10
 
 recipes = cifar10("mobilenetv2", fast_epochs=10, clip_rate=0.3)

@@ -20,7 +20,7 @@ Widths drawn at every step, one network for all of them with clips for each. See
 symmetric 65.07% at 2 bits, 71.16% at 4, 72.18% at 8; plain 72.28%, 78.56% and 79.00%; half an hour each on one core.
 """
 
-from train.recipes import any_bit, cifar10, stable
+from train.config.recipes import any_bit, cifar10, stable
 
 recipes = cifar10("resnet20", fast_epochs=6)
 recipes["stable"] = stable(recipes["fast"], name="cifar10_resnet20_stable")

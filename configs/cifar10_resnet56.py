@@ -12,7 +12,7 @@ The symmetric network with spectral or tied norms and a shortcut that is not rou
 test accuracy, layer-wise error 0.050.
 """
 
-from train.recipes import cifar10, stable
+from train.config.recipes import cifar10, stable
 
 recipes = cifar10("resnet56", fast_epochs=10)
 recipes["stable"] = stable(recipes["fast"], name="cifar10_resnet56_stable")

@@ -14,8 +14,8 @@ docs/results.md.
 from dataclasses import replace
 
 from qpde.models import Smoothing
-from train.config import Calibration, Variant
-from train.recipes import cifar10
+from train.config.images import Calibration, Variant
+from train.config.recipes import cifar10
 
 _fast = cifar10("resnet20", fast_epochs=3)["fast"]
 

@@ -14,8 +14,8 @@ docs/results.md. The first recipe has not been run.
 
 from dataclasses import replace
 
-from train.config import Variant
-from train.recipes import cifar10
+from train.config.images import Variant
+from train.config.recipes import cifar10
 
 _stable = {"symmetric": True, "norm": "spectral", "residual": "precise", "head": "scaled"}
 

@@ -8,8 +8,8 @@ The tables are in docs/results.md.
 
 from dataclasses import replace
 
-from train.config import Adam, Rule
-from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
+from train.config.graphs import GraphData, GraphExperiment, GraphModel, GraphVariant
+from train.config.images import Adam, Rule
 
 
 def both_forms(step_sizes: dict[int, float]) -> tuple[GraphVariant, ...]:
@@ -31,7 +31,7 @@ def adam(learning_rate: float, *, kernels: float) -> Adam:
         rules=(
             Rule("clips", learning_rate=0.0),
             Rule("layers/kernel", learning_rate=kernels / learning_rate),
-            Rule("opening|closing", weight_decay=5e-4),
+            Rule("stem|head", weight_decay=5e-4),
         ),
     )
 

@@ -21,8 +21,8 @@ The table is in docs/results.md.
 import dataclasses
 
 from qpde.models import Smoothing
-from train.config import Data, Experiment, Model, Optimizer, Rule, Variant
-from train.recipes import any_bit
+from train.config.images import Data, Experiment, Model, Optimizer, Rule, Variant
+from train.config.recipes import any_bit
 
 fast = Experiment(
     name="digits",

@@ -7,8 +7,8 @@ Test accuracy over three seeds: symmetric 90.5% in full precision, 89.4% with 4-
 97.2%; plain 90.7%, 89.6%, 97.7%.
 """
 
-from train.config import Adam, Rule
-from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
+from train.config.graphs import GraphData, GraphExperiment, GraphModel, GraphVariant
+from train.config.images import Adam, Rule
 
 recipes = {
     "fast": GraphExperiment(

@@ -9,6 +9,6 @@ The networks open with a 3x3 convolution of stride 1, as for CIFAR-10, so 224 pi
 recipe has been run on the real photographs, so no result is stated; tests run both files on made-up ones.
 """
 
-from train.recipes import imagenet
+from train.config.recipes import imagenet
 
 recipes = imagenet("mobilenetv2", epochs=150, learning_rate=0.05, weight_decay=4e-5, clip_rate=0.3)

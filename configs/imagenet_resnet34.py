@@ -9,6 +9,6 @@ The networks open with a 3x3 convolution of stride 1, as for CIFAR-10, so 224 pi
 recipe has been run on the real photographs, so no result is stated; tests run both files on made-up ones.
 """
 
-from train.recipes import imagenet
+from train.config.recipes import imagenet
 
 recipes = imagenet("resnet34", epochs=90, learning_rate=0.1, weight_decay=1e-4)

@@ -1,5 +1,6 @@
 """The widths a network runs at."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Bits", "stack_bits"]
+__all__ = ["EXACT_BITS", "LARGEST_BITS", "SMALLEST_BITS", "Bits", "distinct_bits", "parse_bits", "stack_bits"]
 
-_LARGEST_BITS = 32
-_EXACT_BITS = 32  # any number from 16 on
+SMALLEST_BITS, LARGEST_BITS = 2, 32
+EXACT_BITS = 16
+"""From here on a quantizer clips and rounds nothing."""
 
 
 class Bits(NamedTuple):
@@ -35,7 +37,7 @@ class Bits(NamedTuple):
         """
 
         def exact(width):
-            return jnp.full_like(width, _EXACT_BITS) if hasattr(width, "dtype") else _EXACT_BITS
+            return jnp.full_like(width, LARGEST_BITS) if hasattr(width, "dtype") else LARGEST_BITS
 
         return self._replace(activations=jax.tree.map(exact, self.activations))
 
@@ -64,10 +66,27 @@ def _stack_part(name: str, widths: list[Any]) -> Any:
         raise ValueError(f"some {name} have bits and others None: give 32, which rounds nothing, in place of None")
     arrays = [np.asarray(width, np.float64) for width in widths]
     for array in arrays:
-        if outside := [float(v) for v in array.flat if not (2 <= v <= _LARGEST_BITS and v == int(v))]:
-            raise ValueError(f"bits of {name} (={outside[0]:g}) must be a whole number from 2 to {_LARGEST_BITS}")
+        if outside := [float(v) for v in array.flat if not (2 <= v <= LARGEST_BITS and v == int(v))]:
+            raise ValueError(f"bits of {name} (={outside[0]:g}) must be a whole number from 2 to {LARGEST_BITS}")
     shapes = {array.shape for array in arrays} - {()}
     if len(shapes) > 1 or any(len(shape) > 1 for shape in shapes):
         raise ValueError(f"bits of {name} have shapes {sorted(shapes)}: give one value, or one for each block")
     shape = shapes.pop() if shapes else ()
     return jnp.asarray(np.stack([np.broadcast_to(array, shape) for array in arrays]), jnp.int32)
+
+
+def parse_bits(text: str) -> Bits:
+    """ "W4A8" or "4" as `Bits`; ValueError for anything else, or a width outside 2 to 32."""
+    found = re.fullmatch(r"W(\d+)A(\d+)|(\d+)", text)
+    if not found:
+        raise ValueError(f"widths {text!r} are neither like W4A8 nor a number of bits")
+    weights, activations, both = found.groups()
+    bits = Bits(*(int(width) for width in ((both, both) if both else (weights, activations))))
+    if not all(2 <= width <= 32 for width in bits):
+        raise ValueError(f"widths {text!r} must lie in 2 to 32 bits")
+    return bits
+
+
+def distinct_bits(texts: Sequence[str]) -> list[Bits]:
+    """`parse_bits` of each, in their order, without those that another text already gave."""
+    return list(dict.fromkeys(map(parse_bits, texts)))

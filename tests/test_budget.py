@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from qpde import models
 from qpde.bits import Bits
-from qpde.budget import FULL, allocate, block_bits, block_costs, sensitivity
-from qpde.diagnostics import reestimate_statistics
+from qpde.measure.faithfulness import reestimate_statistics
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
+from qpde.models.images.blocks import BasicBlock
+from qpde.ptq.bit_allocation import FULL, allocate, block_bits, block_costs, sensitivity
 
 CHOICES = [Bits(2, 3), Bits(4, 4)]
 

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qpde
-from qpde import Bits, calibration, graphs, models
-from qpde.calibration import clip_from, histogram, merge, quantize
-from qpde.equalization import equalize
-from qpde.models.blocks import is_depthwise
+from qpde import Bits, graphs, models
+from qpde.measure import histograms
+from qpde.measure.histograms import clip_from, histogram, merge
+from qpde.models.images.blocks import is_depthwise
+from qpde.ptq.calibration import correct_bias, quantize
+from qpde.ptq.equalization import equalize
 from qpde.quantizers import initial_clip, quantize_activation, quantize_weight
 
 MOVING = ["batch_stats", "spectral"]
@@ -109,7 +111,7 @@ def test_merged_parts_are_the_histogram_of_the_whole_in_any_order(parts, signed)
 def test_a_clip_of_a_histogram_is_that_of_the_data(bits, signed):
     x = draw(3, 100_000, 1.0, False)
     h = histogram(x, signed=signed)
-    bin_width = 2.0 ** np.ceil(np.log2(float(h.largest))) / calibration.BINS
+    bin_width = 2.0 ** np.ceil(np.log2(float(h.largest))) / histograms.BINS
     exact = {m: float(initial_clip(x, bits, signed=signed, method=m)) for m in METHODS}
     found = {m: float(clip_from(h, bits, signed=signed, method=m)) for m in METHODS}
     assert found["absmax"] == exact["absmax"]
@@ -282,7 +284,7 @@ def test_correction_gives_every_norm_the_moments_of_full_precision():
     # Those that the running statistics are of: training normalises like evaluation, up to the variance's n - 1.
     batches = [STATISTICS]
     quantized, raw = quantize(model, variables, batches, Bits(3, 3), bias_correction=False)
-    corrected = calibration.correct_bias(quantized, raw, batches, Bits(3, 3), exact=raw)
+    corrected = correct_bias(quantized, raw, batches, Bits(3, 3), exact=raw)
 
     # By hand for the first convolution: the norm's input in both networks, on all data.
     block = jax.tree.map(lambda leaf: leaf[0], raw["params"]["stage0"]["blocks0to2"])
@@ -329,7 +331,7 @@ def test_the_spectral_steps_stay_non_expansive_in_few_bits():
         linear, _ = block.linear_pair({"kernel1": kernel})
         d = params["norm1"]["scale"][None, None, None]
         estimate = jnp.linalg.norm(d * linear(v))
-        exact = qpde.stability.spectral_norm(
+        exact = qpde.norms.spectral_norm(
             lambda x, linear=linear, d=d: d * linear(x), v.shape, iterations=300, key=jax.random.key(0)
         )
         np.testing.assert_allclose(estimate, exact, rtol=1e-3)

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpde import Bits, certificate, models
-from qpde.certificate import exact_twin, step_bound, step_bounds
-from qpde.conv_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
-from qpde.models.blocks import BasicBlock, StableBlock
+from qpde import Bits, models
+from qpde.certify import certificate
+from qpde.certify.certificate import certify, exact_twin
+from qpde.certify.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
+from qpde.certify.step_bounds import in_float64, step_bound, step_bounds
+from qpde.measure.jacobians import jacobian_spectrum
+from qpde.models.images.blocks import BasicBlock, StableBlock
 from qpde.models.layers import Mode
 from qpde.operators import conv, depthwise
-from qpde.stability import certify, jacobian_spectrum
 from qpde.stencils import KINDS
 
 # Proven norms.
@@ -146,9 +148,9 @@ def both(model, variables, x, bits):
     return run(bits=bits), run(bits=bits._replace(activations=jnp.full_like(bits.activations, 32)))
 
 
-def check(model, variables, x, bits, sweeps=2):
+def check(model, variables, x, bits, newton_steps=2):
     """Every claim of a certificate against the twin itself; the sizes of bound and difference."""
-    found = certify(model, variables, x, bits, sweeps=sweeps)
+    found = certify(model, variables, x, bits, newton_steps=newton_steps)
     (logits, states), (logits_twin, states_twin) = both(model, variables, x, Bits(*map(jnp.int32, bits)))
     moved = [np.sqrt(np.square(a - b).sum((1, 2, 3))) for a, b in zip(states, states_twin, strict=True)]
     assert (np.stack(moved, 1) <= found.state_bound * (1 + 1e-4) + 1e-5).all()
@@ -172,20 +174,20 @@ def check(model, variables, x, bits, sweeps=2):
     seed=SEEDS,
     weights=st.integers(2, 8),
     activations=st.sampled_from([2, 3, 4, 6, 8]),
-    sweeps=st.sampled_from([0, 1, 2]),
+    newton_steps=st.sampled_from([0, 1, 2]),
 )
-def test_no_input_moves_by_more_than_its_bound(kind, seed, weights, activations, sweeps):
+def test_no_input_moves_by_more_than_its_bound(kind, seed, weights, activations, newton_steps):
     model, init = network(kind)
     key = jax.random.key(seed)
-    check(model, init(key), images(4, jax.random.fold_in(key, 1)), Bits(weights, activations), sweeps)
+    check(model, init(key), images(4, jax.random.fold_in(key, 1)), Bits(weights, activations), newton_steps)
 
 
 def test_every_sweep_tightens_the_bound_and_one_for_each_step_leaves_the_difference():
     model, init = network("spectral, precise")
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
     tightness = []
-    for sweeps in (0, 1, 2, 4):
-        found, difference, _ = check(model, variables, x, Bits(4, 4), sweeps)
+    for newton_steps in (0, 1, 2, 4):
+        found, difference, _ = check(model, variables, x, Bits(4, 4), newton_steps)
         tightness.append(float(np.median(found.bound[difference > 0] / difference[difference > 0])))
     assert tightness[0] > 1.5 * tightness[1] > 2 * tightness[2]
     # The proof sees as little of float32 as the twin itself.
@@ -198,7 +200,7 @@ def test_products_of_the_twin_of_a_proof_are_of_float64(kind):
     model, init = network(kind)
     variables, x, bits = init(jax.random.key(0)), images(4, jax.random.key(1)), Bits(4, 4)
     rounded = certificate._rounded_steps(model, variables, bits)
-    with certificate._in_float64():
+    with in_float64():
         program = certificate._exact_twin.lower(model, variables, rounded, x, bits).as_text()
     products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
     assert len(products) > 8
@@ -208,7 +210,7 @@ def test_products_of_the_twin_of_a_proof_are_of_float64(kind):
 def test_the_estimate_of_one_sweep_is_close_at_eight_bits():
     model, init = network("spectral, precise")
     x = images(4, jax.random.key(1))
-    found, _, (logits, twin) = check(model, init(jax.random.key(0)), x, Bits(4, 8), sweeps=1)
+    found, _, (logits, twin) = check(model, init(jax.random.key(0)), x, Bits(4, 8), newton_steps=1)
     error = jnp.linalg.norm(found.estimate - twin) / jnp.linalg.norm(logits - twin)
     assert error < 0.1
 
@@ -275,7 +277,7 @@ def test_a_network_in_bfloat16_is_refused():
 def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():
     model, init = network("spectral, precise")
     variables, x = init(jax.random.key(0)), images(4, jax.random.key(1))
-    found = certify(model, variables, x, Bits(4, 4), sweeps=0)
+    found = certify(model, variables, x, Bits(4, 4), newton_steps=0)
     _, states = model.apply(variables, x, bits=Bits(4, 4), return_states=True)
     w = np.asarray(variables["params"]["head"]["kernel"])
     pairs = np.linalg.norm(w.T[found.prediction][:, None] - w.T[None], axis=-1) / np.sqrt(states[-1][0, :, :, 0].size)
@@ -413,5 +415,5 @@ def test_bad_input_is_refused_with_the_way_out():
     variables, x = init(jax.random.key(0)), images(1, jax.random.key(1))
     with pytest.raises(ValueError, match=r"bits.activations.*give a width"):
         certify(model, variables, x, Bits(4, None))
-    with pytest.raises(ValueError, match=r"sweeps.*=-1.*at least 0"):
-        certify(model, variables, x, Bits(4, 4), sweeps=-1)
+    with pytest.raises(ValueError, match=r"newton_steps.*=-1.*at least 0"):
+        certify(model, variables, x, Bits(4, 4), newton_steps=-1)

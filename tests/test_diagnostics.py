@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qpde import graphs, models
 from qpde.bits import Bits
-from qpde.diagnostics import compare, reestimate_statistics
+from qpde.measure.faithfulness import compare, reestimate_statistics
 
 BITS = Bits(weights=4, activations=4)
 CLASSES = 5

@@ -7,9 +7,9 @@ import pytest
 
 from qpde import graphs, models
 from qpde.bits import Bits
-from qpde.distributions import distributions
+from qpde.measure.distributions import distributions
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
+from qpde.models.images.blocks import BasicBlock
 from qpde.quantizers import quantize_activation
 
 BITS = Bits(weights=4, activations=3)
@@ -129,7 +129,7 @@ def test_a_constant_activation_has_one_level_and_no_outliers(network):
     model, variables = network
     dark = jax.tree.map(jnp.zeros_like, variables)
     dark = {**dark, "params": models.calibrate.replace_clips(variables, {})["params"]}
-    dark["params"] = {**dark["params"], "opening_norm": jax.tree.map(jnp.zeros_like, dark["params"]["opening_norm"])}
+    dark["params"] = {**dark["params"], "stem_norm": jax.tree.map(jnp.zeros_like, dark["params"]["stem_norm"])}
     first = distributions(model, dark, [IMAGES], BITS)[0]
     assert (first.kurtosis, first.outliers, first.used_levels, first.entropy, first.std) == (0, 0, 1, 0, 0)
 

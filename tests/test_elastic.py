@@ -7,11 +7,12 @@ import pytest
 
 from qpde import graphs, models, quantizers
 from qpde.bits import Bits, stack_bits
-from qpde.certificate import certify, step_bounds
-from qpde.diagnostics import compare, reestimate_statistics
-from qpde.elastic import Elastic, compare_bits
+from qpde.certify.certificate import certify
+from qpde.certify.step_bounds import step_bounds
+from qpde.measure.bit_widths import Elastic, compare_bits
+from qpde.measure.faithfulness import compare, reestimate_statistics
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
+from qpde.models.images.blocks import BasicBlock
 
 WIDTHS = [Bits(2, 2), Bits(3, 4), Bits(8, 8), Bits(32, 32)]
 
@@ -150,7 +151,7 @@ def own_clips(trained):
     """The same network with clips for 2, 4 and 32 bits, read off the data at each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),)))
-        model = models.create("tiny", num_classes=4, weight_bits=4, act_bits=4, clip_widths=(2, 4, 32))
+        model = models.create("tiny", num_classes=4, weight_bits=4, act_bits=4, clip_bits=(2, 4, 32))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.asarray(IMAGES[:8]))
     variables = models.calibrate_clips(model, variables, jnp.asarray(IMAGES[:8]), train=True)
     return model, reestimate_statistics(model, variables, [IMAGES[:8]], model.bits)
@@ -159,9 +160,9 @@ def own_clips(trained):
 @pytest.mark.parametrize("bits", [Bits(2, 2), Bits(2, 4), Bits(4, 32), Bits(3, 2), Bits(32, None), Bits(None, 4)])
 def test_a_network_with_clips_for_each_width_is_at_each_an_ordinary_one(own_clips, bits):
     model, variables = own_clips
-    ordinary, own = model.at_width(variables, bits)
+    ordinary, own = model.at_bits(variables, bits)
     assert ordinary.bits == bits
-    assert ordinary.clip_widths is None
+    assert ordinary.clip_bits is None
     assert own["params"]["stage0"]["block0"]["act_clips"].shape == (1, 2)
     expected = model.apply(variables, jnp.asarray(IMAGES), bits=bits)
     np.testing.assert_allclose(ordinary.apply(own, jnp.asarray(IMAGES)), expected, rtol=1e-5, atol=1e-5)
@@ -171,15 +172,15 @@ def test_a_network_with_clips_for_each_width_is_at_each_an_ordinary_one(own_clip
 
 def test_a_network_with_one_clip_for_all_widths_stays_as_it_is_at_any(trained):
     model, variables = trained
-    ordinary, own = model.at_width(variables, Bits(2, 8))
+    ordinary, own = model.at_bits(variables, Bits(2, 8))
     assert ordinary == model.clone(weight_bits=2, act_bits=8)
     jax.tree.map(np.testing.assert_array_equal, own, variables)
 
 
-def test_clips_of_each_width_fit_the_data_at_that_width(own_clips):
+def test_clips_of_each_width_fit_the_data_at_that_bits(own_clips):
     model, variables = own_clips
     params = variables["params"]["stage0"]["block0"]
-    for i, width in enumerate(model.clip_widths):
+    for i, width in enumerate(model.clip_bits):
         kernel = quantizers.standardize_weight(params["kernel1"][0])
         np.testing.assert_allclose(
             params["weight_clips"][0, i, 0],
@@ -213,26 +214,26 @@ def test_clips_of_each_width_are_used_by_each_width_of_a_comparison(own_clips):
     model, variables = own_clips
     result = compare_bits(model, variables, BATCHES, [Bits(2, 2), Bits(4, 4)], references=[Bits(32, 32)] * 2)
     for i, width in enumerate((2, 4)):
-        ordinary, own = model.at_width(variables, Bits(width, width))
+        ordinary, own = model.at_bits(variables, Bits(width, width))
         low = ordinary.apply(own, jnp.asarray(IMAGES))
-        ordinary, own = model.at_width(variables, Bits(32, 32))
+        ordinary, own = model.at_bits(variables, Bits(32, 32))
         error = jnp.sqrt(jnp.mean((low - ordinary.apply(own, jnp.asarray(IMAGES))) ** 2))
         np.testing.assert_allclose(result.logit_error[i], error, rtol=1e-4)
 
 
 @pytest.mark.parametrize("widths", [(), (4, 2), (4, 4), (1, 2), (4, 33)])
 def test_widths_that_cannot_have_clips_are_refused(widths):
-    with pytest.raises(ValueError, match="clip_widths must be ascending whole numbers from 2 to 32"):
-        models.create("resnet20", num_classes=4, weight_bits=4, act_bits=4, clip_widths=widths)
+    with pytest.raises(ValueError, match="clip_bits must be ascending whole numbers from 2 to 32"):
+        models.create("resnet20", num_classes=4, weight_bits=4, act_bits=4, clip_bits=widths)
 
 
 def test_clips_for_widths_need_quantizers_and_a_certificate_one_width(own_clips):
     with pytest.raises(ValueError, match="need quantizers"):
-        models.create("resnet20", num_classes=4, clip_widths=(2, 4))
+        models.create("resnet20", num_classes=4, clip_bits=(2, 4))
     model, variables = own_clips
-    with pytest.raises(ValueError, match=r"certify `model.at_width\(variables, bits\)`"):
+    with pytest.raises(ValueError, match=r"certify `model.at_bits\(variables, bits\)`"):
         certify(model, variables, IMAGES, Bits(4, 4))
-    with pytest.raises(ValueError, match=r"certify `model.at_width\(variables, bits\)`"):
+    with pytest.raises(ValueError, match=r"certify `model.at_bits\(variables, bits\)`"):
         step_bounds(model, variables, (8, 8), Bits(4, 4))
-    found = certify(*model.at_width(variables, Bits(4, 4)), IMAGES, Bits(4, 4))
+    found = certify(*model.at_bits(variables, Bits(4, 4)), IMAGES, Bits(4, 4))
     assert found.logits.shape == (20, 4)

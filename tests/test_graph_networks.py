@@ -15,13 +15,14 @@ from jax.experimental.sparse import BCOO
 
 import qpde
 from qpde import graphs
-from qpde.models import calibrate_clips, graph_networks
-from qpde.models.graph_layers import GraphSmoothing
+from qpde.models import calibrate_clips
+from qpde.models.graphs import networks
+from qpde.models.graphs.layers import GraphSmoothing
 from qpde.quantizers import ACTIVATION_CLIP
 
 NODES, FEATURES, WIDTH, CLASSES, DEPTH = 10, 6, 8, 3, 4
 SEEDS = st.integers(0, 2**31 - 1)
-BUILDERS = {name: getattr(graph_networks, name) for name in ("pde_gcn", "gcn", "gcnii", "gat")}
+BUILDERS = {name: getattr(networks, name) for name in ("pde_gcn", "gcn", "gcnii", "gat")}
 SMALL = {"num_classes": CLASSES, "layers": DEPTH, "width": WIDTH, "loop": "scan"}  # one layer to compile, not four
 
 
@@ -86,12 +87,12 @@ def test_a_diffusion_network_is_its_formula():
     graph, params = random_graph(), variables["params"]
     logits, states = model.apply(variables, graph, return_states=True)
     np.testing.assert_array_equal(logits, model.apply(variables, graph))
-    x = np.maximum(graph.nodes @ params["opening_kernel"] + params["opening_bias"][None], 0)
+    x = np.maximum(graph.nodes @ params["stem_kernel"] + params["stem_bias"][None], 0)
     for j in range(DEPTH):
         k = params["layers"]["kernel"][j]
         x = x + 0.3 * graphs.divergence(graph, jnp.tanh(graphs.gradient(graph, x) @ k)) @ k.T
         close(states[j], x)
-    close(logits, x @ params["closing_kernel"] + params["closing_bias"][None])
+    close(logits, x @ params["neck_kernel"] + params["neck_bias"][None])
     assert len(states) == DEPTH
 
 
@@ -105,7 +106,7 @@ def test_wave_and_mixed_networks_are_their_formulas():
             variables = {"params": {**params, "mixing": jnp.float32(mixing)}}
         share = 1.0 if mixing is None else float(jax.nn.sigmoid(mixing))
         _, states = model.apply(variables, graph, return_states=True)
-        x = before = jax.nn.relu(graph.nodes @ params["opening_kernel"])
+        x = before = jax.nn.relu(graph.nodes @ params["stem_kernel"])
         for j in range(DEPTH):
             k, k2 = params["layers"]["kernel"][j], params["layers"]["kernel2"][j]
             f = graphs.laplacian(graph, x @ k) @ k2
@@ -141,7 +142,7 @@ def test_an_initial_residual_layer_is_that_of_gcnii():
     graph = random_graph()
     _, variables = make("gcnii", alpha=0.2, strength=1.5)
     _, states = runner("gcnii", alpha=0.2, strength=1.5)(variables, graph, EXACT)
-    start = jax.nn.relu(graph.nodes @ variables["params"]["opening_kernel"])
+    start = jax.nn.relu(graph.nodes @ variables["params"]["stem_kernel"])
     beta = np.log(1.5 / 3 + 1)
     y = 0.8 * (states[1] - graphs.laplacian(graph, states[1])) + 0.2 * start
     w = variables["params"]["layers"]["kernel"][2]
@@ -196,7 +197,7 @@ def test_nan_in_a_node_reaches_as_many_neighbours_as_there_are_layers():
 def hidden_layers(**options):
     """The hidden layers alone: the opening is the identity, its ReLU harmless for positive features."""
     model, variables = make(width=FEATURES, **options)
-    variables = {"params": variables["params"] | {"opening_kernel": jnp.eye(FEATURES)}}
+    variables = {"params": variables["params"] | {"stem_kernel": jnp.eye(FEATURES)}}
 
     @jax.jit
     def run(kernel, x, bits):
@@ -269,7 +270,7 @@ def test_rounding_error_is_bounded_by_what_the_layers_inject(seed, rounding):
 def test_energy_decays_with_depth():
     _, variables = make(layers=16, step_size=0.7)
     graph = random_graph()
-    x = jax.nn.relu(graph.nodes @ variables["params"]["opening_kernel"])
+    x = jax.nn.relu(graph.nodes @ variables["params"]["stem_kernel"])
     _, states = runner(layers=16, step_size=0.7)(variables, graph, EXACT)
     energies = np.array([graphs.dirichlet_energy(graph, s) for s in (x, *states)])
     assert (np.diff(energies) < 0).all()
@@ -328,7 +329,7 @@ def test_sparse_features_give_what_dense_ones_give(monkeypatch, block_size):
 @pytest.mark.parametrize("shape", [(1000, 33), (32_999,)])
 @pytest.mark.parametrize("rate", [0.7, 0.01])
 def test_dropout_drops_at_its_rate_and_keeps_the_expectation(shape, rate):
-    y = np.asarray(graph_networks._dropout(jax.random.key(0), rate, jnp.ones(shape))).ravel()
+    y = np.asarray(networks._dropout(jax.random.key(0), rate, jnp.ones(shape))).ravel()
     deviation = (rate * (1 - rate) / y.size) ** 0.5
     assert abs(np.mean(y == 0) - rate) < 4 * deviation
     np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-4)
@@ -430,7 +431,7 @@ def test_calibration_reads_the_clips_off_the_graph_layer_after_layer():
     graph = random_graph()
     layers = calibrated(model, variables, graph, qpde.Bits(8, 8))["params"]["layers"]
     _, states = runner(kernel_init="orthogonal")(with_layers(variables, **layers), graph, qpde.Bits(8, 8))
-    inputs = [jax.nn.relu(graph.nodes @ variables["params"]["opening_kernel"]), *states[:-1]]
+    inputs = [jax.nn.relu(graph.nodes @ variables["params"]["stem_kernel"]), *states[:-1]]
     close(layers["act_clips"][:, 0], [jnp.abs(x).max() for x in inputs])
     close(layers["weight_clips"][:, 0], jnp.abs(layers["kernel"]).max((1, 2)))
     # What is exact keeps its clips.

@@ -11,8 +11,8 @@ from jax.extend.core import jaxprs_in_params
 
 import qpde
 from qpde import models
+from qpde.models.images.network import groups
 from qpde.models.layers import Mode, moments
-from qpde.models.network import groups
 
 IMAGE = (8, 8, 3)
 
@@ -246,7 +246,7 @@ def test_steps_with_a_bounded_norm_are_non_expansive(name, norm):
 
 @pytest.mark.parametrize("name", ["resnet20", "stablenet20", "mobilenetv2"])
 @pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("spectral", 0.1)])
-@pytest.mark.parametrize("bound", [{}, {"step_bound": 0.5}, {"step_bound": 2.0}])
+@pytest.mark.parametrize("bound", [{}, {"lipschitz_target": 0.5}, {"lipschitz_target": 2.0}])
 def test_a_step_that_finds_its_own_size_keeps_to_its_bound(name, norm, step_size, bound):
     """h |D K|^2 is the bound, whatever the gain."""
     model = models.create(name, num_classes=4, norm=norm, step_size=step_size, **bound)
@@ -260,10 +260,10 @@ def test_a_step_that_finds_its_own_size_keeps_to_its_bound(name, norm, step_size
     kernels, scales, h = block.factors({**at_zero, "spectral": carried}, 0.1, qpde.Bits())
     linear, adjoint = block.linear_pair(kernels)
     d = models.layers.row(scales["norm1"])
-    norm_of_step = qpde.stability.spectral_norm(
+    norm_of_step = qpde.norms.spectral_norm(
         lambda x: d * linear(x), start.shape, adjoint=lambda y: adjoint(d * y), iterations=300, key=jax.random.key(5)
     )
-    np.testing.assert_allclose(h * norm_of_step**2, bound.get("step_bound", 1.9), rtol=1e-3)
+    np.testing.assert_allclose(h * norm_of_step**2, bound.get("lipschitz_target", 1.9), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("norm", "step_size"), [("tied", "auto"), ("spectral", 0.1)])
@@ -358,7 +358,7 @@ def test_calibrated_clips_are_those_of_the_data():
     x = images(16)
     calibrated = models.calibrate_clips(model, variables, x, method="absmax", train=True)
     clips = calibrated["params"]["stage0"]["block0"]["act_clips"]
-    opening = jax.nn.relu(_normalized(qpde.operators.conv(x, variables["params"]["opening_kernel"])))
+    opening = jax.nn.relu(_normalized(qpde.operators.conv(x, variables["params"]["stem_kernel"])))
     np.testing.assert_allclose(clips[0, 0], opening.max(), rtol=1e-4)
     kernel = calibrated["params"]["stage0"]["block0"]["kernel1"][0]
     weight_clip = calibrated["params"]["stage0"]["block0"]["weight_clips"][0, 0]
@@ -375,7 +375,7 @@ def test_summary_counts_operations_and_bits():
     table = models.summary(models.create("resnet20", num_classes=10, weight_bits=4, act_bits=4), (32, 32, 3))
     assert len(table.rows) == 11
     by_name = {row.name: row for row in table.rows}
-    assert by_name["opening"].macs == 32 * 32 * 27 * 16
+    assert by_name["stem"].macs == 32 * 32 * 27 * 16
     assert by_name["stage0.block1"].macs == 2 * 32 * 32 * 9 * 16 * 16
     assert by_name["stage0.block1"].parameters == 9 * 16 * 16 + 4 * 16
     assert by_name["stage1.block0"].output == (16, 16, 32)
@@ -384,7 +384,7 @@ def test_summary_counts_operations_and_bits():
     assert by_name["head"].macs == 640
     assert table.macs == sum(row.macs for row in table.rows) == 40_813_184
     assert "total" in str(table)
-    assert by_name["opening"].weight_bytes == 4 * (27 * 16 + 2 * 16)
+    assert by_name["stem"].weight_bytes == 4 * (27 * 16 + 2 * 16)
     assert by_name["stage0.block1"].weight_bytes == 9 * 16 * 16 // 2 + 4 * 4 * 16  # four bits, and two norms in float32
     assert table.weight_bytes == sum(row.weight_bytes for row in table.rows)
     halved = models.summary(
@@ -427,8 +427,8 @@ def test_depthwise_weights_keep_eight_bits_where_anything_is_rounded():
         ({"step_size": float("nan")}, "positive"),
         ({"step_size": "fast"}, "'auto'.*'fast'"),
         ({"step_size": "auto"}, "norm='tied'"),
-        ({"step_bound": 2.5}, "step_bound.*2.5.*at most 2"),
-        ({"step_bound": float("nan")}, "step_bound"),
+        ({"lipschitz_target": 2.5}, "lipschitz_target.*2.5.*at most 2"),
+        ({"lipschitz_target": float("nan")}, "lipschitz_target"),
         ({"norm": "batch"}, "separate, tied, spectral"),
         ({"residual": "exact"}, "rounded, precise"),
         ({"head": "normed"}, "dense, scaled"),

@@ -14,15 +14,16 @@ import pytest
 from rich.console import Console
 
 from qpde.models import Smoothing, registry
-from qpde.models.blocks import StableBlock
-from train import experiment
-from train.cli import main
-from train.config import Data, Experiment, Model, Variant
-from train.nodes.config import GraphExperiment, GraphVariant
-from train.page import command, images, published
+from qpde.models.images.blocks import StableBlock
+from train.commands import report
+from train.commands.cli import main
+from train.config.graphs import GraphExperiment, GraphVariant
+from train.config.images import Data, Experiment, Model, Variant
+from train.config.serialize import to_json
+from train.page import published_curves
 from train.page.html import figure, page, table
-from train.page.measure import Maps
-from train.stored import to_json
+from train.tasks import images
+from train.trained.figures import Maps
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -62,12 +63,12 @@ def shown(tmp_path_factory, compiled_once):
         measured[finished.training.variant.name] = found = measure(finished, **options)
         return found
 
-    measure = command.measure
+    measure = report.measure
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.ARCHITECTURES, "tiny", TINY)
         patch.chdir(folder)
-        patch.setattr(command, "measure", spy)
-        patch.setattr(experiment, "fit", untrained)
+        patch.setattr(report, "measure", spy)
+        patch.setattr(images, "fit", untrained)
         (folder / "tiny.py").write_text(CONFIG)
         assert main(["run", "tiny.py"]) == 0
         # All 320 test images, so that the run's own numbers must come out again.
@@ -167,7 +168,7 @@ def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
     folder, measured = shown
     monkeypatch.chdir(folder)
     monkeypatch.setitem(registry.ARCHITECTURES, "tiny", TINY)
-    monkeypatch.setattr(command, "measure", lambda finished, **_: measured[finished.training.variant.name])
+    monkeypatch.setattr(report, "measure", lambda finished, **_: measured[finished.training.variant.name])
     shutil.copytree("runs/tiny", "runs/again")
     assert main(["report", "runs/tiny", "runs/again", "--output", "both"]) == 0
     text = (folder / "both" / "report.html").read_text()
@@ -180,7 +181,7 @@ def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
 def test_the_title_names_every_run_and_what_it_trained(tmp_path):
     of_images = Experiment("b", (Variant("plain"),), model=Model("resnet56"), data=Data("cifar10"))
     experiments = {tmp_path / "a": Experiment("a", (Variant("plain"),)), tmp_path / "b": of_images}
-    command._work(experiments, ["a/plain", "b/plain"], tmp_path, lambda _: [])(Console(quiet=True))
+    report._work(experiments, ["a/plain", "b/plain"], tmp_path, lambda _: [])(Console(quiet=True))
     text = (tmp_path / "report.html").read_text()
     assert "<title>a: resnet20 on digits; b: resnet56 on cifar10</title>" in text
     assert "from the runs a, b." in text
@@ -340,7 +341,7 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(graph_run, capsys
     assert capsys.readouterr().err == f"error: [Errno 20] Not a directory: '{output / 'below'}'\n"
 
 
-@pytest.mark.parametrize("command", ["report", "replay"])
+@pytest.mark.parametrize("command", ["report", "reproduce"])
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -357,6 +358,6 @@ def test_a_damaged_file_of_a_run_is_named(graph_run, command, file, text, messag
 
 def test_the_published_curves_have_the_published_means():
     """The ratios of the means that the paper's claim is quoted with: 0.33, 0.13 and 0.42."""
-    for curves, ratio in zip(published.CURVES.values(), (0.33, 0.13, 0.42), strict=True):
+    for curves, ratio in zip(published_curves.CURVES.values(), (0.33, 0.13, 0.42), strict=True):
         symmetric, plain = (np.mean([float(v) for v in curves[form].split()]) for form in ("symmetric", "plain"))
         assert round(symmetric / plain, 2) == ratio

@@ -7,7 +7,7 @@ import pytest
 
 import qpde
 from qpde import models
-from qpde.models.published import tree_from_torch
+from qpde.models.images.torch_weights import tree_from_torch
 
 NETS = ["resnet20_fp32", "stablenet20_fp32", "resnet20_stable_w4a4", "stablenet20_w4a4"]
 

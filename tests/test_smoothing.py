@@ -122,7 +122,7 @@ def test_at_strength_zero_a_network_does_not_smooth_and_at_one_it_is_itself_bit_
 def test_every_width_of_an_elastic_network_has_the_strength():
     model, variables = make(LEARNED)
     variables = variables | {"smoothing": {"strength": 0.0}}
-    elastic, widths = qpde.elastic.Elastic(model), [qpde.Bits(4, 4), qpde.Bits(4, 32)]
+    elastic, widths = qpde.measure.Elastic(model), [qpde.Bits(4, 4), qpde.Bits(4, 32)]
     bits = qpde.bits.stack_bits(widths)
     found = jax.jit(lambda v: elastic.apply(v, images(), bits=bits))(elastic.variables(variables, bits))
     plain, without = make(None)

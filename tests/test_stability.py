@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from qpde.certify.step_bounds import step_lipschitz
+from qpde.measure.jacobians import jacobian_spectrum
+from qpde.norms import power_iteration_step, spectral_norm
 from qpde.operators import conv, conv_adjoint
-from qpde.stability import jacobian_spectrum, power_iteration_step, spectral_norm, step_lipschitz
 
 SEEDS = st.integers(0, 2**31 - 1)
 IMAGE = (1, 4, 4, 3)

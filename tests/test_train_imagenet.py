@@ -11,10 +11,10 @@ import pytest
 from prepared_sets import photographs, prepare
 
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
-from train.cli import main
-from train.progress import Display
-from train.replay import differences
+from qpde.models.images.blocks import BasicBlock
+from train.commands.cli import main
+from train.commands.reproduce import differences
+from train.host.console import Display
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ from qpde.models import registry
 from qpde.models.blocks import InvertedBlock
 from train.cli import main
 blocks = ((8, 8, 1, 1, 1), (8, 16, 2, 2, 2))
-registry.ARCHITECTURES["mobilenetv2"] = registry.Architecture(InvertedBlock, blocks, closing_width=32)
+registry.ARCHITECTURES["mobilenetv2"] = registry.Architecture(InvertedBlock, blocks, neck_width=32)
 status = main(sys.argv[1:])
 print("tensorflow" in sys.modules, "tensorflow_datasets" in sys.modules, "grain" in sys.modules)
 sys.exit(status)

@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from qpde.bits import Bits
-from train.checkpoints import Checkpoints
-from train.config import Experiment, Variant
-from train.guards import SMALLEST_CLIP
-from train.interrupt import Interrupted
+from train.config.images import Experiment, Variant
+from train.host.console import Display
+from train.host.interrupt import Interrupted
 from train.loop import Plan, fit
-from train.progress import Display
-from train.rundir import open_run
-from train.state import TrainState
-from train.step import empty_totals
+from train.runs.checkpoints import Checkpoints
+from train.runs.directory import open_run
+from train.steps.guards import SMALLEST_CLIP
+from train.steps.state import TrainState
+from train.steps.train_step import empty_totals
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from qpde.bits import Bits
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
-from train import twin
-from train.augment import mixup
-from train.config import Loss
-from train.losses import LOSSES, Outputs, cross_entropy, similarity
-from train.state import create_state
-from train.step import make_loss, make_train_step
+from qpde.models.images.blocks import BasicBlock
+from train.config.images import Loss
+from train.data.augment import mixup
+from train.steps import twin_clips
+from train.steps.losses import LOSSES, Outputs, cross_entropy, similarity
+from train.steps.state import create_state
+from train.steps.train_step import make_loss, make_train_step
 
 
 def _outputs(seed):
@@ -88,23 +88,23 @@ def network():
     del registry.ARCHITECTURES["tiny"]
     x = jax.random.normal(jax.random.key(1), (8, 6, 6, 3))
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    params = twin.add_twin(variables.pop("params"))
-    params[twin.TWIN] = jax.tree.map(lambda clip: 2 * clip, params[twin.TWIN])
+    params = twin_clips.add_twin(variables.pop("params"))
+    params[twin_clips.TWIN] = jax.tree.map(lambda clip: 2 * clip, params[twin_clips.TWIN])
     return model, params, variables, x, jax.nn.one_hot(jnp.arange(8) % 3, 3)
 
 
 def test_the_twin_has_activation_clips_of_its_own_and_shares_everything_else(network):
     _, params, *_ = network
-    low, high = twin.low(params), twin.high(params)
-    assert low.keys() == high.keys() == params.keys() - {twin.TWIN}
-    assert not twin.has_twin(low)
+    low, high = twin_clips.low(params), twin_clips.high(params)
+    assert low.keys() == high.keys() == params.keys() - {twin_clips.TWIN}
+    assert not twin_clips.has_twin(low)
 
     def check(path, a, b):
         factor = 2.0 if path[-1].key == "act_clips" else 1.0
         np.testing.assert_array_equal(factor * a, b)
 
     jax.tree.map_with_path(check, low, high)
-    assert len(jax.tree.leaves(params[twin.TWIN])) == 2  # one array for each of the two blocks
+    assert len(jax.tree.leaves(params[twin_clips.TWIN])) == 2  # one array for each of the two blocks
 
 
 @pytest.mark.parametrize("bits", [None, Bits(4, 5)])
@@ -119,8 +119,8 @@ def test_the_distillation_loss_runs_both_passes_at_their_widths(network, bits):
         )
     )
     act_bits = 3 if bits is None else 5
-    low, low_state = apply(twin.low(params), Bits(4, act_bits))
-    high, _ = apply(twin.high(params), Bits(4, 32))
+    low, low_state = apply(twin_clips.low(params), Bits(4, act_bits))
+    high, _ = apply(twin_clips.high(params), Bits(4, 32))
     expected = LOSSES["distillation"].formula(
         Outputs(*low), Outputs(*high), targets, act_bits, Loss(similarity_weight=0.1)
     )

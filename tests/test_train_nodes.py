@@ -14,17 +14,17 @@ import pytest
 import qpde.models
 from qpde.bits import Bits
 from qpde.datasets import NodeGraph, SparseRows
-from train.checkpoints import Checkpoints
-from train.cli import load_recipes, main
-from train.config import Adam, Rule
-from train.losses import classification_sums
-from train.nodes import step as steps
-from train.nodes.config import GraphData, GraphExperiment, GraphModel, GraphVariant
-from train.nodes.data import make_task
-from train.nodes.report import check_pictures
-from train.optimizer import create_optimizer
-from train.start import read_model
-from train.stored import from_json, to_json
+from train.commands.cli import load_recipes, main
+from train.config.graphs import GraphData, GraphExperiment, GraphModel, GraphVariant
+from train.config.images import Adam, Rule
+from train.config.serialize import from_json, to_json
+from train.runs.checkpoints import Checkpoints
+from train.runs.warm_start import read_model
+from train.steps.losses import classification_sums
+from train.steps.optimizer import create_optimizer
+from train.tasks import nodes_step as steps
+from train.tasks.nodes_data import make_task
+from train.tasks.nodes_summary import check_pictures
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

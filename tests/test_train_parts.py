@@ -22,11 +22,8 @@ from rich.console import Console
 from qpde.bits import Bits
 from qpde.datasets import Split
 from qpde.models import Smoothing
-from train.annealing import is_annealed, make_draw, strength_of, widths_of
-from train.augment import random_crop, random_flip
-from train.checkpoints import CheckpointError, Checkpoints
-from train.cli import load_recipes
-from train.config import (
+from train.commands.cli import load_recipes
+from train.config.images import (
     Annealing,
     BitSchedule,
     Data,
@@ -38,26 +35,22 @@ from train.config import (
     StrengthSchedule,
     Variant,
 )
-from train.data import stack_batches
-from train.guards import SMALLEST_CLIP, clips_of, hold, make_explain
-from train.losses import IGNORED, classification_sums
-from train.memory import keep_freed_memory
-from train.optimizer import create_optimizer, rule_of_each
-from train.progress import print_table
-from train.recipes import any_bit
-from train.report import _table
-from train.schedules import SCHEDULES, cosine, one_cycle
-from train.state import RANDOM, create_state
-from train.step import (
-    empty_totals,
-    epoch_order,
-    make_epoch_step,
-    make_evaluate,
-    make_loss,
-    make_select,
-    make_train_step,
-)
-from train.stored import from_json, to_json
+from train.config.recipes import any_bit
+from train.config.serialize import from_json, to_json
+from train.data.augment import random_crop, random_flip
+from train.data.order import epoch_order, make_select
+from train.data.resident import stack_batches
+from train.host.allocator import keep_freed_memory
+from train.host.console import print_table
+from train.runs.checkpoints import CheckpointError, Checkpoints
+from train.steps.annealing import is_annealed, make_draw, strength_of, widths_of
+from train.steps.guards import SMALLEST_CLIP, clips_of, hold, make_explain
+from train.steps.learning_rates import SCHEDULES, cosine, one_cycle
+from train.steps.losses import IGNORED, classification_sums
+from train.steps.optimizer import create_optimizer, rule_of_each
+from train.steps.state import RANDOM, create_state
+from train.steps.train_step import empty_totals, make_epoch_step, make_evaluate, make_loss, make_train_step
+from train.tasks.images_summary import _table
 
 ROOT = Path(__file__).parents[1]
 

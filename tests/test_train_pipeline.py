@@ -11,16 +11,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from prepared_sets import fake_builder, photographs, prepare, small
 
-from train.cli import main
-from train.config import Data
-from train.data import Resident
-from train.load import load_images
-from train.losses import IGNORED
-from train.mesh import make_mesh
-from train.photographs import centre_crop, random_resized_crop
-from train.pipeline import Streamed
-from train.prepared import DataError, open_records
-from train.state import RANDOM, TrainState
+from train.commands.cli import main
+from train.config.images import Data
+from train.data.load import load_images
+from train.data.photographs import centre_crop, random_resized_crop
+from train.data.resident import Resident
+from train.data.streamed import Streamed
+from train.data.tfds_records import DataError, open_records
+from train.host.mesh import make_mesh
+from train.steps.losses import IGNORED
+from train.steps.state import RANDOM, TrainState
 
 BATCH = 8
 
@@ -81,7 +81,7 @@ def test_a_streamed_set_gives_what_the_same_set_on_the_device_gives(root):
     assert resident.num_classes == streamed.num_classes == 10
     for step in (0, 7):  # five steps an epoch: the start of one and the middle of the next
         _same(_steps(resident, step), _steps(streamed, step))
-    _same(list(resident.opening(limit=3)), list(streamed.opening(limit=3)))
+    _same(list(resident.first_batches(limit=3)), list(streamed.first_batches(limit=3)))
     for part in ("validation", "test"):
         _same(list(resident.in_order(part)), list(streamed.in_order(part)))
         for _ in range(2):  # read again for every evaluation

@@ -12,10 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from train.checkpoints import damage, seal
-from train.config import Experiment, Variant
-from train.interrupt import StopRequest
-from train.rundir import open_run
+from train.config.images import Experiment, Variant
+from train.host.interrupt import StopRequest
+from train.runs.checkpoints import damage, seal
+from train.runs.directory import open_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ CONFIG = """
 import os, signal
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
-import train.checkpoints
+import train.runs.checkpoints
 from train.config import Data, Experiment, Model, Variant
 from train.progress import Display
 
@@ -52,7 +52,7 @@ name, place, count = os.environ.get("DISTURB", "SIGTERM nowhere 0").split()
 if place == "step":
     Display.step = disturbed(Display.step, name, [int(count)])
 if place == "save":
-    train.checkpoints.seal = disturbed(train.checkpoints.seal, name, [int(count)])
+    train.runs.checkpoints.seal = disturbed(train.runs.checkpoints.seal, name, [int(count)])
 """
 
 

@@ -12,16 +12,16 @@ import pytest
 
 from qpde.bits import Bits
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
-from train import fleet
-from train.checkpoints import Checkpoints, read_best
-from train.cli import COMMANDS, Command, load_recipes, main
-from train.config import Experiment, Model, Variant
-from train.finished import Finished, read_finished
-from train.optimizer import path_name
-from train.progress import Display
-from train.rundir import open_run
-from train.stored import to_json
+from qpde.models.images.blocks import BasicBlock
+from train.commands.cli import COMMANDS, Command, load_recipes, main
+from train.config.images import Experiment, Model, Variant
+from train.config.serialize import to_json
+from train.host.console import Display
+from train.runs.checkpoints import Checkpoints, read_best
+from train.runs.directory import open_run
+from train.steps.paths import path_name
+from train.tasks import lockstep
+from train.trained.finished import Finished, read_finished
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -147,7 +147,7 @@ def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(
 def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_last_ones(
     config, tmp_path, monkeypatch, capsys
 ):
-    import train.experiment as application
+    import train.tasks.images as application
 
     traced, reestimated = [], []
     make_train_step, reestimate = application.make_train_step, application.reestimate_statistics
@@ -249,7 +249,7 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
     (tmp_path / "runs" / "exact_W8A4" / "summary.json").unlink()
     assert main(["quantize", "runs/exact", "--bits", "W8A4", "--per-channel", "--images", "300"]) == 0
     assert _summary(tmp_path, "exact_W8A4")["plain"] == few
-    assert main(["replay", "runs/exact_W8A4"]) == 0
+    assert main(["reproduce", "runs/exact_W8A4"]) == 0
     capsys.readouterr()
     assert main(["quantize", "runs/exact_W8A4", "--bits", "4"]) == 2
     assert "trained in full precision, and start_from has one of 8-bit weights" in capsys.readouterr().err
@@ -291,7 +291,7 @@ def quantized(tmp_path, monkeypatch):
         with open_run(runs_dir, experiment, overwrite=overwrite) as folder:
             return job
 
-    monkeypatch.setattr("train.quantize.prepare_job", prepare)
+    monkeypatch.setattr("train.commands.quantize.prepare_job", prepare)
     return ["quantize", str(run), "--runs-dir", str(tmp_path / "runs"), "--bits"], started
 
 
@@ -374,7 +374,7 @@ def test_a_finished_run_is_measured_at_other_widths_and_its_blocks_get_widths_wi
 def test_widths_drawn_at_every_step_train_one_network_with_clips_for_each_and_survive_an_interruption(
     config, tmp_path, monkeypatch, capsys
 ):
-    draw = ["--model.clip-widths", "3", "4", "8", "--clip-start", "mse"]
+    draw = ["--model.clip-bits", "3", "4", "8", "--clip-start", "mse"]
     for part in ("weights", "activations"):
         draw += [f"--annealing.{part}.schedule", "random", f"--annealing.{part}.widths", "3", "8"]
     only = ["run", config, "--only", "symmetric", "--epochs", "2", *draw]
@@ -441,12 +441,12 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
 
     made = []
 
-    class Together(fleet.Together):
+    class Together(lockstep.Together):
         def __init__(self, step):
             super().__init__(step)
             made.append(self)
 
-    monkeypatch.setattr(fleet, "Together", Together)
+    monkeypatch.setattr(lockstep, "Together", Together)
     assert main([*sweep, "--name", "whole", "--at-once", "4"]) == 0
     assert [together.program._cache_size() for together in made] == [1]
     whole = [_summary(tmp_path, f"whole_sweep/{name}")["symmetric"] for name in names]
@@ -460,7 +460,7 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
     assert len({result["mean_layer_error"] for result in whole}) == 4
 
     # Stopped in the middle of an epoch and taken up: the same to the last bit.
-    class Interrupting(fleet.Together):
+    class Interrupting(lockstep.Together):
         count = 0
 
         def __call__(self, requests):
@@ -469,10 +469,10 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__call__(requests)
 
-    monkeypatch.setattr(fleet, "Together", Interrupting)
+    monkeypatch.setattr(lockstep, "Together", Interrupting)
     assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 143
     assert "the same command goes on from there" in capsys.readouterr().err
-    monkeypatch.setattr(fleet, "Together", Together)
+    monkeypatch.setattr(lockstep, "Together", Together)
     assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 0
     assert [_summary(tmp_path, f"parts_sweep/{name}")["symmetric"] for name in names] == whole
 
@@ -493,7 +493,7 @@ def test_a_trained_network_that_cannot_be_measured_ends_the_run_with_the_reason(
     def refuse(*_, **__):
         raise ValueError("activations of block 0 are NaN or infinite")
 
-    monkeypatch.setattr("train.experiment.compare", refuse)
+    monkeypatch.setattr("train.tasks.images.compare", refuse)
     assert main(["run", config, "--only", "plain", "--epochs", "1"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: plain: training went astray")
@@ -542,8 +542,8 @@ def test_bad_input_is_refused_with_its_reason_and_nothing_written(
 
 
 def test_two_processes_cannot_work_in_one_run(config, tmp_path, capsys):
-    from train.rundir import open_run
-    from train.stored import from_json  # the recipe as another process would hold it
+    from train.config.serialize import from_json
+    from train.runs.directory import open_run
 
     experiment = load_recipes(tmp_path / "tiny.py")["fast"]
     with open_run(tmp_path / "runs", experiment) as held:
@@ -562,7 +562,7 @@ def test_widths_that_a_set_of_levels_does_not_have_are_refused(arguments, tmp_pa
     bits = SimpleNamespace(bits=Bits(4, 4), act_bits=4)
     training = SimpleNamespace(experiment=experiment, variant=experiment.variants[0], model=bits)
     for module in ("certify", "page.command", "elastic"):
-        monkeypatch.setattr(f"train.{module}.read_finished", lambda *_: {"plain": Finished(training, {})})
+        monkeypatch.setattr(f"train.commands.{module}.read_finished", lambda *_: {"plain": Finished(training, {})})
     assert main([arguments[0], str(tmp_path), *arguments[1:]]) == 2
     assert "levels 'pot' have no widths of 12 bits: choose 2 to 8, or 16 and more" in capsys.readouterr().err
 

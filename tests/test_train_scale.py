@@ -19,15 +19,16 @@ import pytest
 
 import qpde.models
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
-from train.checkpoints import damage, read_best
-from train.cli import main
-from train.compiled import keep_compiled_programs
-from train.config import Experiment, Loss, Variant
-from train.mesh import make_mesh, put, replicated
-from train.processes import from_first, join, largest
-from train.state import RANDOM, create_state
-from train.step import empty_totals, epoch_order, make_epoch_step, make_loss, make_select, make_train_step
+from qpde.models.images.blocks import BasicBlock
+from train.commands.cli import main
+from train.config.images import Experiment, Loss, Variant
+from train.data.order import epoch_order, make_select
+from train.host.compilation_cache import keep_compiled_programs
+from train.host.distributed import from_first, join, largest
+from train.host.mesh import make_mesh, put, replicated
+from train.runs.checkpoints import damage, read_best
+from train.steps.state import RANDOM, create_state
+from train.steps.train_step import empty_totals, make_epoch_step, make_loss, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

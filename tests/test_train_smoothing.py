@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train.experiment as application
+import train.tasks.images as application
 from qpde import stencils
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
-from train.checkpoints import read_best
-from train.cli import main
-from train.config import Optimizer
-from train.finished import read_finished
-from train.optimizer import create_optimizer
-from train.state import create_state
-from train.step import make_train_step
+from qpde.models.images.blocks import BasicBlock
+from train.commands.cli import main
+from train.config.images import Optimizer
+from train.runs.checkpoints import read_best
+from train.steps.optimizer import create_optimizer
+from train.steps.state import create_state
+from train.steps.train_step import make_train_step
+from train.trained.finished import read_finished
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

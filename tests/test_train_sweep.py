@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from train import sweep
-from train.cli import main
-from train.config import Experiment, Variant
-from train.sweep import interval, paired_p
+from train.commands import sweep
+from train.commands.cli import main
+from train.commands.sweep import interval, paired_p
+from train.config.images import Experiment, Variant
 
 VALUES = st.lists(st.floats(-100, 100), min_size=3, max_size=8)
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from train.config import Experiment, Variant
-from train.rundir import open_run
+from train.config.images import Experiment, Variant
+from train.runs.directory import open_run
 
 EXPERIMENT = Experiment(name="example", variants=(Variant("a"), Variant("b")))
 

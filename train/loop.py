@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax
 
 from qpde.bits import Bits
-from train.checkpoints import Checkpoints
-from train.guards import SMALLEST_CLIP
-from train.interrupt import Interrupted, StopRequest
-from train.processes import largest
-from train.progress import Display
-from train.rundir import RunDirectory
-from train.state import TrainState
+from train.host.console import Display
+from train.host.distributed import largest
+from train.host.interrupt import Interrupted, StopRequest
+from train.runs.checkpoints import Checkpoints
+from train.runs.directory import RunDirectory
+from train.steps.guards import SMALLEST_CLIP
+from train.steps.state import TrainState
 
 _NEAR_CHANCE = 1.1
 """Up to this multiple of the accuracy of guessing, a network has learned nothing."""

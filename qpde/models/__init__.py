@@ -5,14 +5,14 @@
 `graph_layers` and `graph_networks` are the same for graphs.
 """
 
-from qpde.models.blocks import Smoothing
-from qpde.models.calibrate import calibrate_clips, converge_norms
-from qpde.models.graph_layers import GraphSmoothing
-from qpde.models.graph_networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
-from qpde.models.network import Network
-from qpde.models.published import from_torch_state
+from qpde.models.clips import calibrate_clips, converge_norms
+from qpde.models.graphs.layers import GraphSmoothing
+from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
+from qpde.models.images.blocks import Smoothing
+from qpde.models.images.cost import Summary, summary
+from qpde.models.images.network import Network
+from qpde.models.images.torch_weights import from_torch_state
 from qpde.models.registry import create, image_network, names
-from qpde.models.summary import Summary, summary
 
 __all__ = [
     "GraphNetwork",

@@ -7,18 +7,18 @@ import math
 from typing import Any
 
 from qpde import stencils
-from qpde.models.blocks import (
+from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
+from qpde.models.images.blocks import (
+    LIPSCHITZ_TARGET,
     NORMS,
     RESIDUALS,
-    STEP_BOUND,
     BasicBlock,
     Block,
     InvertedBlock,
     Smoothing,
     StableBlock,
 )
-from qpde.models.graph_networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
-from qpde.models.network import Network
+from qpde.models.images.network import Network
 
 __all__ = ["ARCHITECTURES", "GRAPH_NETWORKS", "Architecture", "create", "image_network", "names"]
 
@@ -34,12 +34,12 @@ class Architecture:
 
     Attributes:
       block: its kind.   stages: (width_in, width_out, blocks, stride, expansion) of each stage.
-      closing_width: of a 1x1 convolution before the pooling, or None.
+      neck_width: of a 1x1 convolution before the pooling, or None.
     """
 
     block: type[Block]
     stages: tuple[tuple[int, int, int, int, int], ...]
-    closing_width: int | None = None
+    neck_width: int | None = None
 
 
 def _cifar(block: type[Block], blocks: int) -> Architecture:
@@ -75,7 +75,7 @@ ARCHITECTURES = {
             (96, 160, 3, 2, 6),
             (160, 320, 1, 1, 6),
         ),
-        closing_width=1280,
+        neck_width=1280,
     ),
 }
 
@@ -113,7 +113,7 @@ def image_network(
     num_classes: int,
     symmetric: bool = True,
     step_size: float | str = 0.1,
-    step_bound: float = STEP_BOUND,
+    lipschitz_target: float = LIPSCHITZ_TARGET,
     weight_bits: int | None = None,
     act_bits: int | None = None,
     norm: str = "separate",
@@ -121,7 +121,7 @@ def image_network(
     levels: str = "uniform",
     standardize: bool = True,
     per_channel: bool = False,
-    clip_widths: tuple[int, ...] | None = None,
+    clip_bits: tuple[int, ...] | None = None,
     signed_inputs: bool = False,
     smoothing: Smoothing | None = None,
     head: str = "dense",
@@ -135,10 +135,10 @@ def image_network(
       name: a key of `ARCHITECTURES`.   num_classes: at least 1.
       symmetric: steps x - h K^T s(K x) with one kernel, instead of two kernels and h = 1. The first block of a
         stage stays plain in ResNets and MobileNets.
-      step_size: h > 0 of the symmetric steps. "auto" holds h |D K|^2 at `step_bound` by a power iteration that is
+      step_size: h > 0 of the symmetric steps. "auto" holds h |D K|^2 at `lipschitz_target` by a power iteration that is
         carried in the collection "spectral"; it needs `norm="tied"`. With `norm="spectral"` h is 1 and this argument
         has no effect.
-      step_bound: h |D K|^2 of steps that find their own size, above 0 and at most 2. A step is non-expansive up to 2.
+      lipschitz_target: h |D K|^2 of steps that find their own size, above 0 and at most 2. A step is non-expansive up to 2.
         How far it moves the features is proportional to this number, and so is what rounding adds, at clips to suit.
       weight_bits, act_bits: default widths, 2 to 32 (16 and more clip without rounding), or None for exact.
         `model.apply(..., bits=)` overrides them call by call.
@@ -148,8 +148,8 @@ def image_network(
       standardize: round (w - mean w) / std w, as published, the norm behind it taking up the scale. False rounds w
         itself: a network of weight_bits=None has its own w, and keeps its function when it is quantized.
       per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
-      clip_widths: widths, ascending, that have clips of their own, as a network that runs at all of them needs (Jin et
-        al., AdaBits, CVPR 2020). A width in between takes those of the next one, `Network.at_width` only one. None is
+      clip_bits: widths, ascending, that have clips of their own, as a network that runs at all of them needs (Jin et
+        al., AdaBits, CVPR 2020). A width in between takes those of the next one, `Network.at_bits` only one. None is
         one clip for all widths. The twin runs at 32 bits, so give them clips too.
       signed_inputs: MobileNet's block inputs can be negative; quantize them with a sign instead of clipping at 0.
       smoothing: total-variation smoothing, or None.
@@ -179,12 +179,12 @@ def image_network(
     _check_bits("weight_bits", weight_bits)
     _check_bits("act_bits", act_bits)
     step_size = _checked_step_size(step_size, norm)
-    if not 0 < step_bound <= 2:
-        raise ValueError(f"step_bound (={step_bound}) must be above 0 and at most 2: beyond, a step amplifies")
+    if not 0 < lipschitz_target <= 2:
+        raise ValueError(f"lipschitz_target (={lipschitz_target}) must be above 0 and at most 2: beyond, steps amplify")
     if signed_inputs and not architecture.block.has_signed_inputs:
         raise ValueError(f"signed_inputs is for networks whose block inputs can be negative (mobilenetv2), not {name}")
-    if clip_widths is not None:
-        clip_widths = _checked_clip_widths(clip_widths, weight_bits, act_bits)
+    if clip_bits is not None:
+        clip_bits = _checked_clip_bits(clip_bits, weight_bits, act_bits)
     if smoothing is not None:
         _check_smoothing(smoothing, sum(stage[2] for stage in architecture.stages))
 
@@ -202,10 +202,10 @@ def image_network(
             levels=levels,
             standardize=standardize,
             per_channel=per_channel,
-            clip_widths=clip_widths,
+            clip_bits=clip_bits,
             signed_inputs=signed_inputs,
             step_size=step_size,
-            step_bound=float(step_bound),
+            lipschitz_target=float(lipschitz_target),
             smoothing=smoothing,
         )
 
@@ -213,7 +213,7 @@ def image_network(
         name_of_architecture=name,
         stages=tuple(tuple(block(stage, i) for i in range(stage[2])) for stage in architecture.stages),
         num_classes=num_classes,
-        closing_width=architecture.closing_width,
+        neck_width=architecture.neck_width,
         weight_bits=weight_bits,
         act_bits=act_bits,
         loop=loop,
@@ -223,12 +223,12 @@ def image_network(
     )
 
 
-def _checked_clip_widths(widths, weight_bits, act_bits):
+def _checked_clip_bits(widths, weight_bits, act_bits):
     if not widths or list(widths) != sorted({int(w) for w in widths}) or not 2 <= widths[0] <= widths[-1] <= 32:
-        raise ValueError(f"clip_widths must be ascending whole numbers from 2 to 32, at least one; got {widths!r}")
+        raise ValueError(f"clip_bits must be ascending whole numbers from 2 to 32, at least one; got {widths!r}")
     if weight_bits is None and act_bits is None:
         raise ValueError(
-            f"clip_widths={widths!r} need quantizers: give weight_bits and act_bits, or leave clip_widths None"
+            f"clip_bits={widths!r} need quantizers: give weight_bits and act_bits, or leave clip_bits None"
         )
     return tuple(widths)
 

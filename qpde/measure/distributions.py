@@ -1,0 +1,256 @@
+"""What activations look like where they are rounded: how they are spread, and how the levels are used.
+
+Outliers cost levels: a few large values stretch the range and leave the many small ones to few levels. `distributions`
+shows this quantizer by quantizer over a data set, for the networks that `qpde.models` makes, of images and of graphs.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from qpde import quantizers
+from qpde.bits import Bits
+from qpde.measure.batches import Batch, split_batch
+from qpde.measure.histograms import histogram, merge
+from qpde.models.graphs.networks import GraphNetwork
+from qpde.models.images.network import Network
+from qpde.models.layers import Quantizer
+
+__all__ = ["Distribution", "distributions"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distribution:
+    """Of the values x that one quantizer of activations is about to round, over a data set.
+
+    Attributes:
+      block, index: of the quantizer; index 0 of a block rounds the block's input.
+      bits, clip, signed: of the quantizer: its range is [0, clip], or [-clip, clip] if signed.
+      count: of values.   mean, std: of all of them, std with the divisor N.
+      kurtosis: mean of (x - mean)^4 / std^4: 3 for a normal distribution, more with outliers, 0 where x is constant.
+      outliers: share of the values further from the mean than `deviations` std, up to a bin of the histogram.
+      saturated: share of the values outside the range, which the clip changes.
+      level_shares: share of the values at each level in use, ascending; zero is a level like others.
+      edges, counts: a histogram, with a bin from edges[k] to edges[k + 1]; exact zeros are in the bin that ends at 0.
+    """
+
+    block: int
+    index: int
+    bits: int
+    clip: float
+    signed: bool
+    count: int
+    mean: float
+    std: float
+    kurtosis: float
+    outliers: float
+    saturated: float
+    level_shares: Float[np.ndarray, " levels"]
+    edges: Float[np.ndarray, " edges"]
+    counts: Float[np.ndarray, " bins"]
+
+    @property
+    def used_levels(self) -> int:
+        """Number of levels that some value is rounded to."""
+        return len(self.level_shares)
+
+    @property
+    def entropy(self) -> float:
+        """- sum p log2 p over the levels, in bits: what an ideal code would need for a value, at most the width."""
+        return float(-np.sum(self.level_shares * np.log2(self.level_shares))) + 0.0
+
+
+def distributions(
+    model: Network | GraphNetwork,
+    variables: dict,
+    batches: Iterable[Batch],
+    bits: Bits,
+    *,
+    deviations: float = 4.0,
+) -> list[Distribution]:
+    """The distribution of the activations before each of a network's quantizers, over a data set.
+
+    Activations are those of the quantized network. The batches are read once; memory does not grow with their number.
+
+    Args:
+      model: of `qpde.models`.   variables: its collections.
+      batches: inputs, images (N, H, W, C) or graphs, or pairs of these and labels, which are not used. Equally long
+        ones compile once.
+      bits: widths of the network, scalars or one for each block; activations 2 to 8.
+      deviations: standard deviations beyond which a value is an outlier.
+    Returns:
+      One `Distribution` a quantizer of activations, block by block. What a graph network rounds on edges is
+      seen without its sign, which depends on the edges' orientation.
+    Raises:
+      ValueError: no width for activations or one above 8, an empty set or batch, `deviations` <= 0, or NaN or infinite
+        activations, naming the block.
+    """
+    widths = _widths(model, bits)
+    if not deviations > 0:
+        raise ValueError(f"`deviations` (={deviations}) must be positive, such as 4")
+    total: dict[tuple[int, int], _Total] = {}
+    for i, batch in enumerate(batches):
+        x, _ = split_batch(batch, i)
+        found = _by_block(model, jax.device_get(_seen(model, variables, x, bits)))
+        for block, quantized in enumerate(found):
+            for index, seen in enumerate(quantized):
+                if not np.isfinite(seen.moments).all():
+                    raise ValueError(
+                        f"activations before quantizer {index} of block {block} (of 0 to {len(found) - 1}) are NaN or "
+                        f"infinite in batch {i}; look for NaN in the input, then in the weights and batch statistics"
+                    )
+                total.setdefault((block, index), _Total()).add(seen)
+    if not total:
+        raise ValueError("`batches` is empty: give some inputs of the kind that the network was trained on")
+    return [t.result(*place, bits=int(widths[place[0]]), deviations=deviations) for place, t in total.items()]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["above", "below", "moments", "saturated", "levels", "clip"],
+    meta_fields=["count", "signed"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What a quantizer saw of one batch; of equal blocks, stacked. Arrays of the device or of the host.
+
+    Attributes:
+      above, below: histograms of the positive values and of the negative ones' magnitudes.
+      moments: (4,) the mean, and the sums of (x - mean)^k for k = 2, 3, 4.
+      saturated: number of values outside the range.
+      levels: (2 LARGEST_LEVEL + 1,) how many values went to each.
+    """
+
+    above: Any
+    below: Any
+    moments: Any
+    saturated: Any
+    levels: Any
+    clip: Any
+    count: int
+    signed: bool
+
+
+@partial(jax.jit, static_argnames="model")
+def _seen(model, variables, x, bits):
+    def observe(x, clip, quantizer: Quantizer):
+        if quantizer.is_weight:
+            return None, clip
+        signed = quantizer.signed
+        level = quantizers.level_index(x, clip, quantizer.bits, levels=quantizer.levels, signed=signed)
+        size = 2 * quantizers.LARGEST_LEVEL + 1
+        mean = jnp.mean(x)
+        powers = [jnp.sum((x - mean) ** k) for k in (2, 3, 4)]
+        seen = _Seen(
+            above=histogram(x, signed=False),
+            below=histogram(-x, signed=False),
+            moments=jnp.stack([mean, *powers]),
+            saturated=jnp.sum((x > clip) | (x < (-clip if signed else 0.0))),
+            levels=jnp.zeros(size, jnp.int32).at[level.ravel() + quantizers.LARGEST_LEVEL].add(1),
+            clip=clip,
+            count=x.size,
+            signed=signed,
+        )
+        return seen, clip
+
+    return model.apply(variables, x, bits=bits, observe=observe, mutable=["observed"])[1]["observed"]
+
+
+def _by_block(model, observed) -> list[list[_Seen]]:
+    """The records of every block's activations, in order."""
+    if isinstance(model, GraphNetwork):
+        stacks = [(observed["layers"], model.depth)]
+    else:
+        stacks = [(observed[stage][name], count) for stage, name, _, count in model.stacks]
+    return [
+        [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for seen in stack["act_clips"]]
+        for stack, count in stacks
+        for i in range(count)
+    ]
+
+
+class _Total:
+    """The sums over batches, on the host: counts in whole numbers, moments in float64."""
+
+    def __init__(self):
+        self.above = self.below = None
+        self.count, self.moments, self.saturated, self.levels = 0, np.zeros(4), 0, 0
+
+    def add(self, seen: _Seen) -> None:
+        self.above = seen.above if self.above is None else _merge(self.above, seen.above)
+        self.below = seen.below if self.below is None else _merge(self.below, seen.below)
+        self.moments = _merged_moments(self.count, self.moments, seen.count, np.asarray(seen.moments, np.float64))
+        self.count += seen.count
+        self.saturated += int(seen.saturated)
+        self.levels = self.levels + np.asarray(seen.levels, np.int64)
+        self.clip, self.signed = float(seen.clip), seen.signed
+
+    def result(self, block: int, index: int, *, bits: int, deviations: float) -> Distribution:
+        mean, second, _, fourth = self.moments
+        std = float(np.sqrt(second / self.count))
+        edges, counts = _whole(self.above, self.below)
+        outside = (edges[:-1] >= mean + deviations * std) | (edges[1:] < mean - deviations * std)
+        return Distribution(
+            block=block,
+            index=index,
+            bits=bits,
+            clip=self.clip,
+            signed=self.signed,
+            count=self.count,
+            mean=float(mean),
+            std=std,
+            kurtosis=float(fourth * self.count / second**2) if second > 0 else 0.0,
+            outliers=float(counts[outside].sum() / self.count),
+            saturated=self.saturated / self.count,
+            level_shares=self.levels[self.levels > 0] / self.count,
+            edges=edges,
+            counts=counts,
+        )
+
+
+_merge = jax.jit(merge)
+
+
+def _merged_moments(n: int, a: np.ndarray, m: int, b: np.ndarray) -> np.ndarray:
+    """Mean and central sums of n and m numbers together (Pébay, 2008, equations 2.1 and 3.1)."""
+    total, d = n + m, b[0] - a[0]
+    second = a[1] + b[1] + d**2 * n * m / total
+    third = a[2] + b[2] + d**3 * n * m * (n - m) / total**2 + 3 * d * (n * b[1] - m * a[1]) / total
+    fourth = (
+        a[3]
+        + b[3]
+        + d**4 * n * m * (n * n - n * m + m * m) / total**3
+        + 6 * d**2 * (n * n * b[1] + m * m * a[1]) / total**2
+        + 4 * d * (n * b[2] - m * a[2]) / total
+    )
+    return np.array([a[0] + d * m / total, second, third, fourth])
+
+
+def _whole(above, below) -> tuple[np.ndarray, np.ndarray]:
+    """One histogram of both signs, from two of magnitudes, each of which takes the other's values for zeros."""
+    # An empty side has bins of the other's width.
+    largest = (above.largest or below.largest, below.largest or above.largest)
+    up, down = (np.linspace(0, np.ldexp(1.0, np.frexp(value)[1]), len(above.counts)) for value in largest)
+    more, less = (np.asarray(h.counts, np.float64) for h in (above, below))
+    less[1] += max(more[0] - less[1:].sum(), 0)
+    return np.concatenate([-down[::-1], up[1:]]), np.concatenate([less[:0:-1], more[1:]])
+
+
+def _widths(model, bits: Bits) -> np.ndarray:
+    """The activations' width of every block."""
+    if bits.activations is None:
+        raise ValueError(
+            "`bits.activations` (=None): there are no quantizers of activations; give their width, for instance "
+            "qpde.Bits(weights=4, activations=4)"
+        )
+    blocks = model.depth if isinstance(model, GraphNetwork) else len(model.blocks)
+    widths = np.broadcast_to(np.asarray(bits.activations), blocks)
+    if outside := [w for w in widths.tolist() if not 2 <= w <= 8]:
+        raise ValueError(f"`bits.activations` holds {outside[0]}: levels are counted for 2 to 8 bits")
+    return widths

@@ -1,0 +1,228 @@
+"""Faithfulness: how closely a quantized network follows its own high-precision twin.
+
+The twin is the same network with the same quantized weights and clipped, but not rounded, activations. What
+differs between the two is the rounding of activations alone, carried through depth. `compare` measures it
+over a data set, block by block and at the logits; the difference is the paper's layer-wise error.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qpde.measure.batches import Batch, mean_over, split_batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Faithfulness:
+    """What `compare` measured: plain floats and NumPy arrays, sums over the whole set.
+
+    Below a and z are the twin's block outputs and logits, a_q and z_q those of the quantized network.
+
+    Attributes:
+      samples: number of inputs: images, or nodes. Shares of a segmentation network's predictions are of pixels.
+      accuracy, accuracy_twin: of the quantized network and of the twin; None without labels.
+      agreement: fraction of inputs with the same argmax.
+      margin: mean gap between the two largest of z, the yardstick for the logits' error.
+      kl: mean Kullback-Leibler divergence of the quantized network's softmax from the twin's, in nats.
+      logit_error: root mean square of z - z_q.
+      layer_error: per block, sqrt(sum |a - a_q|^2 / numel).
+      layer_rms: per block, sqrt(sum |a|^2 / numel).
+      relative_layer_error: per block, their ratio, which does not reward a network for small activations. It is
+        huge where the twin's block is zero and the other's is not.
+    """
+
+    samples: int
+    accuracy: float | None
+    accuracy_twin: float | None
+    agreement: float
+    margin: float
+    kl: float
+    logit_error: float
+    layer_error: Float[np.ndarray, " blocks"]
+    layer_rms: Float[np.ndarray, " blocks"]
+    relative_layer_error: Float[np.ndarray, " blocks"]
+
+    @property
+    def mean_layer_error(self) -> float:
+        """Mean of `layer_error` over blocks, the paper's single number."""
+        return float(np.mean(self.layer_error))
+
+    @property
+    def mean_relative_layer_error(self) -> float:
+        """Mean of `relative_layer_error` over blocks."""
+        return float(np.mean(self.relative_layer_error))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields and means, for JSON: arrays as lists."""
+        fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+        return fields | {
+            "mean_layer_error": self.mean_layer_error,
+            "mean_relative_layer_error": self.mean_relative_layer_error,
+        }
+
+
+def compare(
+    model: nn.Module,
+    variables: Any,
+    batches: Iterable[Batch],
+    bits: Any,
+    *,
+    twin: Any = None,
+    statistics_batches: Iterable[Batch] | None = None,
+) -> Faithfulness:
+    """A quantized network beside its high-precision twin, over a data set.
+
+    Both run on the same batches, one batch at a time; nothing but a few numbers an input is kept, and these
+    are summed in float64. The network is compiled once for both and for all widths: a shorter batch is padded
+    to the longest so far, and what was padded is not counted.
+
+    Args:
+      model: `apply(variables, x, train=False, return_states=True, bits=...) -> (logits, states)` with logits
+        (N, classes) and a tuple of block outputs (N, ...), as every model of `qpde.models`; N counts images or nodes.
+      variables: of the quantized network.
+      batches: images (N, H, W, C) float32, or pairs of these and integer labels (N,) in 0 .. classes - 1; read
+        once. Or a `jraph.GraphsTuple`, or pairs of one and labels of its nodes, -1 where a node does not count: the
+        labels of one split make it the set that is measured. A segmentation network, whose logits are
+        (N, H, W, classes), has labels (N, H, W), -1 where a pixel does not count.
+      bits: `qpde.Bits` of the quantized network, its activations not None. The twin's weights have the same.
+      twin: variables of the twin if they differ, for instance from an earlier `reestimate_statistics`.
+      statistics_batches: batches, best of the training set, from which the twin's batch statistics are
+        estimated again. The stored ones belong to the rounded activations they were collected from; with these
+        a twin can lose ten points of accuracy.
+    Returns:
+      `Faithfulness`.
+    Raises:
+      ValueError: no width for activations, an empty set, labels on some batches only, of the wrong number or
+        out of range, or NaN or infinite activations, naming the block.
+    """
+    if bits is None or bits.activations is None:
+        raise ValueError(
+            "`bits.activations` (=None) leaves nothing to compare: give the activations' width, for instance "
+            "qpde.Bits(weights=4, activations=4)"
+        )
+    twin_bits = bits.twin
+    twin = variables if twin is None else twin
+    if statistics_batches is not None:
+        twin = reestimate_statistics(model, twin, statistics_batches, twin_bits)
+
+    def measure(x, index):
+        exact = _evaluate(model, twin, x, twin_bits)
+        measured = _difference(exact, _evaluate(model, variables, x, bits))
+        _check_finite(measured, index)
+        return measured, exact[0].shape[-1]
+
+    samples, mean = mean_over(batches, measure)
+    layer_error, layer_rms = np.sqrt(mean["block_error"]), np.sqrt(mean["block_square"])
+    return Faithfulness(
+        samples=samples,
+        accuracy=None if mean["accuracy"] is None else float(mean["accuracy"]),
+        accuracy_twin=None if mean["accuracy_twin"] is None else float(mean["accuracy_twin"]),
+        agreement=float(mean["agreement"]),
+        margin=float(mean["margin"]),
+        kl=max(float(mean["kl"]), 0.0),  # equal distributions may give -1e-9
+        logit_error=float(np.sqrt(mean["logit_error"])),
+        layer_error=layer_error,
+        layer_rms=layer_rms,
+        relative_layer_error=layer_error / np.maximum(layer_rms, np.finfo(np.float32).tiny),
+    )
+
+
+def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], bits: Any) -> Any:
+    """Batch statistics of a network at given widths, estimated again from data.
+
+    Each statistic becomes the mean of the batches' own, weighted by their number of inputs: what a running
+    average with infinite memory would hold. Weights stay as they are; every other collection too.
+
+    Args:
+      model: a network, or what is called like one: the updates of `apply(variables, x, train=True, momentum=0.0,
+        bits=..., mutable=["batch_stats"])` hold the statistics of x alone.
+      variables: a network's collections.
+      batches: as for `compare`, labels unused. Equally long ones compile once.
+      bits: `qpde.Bits` that the network will run at.
+    Returns:
+      Variables with new "batch_stats"; the same ones if the network has none.
+    Raises:
+      ValueError: an empty set.
+    """
+    if "batch_stats" not in variables:
+        return variables
+    seen, mean = 0, None
+    for index, batch in enumerate(batches):
+        images, _ = split_batch(batch, index)
+        seen += len(images)
+        new = _batch_statistics(model, variables, jnp.asarray(images), bits)
+        share = len(images) / seen
+        mean = new if mean is None else jax.tree.map(lambda m, s, share=share: m + share * (s - m), mean, new)
+    if mean is None:
+        raise ValueError("`batches` is empty: batch statistics need at least one batch of images")
+    return {**variables, "batch_stats": mean}
+
+
+def logit_difference(
+    logits: Float[Array, "n *pixels classes"], logits_q: Float[Array, "n *pixels classes"]
+) -> dict[str, Array]:
+    """How logits z_q differ from z, per input: what `qpde.batches.mean_over` takes means of.
+
+    Args:
+      logits, logits_q: z and z_q, (N, classes), or (N, H, W, classes) of a segmentation network.
+    Returns:
+      (N,) each, means over pixels where there are any: "kl", the divergence of softmax(z_q) from softmax(z);
+      "logit_error", the mean of |z - z_q|^2 over the classes; "margin" between the two largest of z. And "prediction"
+      and "prediction_q", (N,) or (N, H, W).
+    """
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits_q)
+    largest, _ = jax.lax.top_k(logits, min(2, logits.shape[-1]))
+    return {
+        "logit_error": _mean_of_squares(logits - logits_q),
+        "kl": _mean_of_pixels(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)),
+        "margin": _mean_of_pixels(largest[..., 0] - largest[..., -1]),
+        "prediction": jnp.argmax(logits, axis=-1),
+        "prediction_q": jnp.argmax(logits_q, axis=-1),
+    }
+
+
+@partial(jax.jit, static_argnames="model")
+def _evaluate(model, variables, images, bits):
+    return model.apply(variables, images, train=False, return_states=True, bits=bits)
+
+
+@partial(jax.jit, static_argnames="model")
+def _batch_statistics(model, variables, images, bits):
+    _, updates = model.apply(variables, images, train=True, momentum=0.0, bits=bits, mutable=["batch_stats"])
+    return updates["batch_stats"]
+
+
+@jax.jit
+def _difference(exact, quantized):
+    """What differs between two outputs, per input: float32 means stay short, padding is cut off later."""
+    (logits, states), (logits_q, states_q) = exact, quantized
+    return logit_difference(logits, logits_q) | {
+        "block_error": jnp.stack([_mean_of_squares(a - a_q) for a, a_q in zip(states, states_q, strict=True)], axis=1),
+        "block_square": jnp.stack([_mean_of_squares(a) for a in states], axis=1),
+    }
+
+
+def _mean_of_squares(x):
+    return _mean_of_pixels(jnp.square(x))
+
+
+def _mean_of_pixels(x):
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def _check_finite(measured, index):
+    finite = np.isfinite(measured["block_error"]).all(axis=0)
+    if not finite.all():
+        raise ValueError(
+            f"activations of block {np.argmin(finite)} (of 0 to {len(finite) - 1}) are NaN or infinite "
+            f"in batch {index}; look for NaN in the input, then in the weights and batch statistics"
+        )
+    if not np.isfinite(measured["logit_error"]).all():
+        raise ValueError(f"logits are NaN or infinite in batch {index}, the blocks are not; look for NaN in the head")

@@ -1,0 +1,114 @@
+"""Clips read off one batch, for the first step of a new net, and converged norms, for the last of a trained one.
+
+`qpde.calibration` quantizes a net that was trained in full precision.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qpde import quantizers
+from qpde.bits import Bits
+from qpde.models.graphs.networks import GraphNetwork
+from qpde.models.images.network import Network
+
+__all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
+
+
+def calibrate_clips(
+    model: Network | GraphNetwork,
+    variables: dict,
+    x: Any,
+    *,
+    method: str = "mse",
+    bits: Bits | None = None,
+    train: bool = False,
+) -> dict:
+    """Replace every clip by one that fits the data, block after block, each seeing its predecessors quantized.
+
+    Args:
+      model, variables: a network and its collections.   x: (N, H, W, C) images, a few hundred are enough, or a graph.
+      method: of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
+        percentile at 4; the clips that a network is made with fit no graph.
+      bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
+        widths have clips of their own, those of each are found at that width, whatever the number given.
+      train: normalise by the batch's statistics; for an image net whose running ones are still the starting values.
+    Returns:
+      `variables` with the new clips in "params".
+    """
+    bits = model.bits if bits is None else bits
+    if isinstance(model, GraphNetwork) or model.clip_bits is None:
+        return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
+    for row, width in enumerate(model.clip_bits):
+        widths = Bits(*(None if part is None else width for part in bits))
+        found = _fitting_clips(model, variables, x, widths, method=method, train=train)
+        variables = replace_clips(variables, found, row=row)
+    return variables
+
+
+@partial(jax.jit, static_argnames=("model", "method", "train"))
+def _fitting_clips(model, variables, x, bits, *, method, train):
+    def choose(x, clip, quantizer):
+        if quantizer.bits is not None:
+            clip = quantizers.initial_clip(
+                x,
+                quantizer.bits,
+                signed=quantizer.signed,
+                method=method,
+                per_channel=clip.ndim == 1,
+                levels=quantizer.levels,
+            )
+        return clip, clip
+
+    return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=["observed"])[1]["observed"]
+
+
+def converge_norms(model: Network, variables: dict, x: Any, *, bits: Bits | None = None) -> dict:
+    """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
+
+    In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step
+    size or not. Do so before a network is exported or certified.
+
+    Args:
+      model, variables: a network and its collections.   x: any images of the size it runs on.
+      bits: widths that it runs at; None takes the model's own.
+    Returns:
+      `variables` with other singular vectors in "spectral"; the same ones if there are none.
+    """
+    if "spectral" not in variables:
+        return variables
+    return {**variables, "spectral": _converged(model, variables, x, model.bits if bits is None else bits)}
+
+
+@partial(jax.jit, static_argnames="model")
+def _converged(model, variables, x, bits):
+    return model.apply(variables, x, bits=bits, power_iterations=200, mutable=["spectral"])[1]["spectral"]
+
+
+def replace_clips(variables: dict, observed: dict, *, row: int | None = None) -> dict:
+    """Variables with new clips.
+
+    Args:
+      variables: of a network.
+      observed: collection "observed" whose records are clips; where they are None, or left out, the old ones stay.
+      row: of the clips that a network has for each width; None for one that has the same for all.
+    Returns:
+      `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
+    """
+
+    def packed(records):
+        """Records ((blocks,) or (blocks, C) each) one after another on the second axis."""
+        return jnp.concatenate([r.reshape(len(r), -1) for r in records], axis=1)
+
+    def replaced(tree, new):
+        if isinstance(new, dict):
+            return {**tree, **{k: replaced(tree[k], v) for k, v in new.items()}}
+        if any(record is None for record in new):
+            return tree
+        return packed(new) if row is None else tree.at[:, row].set(packed(new))
+
+    return {**variables, "params": replaced(variables["params"], observed)}

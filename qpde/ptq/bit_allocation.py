@@ -1,0 +1,118 @@
+"""Widths for each block under a bit budget: how much each block's rounding changes the outputs, where bits pay most.
+
+With D[c, j] the divergence of the network's softmax from full precision's when block j alone has the widths c, and
+C[c, j] the bit-operations of the block at them, an allocation c(j) minimises
+
+    sum_j D[c(j), j]        subject to        sum_j C[c(j), j] <= budget
+
+(Cai et al., 2020, section 3.3). The divergence is quadratic in small errors of the logits, and errors that are
+independent add in squares: so the sum stands for the divergence with all blocks rounded.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from qpde.bits import Bits
+from qpde.measure.batches import Batch
+from qpde.measure.bit_widths import BitsComparison, compare_bits
+from qpde.models import Network
+from qpde.models.images.cost import summary
+
+__all__ = ["FULL", "allocate", "block_bits", "block_costs", "sensitivity"]
+
+FULL = Bits(32, 32)
+"""Widths that round nothing."""
+
+
+def sensitivity(
+    model: Network,
+    variables: Any,
+    batches: Iterable[Batch],
+    choices: Sequence[Bits],
+    *,
+    statistics_batches: Iterable[Batch] | None = None,
+) -> BitsComparison:
+    """What rounding one block alone does to the outputs, for each block and each of the widths.
+
+    Args:
+      model, variables, batches, statistics_batches: as for `qpde.measure.compare_bits`; labels are not needed.
+      choices: widths, two scalars each.
+    Returns:
+      `BitsComparison` with full precision, whose arrays are (choices, blocks).
+    Raises:
+      ValueError: as `compare_bits`; choices that are no scalars, or None.
+    """
+    if any(np.ndim(width) for choice in choices for width in choice):
+        raise ValueError("choices are widths of one block, two numbers each")
+    count = len(model.blocks)
+    rows = [block_bits([choice if i == j else FULL for i in range(count)]) for choice in choices for j in range(count)]
+    references = [block_bits([FULL] * count)] * len(rows)
+    found = compare_bits(model, variables, batches, rows, references=references, statistics_batches=statistics_batches)
+    shape = (len(choices), count)
+    return BitsComparison(**{k: v.reshape(shape) if isinstance(v, np.ndarray) else v for k, v in vars(found).items()})
+
+
+def block_bits(widths: Sequence[Bits]) -> Bits:
+    """The widths of a network whose blocks have these, in their order, as one `Bits` of int32 arrays (blocks,).
+
+    Raises:
+      ValueError: a width that is None.
+    """
+    if any(width is None for both in widths for width in both):
+        raise ValueError("a block's width is None: give 32, which rounds nothing, in place of None")
+    weights, activations = zip(*widths, strict=True)
+    return Bits(jnp.asarray(weights, jnp.int32), jnp.asarray(activations, jnp.int32))
+
+
+def block_costs(
+    model: Network, image_shape: tuple[int, int, int], choices: Sequence[Bits]
+) -> Int[np.ndarray, "choices blocks"]:
+    """Bit-operations of each block for one image at each of the widths, see `qpde.models.summary`."""
+    count = len(model.blocks)
+    tables = [summary(model, image_shape, bits=choice).rows[1 : count + 1] for choice in choices]
+    return np.array([[row.bit_operations for row in rows] for rows in tables], np.int64)
+
+
+def allocate(
+    errors: Float[np.ndarray, "choices blocks"], costs: Int[np.ndarray, "_ _"], budget: int
+) -> tuple[int, ...]:
+    """For each block a choice, such that the sum of errors is smallest among all whose sum of costs is within budget.
+
+    Exact: block after block it keeps every partial allocation that is not both costlier and worse than another one
+    (Nemhauser and Ullmann, 1969). There are as many as different sums of costs at most, which are few where blocks are
+    alike.
+
+    Args:
+      errors, costs: of each choice for each block; costs are whole numbers.   budget: in the unit of the costs.
+    Returns:
+      The index of the choice, for each block; of equally good allocations the cheapest.
+    Raises:
+      ValueError: arrays of different shapes, errors that are not finite, or a budget that no allocation keeps.
+    """
+    if errors.shape != costs.shape or not errors.size:
+        raise ValueError(f"errors {errors.shape} and costs {costs.shape} must have the same shape, (choices, blocks)")
+    if not np.isfinite(errors).all():
+        raise ValueError("errors must be finite")
+    # What the blocks from each on cost at least: a partial allocation that leaves less is of no use.
+    least = np.append(np.cumsum(costs.min(axis=0)[::-1])[::-1], 0)
+    if least[0] > budget:
+        raise ValueError(f"budget (={budget:,}) is below what the cheapest widths cost, {least[0]:,}")
+    error, cost, steps = np.zeros(1), np.zeros(1, np.int64), []
+    for j in range(errors.shape[1]):
+        new_error = (error[:, None] + errors[:, j]).ravel()
+        new_cost = (cost[:, None] + costs[:, j]).ravel()
+        order = np.lexsort((new_error, new_cost))
+        order = order[new_cost[order] + least[j + 1] <= budget]
+        best_before = np.minimum.accumulate(np.append(np.inf, new_error[order]))[:-1]
+        kept = order[new_error[order] < best_before]
+        error, cost = new_error[kept], new_cost[kept]
+        steps.append(divmod(kept, len(errors)))
+    place, chosen = int(np.argmin(error)), []
+    for previous, choice in reversed(steps):
+        chosen.append(int(choice[place]))
+        place = previous[place]
+    return tuple(reversed(chosen))

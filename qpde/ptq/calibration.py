@@ -1,0 +1,217 @@
+"""Post-training quantization: a network trained in full precision, in few bits, from unlabelled data.
+
+`quantize` does all of it: equalization if asked for (`qpde.equalization`), clips of weights from the weights, clips of
+activations from a stream of batches, and a correction of the moments that rounding changes.
+
+The stream is read once for all clips together: every activation of the exact network is sorted into a histogram of
+fixed size, the clips are read off these. So memory does not grow with the stream, and a clip fits the exact network's
+activations, to which the correction leads the quantized ones back. Block after block, each behind quantized
+predecessors, would take one pass a block.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qpde.bits import Bits
+from qpde.measure.faithfulness import reestimate_statistics
+from qpde.measure.histograms import Histogram, clip_from, histogram, merge
+from qpde.models.clips import calibrate_clips, converge_norms, replace_clips
+from qpde.models.layers import Quantizer
+from qpde.ptq.equalization import equalize as equalized
+
+__all__ = ["correct_bias", "quantize"]
+EXACT = Bits()
+
+
+def quantize(
+    model: nn.Module,
+    variables: dict,
+    batches: Iterable[Any],
+    bits: Bits,
+    *,
+    weights: str = "mse",
+    activations: str = "mse",
+    per_channel: bool = False,
+    equalize: bool = False,
+    bias_correction: bool = True,
+) -> tuple[nn.Module, dict]:
+    """A network trained in full precision, with quantizers.
+
+    Args:
+      model: a network of `qpde.models.create` with weight_bits=None and act_bits=None.   variables: its collections.
+      batches: inputs without labels, images (N, H, W, C) or graphs; a list, as it is read several times. A few hundred
+        images are enough; equally long batches compile once.
+      bits: widths of the new network, whole numbers from 2 to 32 or None for exact.
+      weights, activations: how clips are chosen, methods of `qpde.quantizers.initial_clip`: "absmax", "percentile",
+        "mse", "entropy".
+      per_channel: a clip for each output channel of a kernel.
+      equalize: rescale channels first, see `qpde.equalization.equalize`; image networks only.
+      bias_correction: see `correct_bias`.
+    Returns:
+      The network with these widths, whose weights are rounded as they are (`standardize=False`) and, for MobileNets,
+      block inputs with their sign; and its variables.
+    Raises:
+      ValueError: a network that has quantizers already, no batches or batches that can be read only once, a width out
+        of range, an unknown method, or activations that are not finite, naming the block.
+    """
+    batches = _checked_batches(batches)
+    bits = _checked_bits(bits)
+    if model.bits != EXACT:
+        raise ValueError(
+            f"this network has quantizers already ({model.bits}): quantize one of weight_bits=None, act_bits=None, or "
+            "choose new clips for it by `qpde.models.calibrate_clips`"
+        )
+    if equalize:
+        variables = equalized(model, variables, batches)
+    # One network for all widths: they are traced, so that other widths compile nothing.
+    model = model.with_quantizers(EXACT, per_channel=per_channel)
+    exact = variables = _with_clips_of(model, variables, batches[0])
+    if bits.weights is not None:
+        only = bits._replace(activations=None)
+        variables = calibrate_clips(model, variables, batches[0], method=weights, bits=only)
+    if bits.activations is not None:
+        clips = _activation_clips(model, exact, batches, bits.activations, method=activations)
+        variables = replace_clips(variables, clips)
+    if "spectral" in variables:
+        variables = converge_norms(model, variables, batches[0], bits=bits)
+    if bias_correction:
+        variables = correct_bias(model, variables, batches, bits, exact=exact)
+    return model.clone(weight_bits=bits.weights, act_bits=bits.activations), variables
+
+
+def correct_bias(model: nn.Module, variables: dict, batches: Iterable[Any], bits: Bits, *, exact: dict) -> dict:
+    """A quantized network whose channels have the exact network's moments again, at every norm and at the logits.
+
+    Rounding, and clipping above all, shifts the mean of a convolution's output and changes its variance. With m_q, v_q
+    its moments on the data in the quantized network and m, v in the exact one, the norm behind it subtracts m_q - m
+    more (Nagel et al., 2019) and takes its variance times v_q / v. The moments are measured in one pass in which every
+    norm uses those of its own batch, as in training, and so each behind corrected predecessors. Then the bias of the
+    last layer takes up the mean difference of the logits; for networks on graphs, without norms, that is all.
+
+    Args:
+      model, variables: a network and its collections.
+      batches: of inputs; a list, as it is read several times.   bits: of the quantized network.
+      exact: collections of the exact network, which is run without any quantizer.
+    Returns:
+      `variables` with other batch statistics and another last bias.
+    """
+    batches = _checked_batches(batches)
+    if "batch_stats" in variables:
+        before = reestimate_statistics(model, exact, batches, EXACT)["batch_stats"]
+        after = reestimate_statistics(model, variables, batches, bits)["batch_stats"]
+        variables = {**variables, "batch_stats": _shifted(variables["batch_stats"], before, after)}
+    shift = _mean_logits(model, exact, batches, EXACT) - _mean_logits(model, variables, batches, bits)
+    return {**variables, "params": _with_last_bias(variables["params"], shift)}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["histogram"], meta_fields=["quantizer"])
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the quantizers of equal blocks have seen: their histograms, stacked."""
+
+    histogram: Histogram
+    quantizer: Quantizer
+
+
+def _activation_clips(model, variables, batches, bits, *, method):
+    """Records for `replace_clips` with a clip for every activation, from one pass of the exact network."""
+    total = None
+    for x in batches:
+        new = _histograms(model, variables, x)
+        total = new if total is None else _merged(total, new)
+    for path, seen in jax.tree_util.tree_leaves_with_path(total, is_leaf=_is_seen):
+        if not np.isfinite(seen.histogram.largest).all():
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"activations of {where} are NaN or infinite; look for NaN in the batches and the weights")
+    return _clips(total, bits, method)
+
+
+@partial(jax.jit, static_argnames="model")
+def _histograms(model, variables, x):
+    def observe(x, clip, quantizer):
+        seen = None if quantizer.is_weight else _Seen(histogram(x, signed=quantizer.signed), quantizer)
+        return seen, clip
+
+    return model.apply(variables, x, bits=EXACT, observe=observe, mutable=["observed"])[1]["observed"]
+
+
+@jax.jit
+def _merged(a, b):
+    return jax.tree.map(
+        lambda a, b: _Seen(jax.vmap(merge)(a.histogram, b.histogram), a.quantizer), a, b, is_leaf=_is_seen
+    )
+
+
+@partial(jax.jit, static_argnames="method")
+def _clips(total, bits, method):
+    def clips(seen):
+        signed, levels = seen.quantizer.signed, seen.quantizer.levels
+        return jax.vmap(lambda h: clip_from(h, bits, signed=signed, method=method, levels=levels))(seen.histogram)
+
+    return jax.tree.map(clips, total, is_leaf=_is_seen)
+
+
+def _is_seen(node):
+    return isinstance(node, _Seen)
+
+
+def _with_clips_of(model, variables, x):
+    """Variables whose clips have the number that the model's blocks have, their values to be chosen."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+    def fitting(path, shape, value=None):
+        is_clip = jax.tree_util.keystr(path, simple=True, separator="/").endswith("weight_clips")
+        return jnp.ones(shape.shape, shape.dtype) if is_clip else value
+
+    return {**variables, "params": jax.tree_util.tree_map_with_path(fitting, shapes, variables["params"])}
+
+
+def _shifted(statistics, before, after):
+    """Statistics moved by what the data's have moved, means by the difference and variances by the quotient."""
+
+    def moved(path, old, before, after):
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("mean"):
+            return old + (after - before)
+        return old * after / jnp.maximum(before, 1e-12)
+
+    return jax.tree_util.tree_map_with_path(moved, statistics, before, after)
+
+
+def _mean_logits(model, variables, batches, bits):
+    sums = [_sum_of_logits(model, variables, x, bits) for x in batches]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+
+@partial(jax.jit, static_argnames="model")
+def _sum_of_logits(model, variables, x, bits):
+    logits = model.apply(variables, x, bits=bits)
+    return logits.sum(0), len(logits)
+
+
+def _with_last_bias(params, shift):
+    if "head" in params:
+        return {**params, "head": {**params["head"], "bias": params["head"]["bias"] + shift}}
+    return {**params, "head_bias": params["head_bias"] + shift}
+
+
+def _checked_batches(batches):
+    if iter(batches) is batches:
+        raise ValueError("`batches` is an iterator, which can be read only once: give a list of batches")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("`batches` is empty: give some inputs of the kind that the network was trained on")
+    return batches
+
+
+def _checked_bits(bits):
+    for field, value in zip(Bits._fields, bits, strict=True):
+        if value is not None and not (isinstance(value, int | np.integer) and 2 <= value <= 32):
+            raise ValueError(f"bits.{field} (={value}) must be a whole number from 2 to 32, or None for exact")
+    return Bits(*(None if value is None else int(value) for value in bits))

@@ -1,0 +1,116 @@
+"""Widths for each block of a finished run's networks, within the cost of uniform ones: `qpde.budget`."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import qpde.models
+from qpde.bits import Bits, distinct_bits
+from qpde.ptq.bit_allocation import FULL, allocate, block_bits, block_costs, sensitivity
+from train.commands.elastic import check_quantized, compare_widths
+from train.config.images import check_at_least
+from train.trained.finished import Finished, read_finished
+
+_COLUMNS = ("variant", "widths", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Choose widths for each block of a finished run's networks, and show them beside uniform ones.
+
+    For each of the uniform widths --at, weights and activations of the blocks get those of --bits that change the
+    outputs least and cost no more bit-operations. How much rounding the weights or the activations of a block alone
+    changes them is measured on training images, without labels; the table is of test images, agreement and KL are those
+    with 32 bits. Batch statistics are estimated again for every row.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    """Widths that weights and activations of a block can have."""
+    at: tuple[str, ...] = ("3", "4")
+    """Uniform widths whose costs are the budgets: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    images: int = 512
+    """Training images on which blocks are measured."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+
+
+def prepare_budget(options: Budget) -> Callable[[Console], None]:
+    """The job, everything about it checked.
+
+    Raises:
+      ValueError, OSError: the folder holds no finished run on images, one that is not quantized, a budget is below
+        what the cheapest widths cost, or an option is wrong.
+    """
+    check_at_least("images", options.images, 1)
+    if not options.bits or not options.at:
+        raise ValueError("--bits and --at must not be empty: give widths, such as --bits 2 3 4 6 8 --at 3 4")
+    if outside := [width for width in options.bits if not 2 <= width <= 32]:
+        raise ValueError(f"--bits (={outside[0]}) must lie in 2 to 32")
+    choices = [Bits(weights, activations) for weights in options.bits for activations in options.bits]
+    uniform = distinct_bits(options.at)
+    found = read_finished(options.run, options.data_dir)
+    for finished in found.values():
+        check_quantized(finished, options.run, choices + uniform)
+        shape, model = finished.training.images.shape, finished.training.model
+        least = int(block_costs(model, shape, choices).min(axis=0).sum())
+        for bits in uniform:
+            if (budget := _cost(finished, bits)) < least:
+                raise ValueError(f"--at {_text(bits)} costs {budget:,}, less than the cheapest of --bits, {least:,}")
+
+    def work(console: Console) -> None:
+        table = Table(title=f"{options.run.name}: widths of blocks within a budget, test images", box=box.SIMPLE_HEAD)
+        for column in _COLUMNS:
+            table.add_column(column, justify="left" if column in ("variant", "widths", "blocks") else "right")
+        for name, finished in found.items():
+            for i, row in enumerate(_rows(finished, options, choices, uniform)):
+                table.add_row("" if i else name, *row)
+        console.print(table)
+
+    return work
+
+
+def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: list[Bits]) -> list[tuple[str, ...]]:
+    """A line of the table for each of the uniform widths, and one for the best allocation that costs no more."""
+    training = finished.training
+    model, widths = training.model, options.bits
+    seen = list(training.training_batches(limit=-(-options.images // training.experiment.batch_size)))
+    alone = [Bits(width, 32) for width in widths] + [Bits(32, width) for width in widths]
+    measured = sensitivity(model, finished.variables, [x for x, _ in seen], alone, statistics_batches=seen).kl
+    of_weights, of_activations = np.split(measured, 2)
+    errors = (of_weights[:, None] + of_activations).reshape(len(choices), -1)
+    costs = block_costs(model, training.images.shape, choices)
+    labels, rows = [], []
+    for bits in uniform:
+        mixed = [choices[c] for c in allocate(errors, costs, _cost(finished, bits))]
+        labels += [(_text(bits), "all alike"), ("mixed", " ".join(f"{w}/{a}" for w, a in mixed))]
+        rows += [block_bits([bits] * len(mixed)), block_bits(mixed)]
+    found = compare_widths(finished, rows, [block_bits([FULL] * len(model.blocks))] * len(rows))
+    return [
+        (
+            text,
+            f"{qpde.models.summary(model, training.images.shape, bits=row).bit_operations / 1e6:,.2f}",
+            f"{found.accuracy[i]:.2%}",
+            f"{found.agreement[i]:.2%}",
+            f"{found.kl[i]:.4g}",
+            blocks,
+        )
+        for i, ((text, blocks), row) in enumerate(zip(labels, rows, strict=True))
+    ]
+
+
+def _cost(finished: Finished, bits: Bits) -> int:
+    """Bit-operations of the blocks at uniform widths."""
+    return int(block_costs(finished.training.model, finished.training.images.shape, [bits]).sum())
+
+
+def _text(bits: Bits) -> str:
+    return f"W{bits.weights}A{bits.activations}"

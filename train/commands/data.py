@@ -1,0 +1,70 @@
+"""`python -m train data prepare NAME`: download a set of tensorflow-datasets and write it as training reads it."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from train.data.resident import data_root
+from train.data.tfds_records import PREFIX, find_builder
+
+_NEEDED = ("tensorflow", "importlib_resources")
+"""What tensorflow-datasets imports to prepare a set and not to read it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Download a set of images and write it into array_record files, from which training reads without TensorFlow.
+
+    Needed once for a set and folder. Some sets have to be downloaded by hand first, as imagenet2012: the message says
+    which files go where.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """As in the catalogue of tensorflow-datasets: cifar100, imagenet2012, cifar10_corrupted/fog_3."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+
+
+def parse_data(arguments: Sequence[str]) -> Callable[[Console], int | None]:
+    """The work that the arguments of `data` describe: so far, all there is to do with data is to prepare them.
+
+    Raises:
+      ValueError: another word than "prepare", no folder, or no such set.
+      ImportError: what preparation needs is not installed.
+    """
+    if list(arguments[:1]) != ["prepare"]:
+        found = f"{arguments[0]!r} is nothing to do with data" if arguments else "say what to do with data"
+        raise ValueError(f"{found}: python -m train data prepare NAME [--data-dir FOLDER]")
+    options = tyro.cli(Prepare, args=list(arguments[1:]), prog="python -m train data prepare")
+    root = data_root(options.name, options.data_dir)
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(
+            f"to prepare {options.name} takes {' and '.join(missing)}, which training does not: install the "
+            "[prepare] extra"
+        )
+    builder = find_builder(PREFIX + options.name.removeprefix(PREFIX), root, file_format="array_record")
+
+    def work(console: Console) -> int:
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except (
+            AssertionError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # of network, disk, checksums, files by hand
+            print(f"error: {options.name} could not be prepared: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        splits = ", ".join(f"{split.num_examples:,} {name}" for name, split in builder.info.splits.items())
+        console.print(f"{PREFIX}{builder.info.full_name}: {splits}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"written to {builder.data_path}", markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+    return work

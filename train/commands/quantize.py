@@ -1,0 +1,107 @@
+"""Turn a finished full-precision run into quantized ones, without training: `qpde.calibration` on its best states."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+import qpde.models
+from qpde.bits import Bits, distinct_bits
+from train.config.images import Annealing, Calibration, Experiment, Model, Variant
+from train.runs.directory import read_experiment, unfinished
+from train.tasks.job import prepare_job
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Quantize the networks of a full-precision run after their training, and print the faithfulness table.
+
+    Each width gives a run of its own, RUNS_DIR/RUN_W4A4 and so on, as if it had been trained: it can be reproduced, and
+    trained further by `run --start-from`. Clips are chosen from training images without their labels. Finished runs are
+    kept: the same command goes on after an interruption, and one with more widths adds to them.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    bits: tuple[str, ...]
+    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    calibration: Annotated[Calibration, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Calibration)
+    per_channel: bool = False
+    """A clip for each output channel of a kernel."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    runs_dir: Path = Path("runs")
+    """Where the folders go."""
+    overwrite: bool = False
+    """Delete earlier ones."""
+
+
+def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
+    """The job, everything about it checked.
+
+    Raises:
+      ValueError, OSError: the folder holds no full-precision run of images, an option is unusable, or a folder to write
+        holds a run of another experiment.
+    """
+    source = read_experiment(options.run)
+    if not isinstance(source, Experiment):
+        raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
+    if not options.bits:
+        raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
+    experiments = [_quantized(source, bits, options) for bits in distinct_bits(options.bits)]
+    missing = experiments
+    if not options.overwrite:
+        advice = "choose another --runs-dir, or --overwrite to delete it"
+        missing = unfinished(options.runs_dir, experiments, advice=advice)
+    jobs = [
+        prepare_job(
+            experiment,
+            data_dir=options.data_dir,
+            runs_dir=options.runs_dir,
+            overwrite=options.overwrite,
+            elsewhere="--runs-dir",
+        )
+        for experiment in missing
+    ]
+
+    def work(console: Console) -> None:
+        for experiment in experiments:
+            if experiment not in missing:
+                path = options.runs_dir / experiment.name
+                console.print(f"{path} is finished", markup=False, highlight=False, soft_wrap=True)
+        for job in jobs:
+            job(console)
+
+    return work
+
+
+def _quantized(source: Experiment, bits: Bits, options: Quantize) -> Experiment:
+    """The experiment that quantizes every variant of `source` and trains nothing."""
+    variants = tuple(
+        Variant(variant.name, variant.changes | _changes(source.model_of(variant), bits, options.per_channel))
+        for variant in source.chosen
+    )
+    return dataclasses.replace(
+        source,
+        name=f"{source.name}_W{bits.weights}A{bits.activations}",
+        variants=variants,
+        start_from=str(options.run),
+        calibration=options.calibration,
+        annealing=Annealing(),
+        epochs=0,
+    )
+
+
+def _changes(model: Model, bits: Bits, per_channel: bool) -> dict[str, object]:
+    """What `with_quantizers` changes in a network, in the words of its configuration."""
+    network = qpde.models.create(model.name, num_classes=2)
+    return {
+        "weight_bits": bits.weights,
+        "act_bits": bits.activations,
+        "standardize": False,
+        "per_channel": per_channel,
+        "signed_inputs": network.stages[0][0].has_signed_inputs,
+    }

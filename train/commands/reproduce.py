@@ -1,0 +1,102 @@
+"""Repeat a finished run from its saved configuration and say whether the result is identical."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from train.runs.checkpoints import read_best
+from train.runs.directory import CHECKPOINTS, METRICS, SUMMARY, read_experiment, read_lines, read_results
+from train.tasks.job import prepare_job
+
+_CLOCK = ("seconds", "training_seconds")
+"""What two equal runs may differ in."""
+
+_COMPARED = {METRICS: read_lines, SUMMARY: read_results}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Repeat a finished run from its saved configuration and say whether the result is identical.
+
+    The repetition goes to REPLAYS_DIR/NAME, and is taken up again there if it is interrupted. Metrics, results and
+    the best parameters are compared bit by bit; only the times may differ. Exit status 1 says that they differ.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    into: Path = Path("reproduced")
+    """Where the repetition's folder goes."""
+    overwrite: bool = False
+    """Delete an earlier repetition."""
+
+
+def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:
+    """The repetition, everything about it checked.
+
+    Raises:
+      ValueError, OSError: the folder holds no finished run, one of its files is damaged, or its configuration cannot be
+        run here.
+    """
+    for read in _COMPARED.values():
+        read(options.run)
+    experiment = read_experiment(options.run)
+    if options.into.resolve() == options.run.resolve().parent:
+        raise ValueError(f"--into (={options.into}) is where the run itself lies: choose another folder")
+    job = prepare_job(
+        experiment,
+        data_dir=options.data_dir,
+        runs_dir=options.into,
+        overwrite=options.overwrite,
+        elsewhere="--into",
+    )
+
+    def reproduce(console: Console) -> int:
+        job(console)
+        found = list(differences(options.run, options.into / experiment.name))
+        for difference in found:
+            console.print(f"differs: {difference}", markup=False, highlight=False, soft_wrap=True)
+        verdict = f"{len(found)} differences from" if found else "identical to"
+        console.print(f"{verdict} {options.run}", markup=False, highlight=False, soft_wrap=True)
+        return 1 if found else 0
+
+    return reproduce
+
+
+def differences(run: Path, other: Path) -> Iterator[str]:
+    """What two finished runs differ in, a line each: a value of metrics or summary, or a parameter's largest change."""
+    for file, read in _COMPARED.items():
+        mine, theirs = (_without_clock(read(folder)) for folder in (run, other))
+        yield from (f"{file}{place}: {a} and {b}" for place, a, b in _unequal(mine, theirs))
+    folders = {path.parent.parent.relative_to(run) for path in (run / CHECKPOINTS).rglob("_CHECKPOINT_METADATA")}
+    for folder in sorted(path for path in folders if (run / path).is_dir()):
+        states = [jax.tree.leaves_with_path(read_best(root / folder)) for root in (run, other)]
+        for (path, a), (_, b) in zip(*states, strict=True):
+            if not np.array_equal(a, b, equal_nan=True):
+                largest = np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
+                yield f"{folder} {jax.tree_util.keystr(path)}: by up to {largest:.3g}"
+
+
+def _without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_clock(inner) for key, inner in value.items() if key not in _CLOCK}
+    return [_without_clock(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _unequal(a: Any, b: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf in which two trees of JSON differ, with its place."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a | b:
+            yield from _unequal(a.get(key), b.get(key), f"{place}.{key}")
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (inner_a, inner_b) in enumerate(zip(a, b, strict=True)):
+            yield from _unequal(inner_a, inner_b, f"{place}[{i}]")
+    elif a != b:
+        yield place, a, b

@@ -1,0 +1,204 @@
+"""Many runs of one experiment, over seeds, widths and forms, and one table of them: mean, confidence interval, test.
+
+A cell of the sweep, one pair of widths and one seed, is a run like any other, in RUNS_DIR/NAME_sweep/W4A4_seed0: it is
+taken up after an interruption, it can be reproduced, and a finished one is not run again when the sweep grows.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from qpde.bits import Bits, distinct_bits
+from qpde.plots import against_bits_figure
+from train.config.images import Experiment, Variant, check_at_least
+from train.host.console import print_table
+from train.runs.directory import read_results, unfinished
+from train.tasks.images_summary import check_drawable
+from train.tasks.job import prepare_job
+from train.tasks.lockstep import prepare_fleet
+
+_FORMS = {
+    "both": (Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
+    "yes": (Variant("symmetric", {"symmetric": True}),),
+    "no": (Variant("plain", {"symmetric": False}),),
+}
+
+# Columns of the table: heading, key in a run's results, factor, digits.
+_COLUMNS = (
+    ("accuracy, %", "accuracy", 100, 2),
+    ("agreement, %", "agreement", 100, 2),
+    ("relative error", "mean_relative_layer_error", 1, 4),
+)
+_CSV = ("accuracy", "accuracy_twin", "agreement", "mean_layer_error", "mean_relative_layer_error", "parameters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Run an experiment at several widths and with several seeds, and compare its variants.
+
+    Writes RUNS_DIR/NAME_sweep: a run for each pair of widths and seed, sweep.csv and sweep.png. Finished runs are kept:
+    the same command goes on after an interruption, and one with more seeds or widths adds to them.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    recipe: str
+    """Which of the file's recipes."""
+    seeds: int = 5
+    """Number of seeds, from the experiment's own on."""
+    bits: tuple[str, ...] | None = None
+    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both. None: those of the model."""
+    symmetric: Literal["both", "yes", "no"] | None = None
+    """Symmetric and plain networks, or one kind of them, instead of the experiment's variants."""
+    at_once: int | None = None
+    """Runs that share each compiled step (vmap), whatever their seeds and widths. None is 1 on a CPU, where more are
+    slower, and as many as there are seeds elsewhere. Sums are then taken in another order than alone."""
+    data_dir: Path | None = None
+    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    runs_dir: Path = Path("runs")
+    """Where the sweep's folder goes."""
+
+
+def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
+    """The job, everything about it checked.
+
+    Raises:
+      ValueError, OSError: an option is unusable, or a cell's folder holds a run of another experiment or a damaged one.
+    """
+    cells, folder = _cells(options), options.runs_dir / f"{options.experiment.name}_sweep"
+    missing = unfinished(folder, cells, advice="choose another --name")
+    for cell in cells:
+        if cell not in missing:
+            read_results(folder / cell.name)
+    at_once = options.at_once
+    if at_once is None:
+        at_once = 1 if jax.default_backend() == "cpu" else options.seeds
+    check_at_least("at_once", at_once, 1)
+    parts = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+
+    def prepared(part: list[Experiment]) -> Callable[[Console], None]:
+        if at_once == 1:
+            return prepare_job(part[0], data_dir=options.data_dir, runs_dir=folder)
+        return prepare_fleet(part, data_dir=options.data_dir, runs_dir=folder)
+
+    first = [prepared(part) for part in parts[:1]]
+
+    def work(console: Console) -> None:
+        done = len(cells) - len(missing)
+        for part in parts:
+            title = f"{', '.join(cell.name for cell in part)}: {done + len(part)} of {len(cells)}"
+            console.print(title, markup=False, highlight=False)
+            job = first.pop() if first else prepared(part)
+            job(console)
+            done += len(part)
+        _report(options, cells, folder, console)
+
+    return work
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95% confidence interval, t(n - 1) s / sqrt(n); NaN for one value."""
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """p of the paired t-test that a and b, seed by seed, have the same mean.
+
+    1 where all differences are 0, 0 where they are all the same other number, NaN for one pair.
+    """
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    if len(difference) < 2:
+        return float("nan")
+    if np.ptp(difference) == 0:
+        return float(difference[0] == 0)
+    return float(stats.ttest_rel(a, b).pvalue)
+
+
+def _cells(options: Sweep) -> list[Experiment]:
+    check_at_least("seeds", options.seeds, 1)
+    source = options.experiment
+    variants = source.chosen if options.symmetric is None else _FORMS[options.symmetric]
+    check_drawable(variants)
+    cells = []
+    for bits in _widths(options, variants):
+        widths = {"weight_bits": bits.weights, "act_bits": bits.activations}
+        own = tuple(Variant(variant.name, variant.changes | widths) for variant in variants)
+        for seed in range(source.seed, source.seed + options.seeds):
+            name = f"W{bits.weights}A{bits.activations}_seed{seed}"
+            cells.append(dataclasses.replace(source, name=name, variants=own, only=(), seed=seed))
+    return cells
+
+
+def _widths(options: Sweep, variants: Sequence[Variant]) -> list[Bits]:
+    """Those given, or those that all variants have."""
+    if options.bits is None:
+        own = [options.experiment.model_of(variant) for variant in variants]
+        found = {Bits(model.weight_bits, model.act_bits) for model in own}
+        if len(found) == 1 and None not in (bits := found.pop()):
+            return [bits]
+    if not options.bits:
+        raise ValueError("--bits is empty, or not all variants are quantized alike: give widths, such as --bits 2 4 8")
+    return distinct_bits(options.bits)
+
+
+def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Console) -> None:
+    """Prints the table and writes sweep.csv and sweep.png."""
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by widths, by variant, over seeds
+    with open(folder / "sweep.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("widths", "seed", "variant", *_CSV))
+        for cell in cells:
+            widths = cell.name.split("_")[0]
+            for variant, result in read_results(folder / cell.name).items():
+                writer.writerow((widths, cell.seed, variant, *(result[key] for key in _CSV)))
+                results.setdefault(widths, {}).setdefault(variant, []).append(result)
+    print_table(console, _table(options, results))
+    variants = list(next(iter(results.values())))
+    figure = {
+        heading: {v: {w: interval([factor * r[key] for r in results[w][v]]) for w in results} for v in variants}
+        for heading, key, factor, _ in _COLUMNS
+    }
+    against_bits_figure(figure, folder / "sweep.png", title=f"{options.experiment.name}, {options.seeds} seeds")
+    console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(options: Sweep, results) -> Table:
+    seeds = f"mean ± 95% confidence interval over {options.seeds} seeds" if options.seeds > 1 else "one seed"
+    table = Table(title=f"{options.experiment.name}: {seeds}", box=box.SIMPLE_HEAD)
+    for heading in ("widths", "variant", *(heading for heading, *_ in _COLUMNS)):
+        table.add_column(heading, justify="left" if heading in ("widths", "variant") else "right", no_wrap=True)
+    digits = [digits for *_, digits in _COLUMNS]
+    for widths, by_variant in results.items():
+        columns = {
+            variant: [[factor * result[key] for result in found] for _, key, factor, _ in _COLUMNS]
+            for variant, found in by_variant.items()
+        }
+        for i, (variant, values) in enumerate(columns.items()):
+            table.add_row(widths if i == 0 else "", variant, *map(_with_interval, values, digits))
+        first, *others = columns
+        for other in others:
+            difference = map(np.subtract, columns[first], columns[other])
+            signed = (_with_interval(values, d, sign="+") for values, d in zip(difference, digits, strict=True))
+            table.add_row("", f"{first} - {other}", *signed, style="dim")
+            if options.seeds > 1:
+                p = map(paired_p, columns[first], columns[other])
+                table.add_row("", "p, paired test", *(f"{value:.2g}" for value in p), style="dim")
+    return table
+
+
+def _with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")

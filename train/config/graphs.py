@@ -1,0 +1,119 @@
+"""What an experiment on a graph is. Files in configs/ define `recipes: dict[str, GraphExperiment]`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from qpde.models import GraphSmoothing
+from train.config.images import Adam, Comparison, Variant, check_at_least
+
+
+@dataclass(frozen=True)
+class GraphData:
+    """The graph and which of its labels are known."""
+
+    name: Literal["digits", "cora", "citeseer", "pubmed"] = "digits"
+    """Data set. The digits' graph of nearest neighbours comes with scikit-learn; the others are read from the data
+    folder."""
+    split: Literal["public", "full", "random"] = "public"
+    """Labels to train on: of the citation graphs the published ones, all others beside validation and test, or 20
+    a class drawn by `split_seed`. The digits have the random split only, also called public."""
+    split_seed: int = 0
+    """Of the random split."""
+
+    def __post_init__(self):
+        check_at_least("data.split_seed", self.split_seed, 0)
+        if self.name == "digits" and self.split == "full":
+            raise ValueError("data.split (='full') needs a citation graph: the digits have no published split")
+
+
+@dataclass(frozen=True)
+class GraphModel:
+    """Arguments of `qpde.models.create`, which checks them and knows the names. Options that the named network does
+    not have are left out, so that variants may be other networks.
+    """
+
+    name: Literal["pde_gcn", "gcn", "gcnii", "gat"] = "pde_gcn"
+    """Architecture."""
+    layers: int = 8
+    """Hidden layers between the two dense ones."""
+    width: int = 64
+    """Channels of the hidden layers."""
+    dropout: float = 0.7
+    """Rate, before and after the stem and before the head."""
+    symmetric: bool = True
+    """Layers of pde_gcn use one matrix K and its transpose. Variants usually set this."""
+    dynamics: Literal["diffusion", "wave", "mixed"] = "diffusion"
+    """Differential equation of pde_gcn."""
+    nonlinearity: Literal["identity", "tanh", "huber", "relu"] = "identity"
+    """On the edges of pde_gcn."""
+    step_size: float | Literal["auto"] = 0.7
+    """h of pde_gcn."""
+    gradient_kind: Literal["normalized", "gcn"] = "normalized"
+    """Which gradient pde_gcn takes."""
+    rounding: Literal["branch", "state"] = "branch"
+    """What pde_gcn rounds."""
+    kernel_init: Literal["identity", "orthogonal"] = "identity"
+    """Start of pde_gcn's K."""
+    smoothing: tyro.conf.AvoidSubcommands[GraphSmoothing | None] = None
+    """Total-variation smoothing of pde_gcn's states."""
+    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class GraphVariant(Variant):
+    """One network of an experiment: a name, and what differs from the shared `model` and `optimizer`."""
+
+    optimizer: Adam | None = None
+    """Instead of the shared one, for another kind of network."""
+
+
+@dataclass(frozen=True)
+class GraphExperiment(Comparison):
+    """Graph networks, each trained from several seeds, in full precision and in few bits."""
+
+    variants: tyro.conf.Fixed[tuple[GraphVariant, ...]]
+    data: GraphData = field(default_factory=GraphData)
+    model: GraphModel = field(default_factory=GraphModel)
+    optimizer: Adam = field(default_factory=Adam)
+    epochs: int = 200
+    """Steps in full precision, each on the whole graph; the best one on the validation nodes counts."""
+    bits: tuple[tuple[int, int], ...] = ((8, 8), (4, 8), (4, 4))
+    """Widths of weights and activations to quantize to."""
+    start: Literal["trained", "random"] = "trained"
+    """Quantized networks start from the full-precision one, or from random weights (quantization-aware throughout)."""
+    tune_epochs: int = 20
+    """Steps from a trained start, after its clips are read off the graph. 0 leaves it at that."""
+    tune_learning_rate: float = 0.1
+    """Share of the learning rate in these steps."""
+    seeds: int = 10
+    """Networks trained, from seeds `seed`, `seed` + 1 and so on; results are means and standard deviations."""
+    seeds_at_once: int | None = None
+    """Seeds that run side by side (vmap), a divisor of `seeds`; the others follow in the same call. None is 1 on a
+    CPU, where that is faster, and all elsewhere."""
+    seed: int = 0
+    """The first seed: initial weights and dropout follow from it."""
+    report_every: int = 50
+    """Steps in one compiled call; progress is logged and saved after each."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, limit in (("epochs", 1), ("tune_epochs", 0), ("seeds", 1), ("seed", 0), ("report_every", 1)):
+            check_at_least(name, getattr(self, name), limit)
+        if self.seeds_at_once is not None and (self.seeds_at_once < 1 or self.seeds % self.seeds_at_once):
+            raise ValueError(f"seeds_at_once (={self.seeds_at_once}) must divide the {self.seeds} seeds")
+        if len(set(self.bits)) < len(self.bits):
+            raise ValueError(f"bits (={self.bits}) lists a pair of widths twice")
+        outside = [width for pair in self.bits for width in pair if not 2 <= width <= 32]
+        if outside:
+            raise ValueError(f"bits holds {outside[0]}: widths are 2 to 32")
+        if not 0 < self.tune_learning_rate <= 1:
+            raise ValueError(f"tune_learning_rate (={self.tune_learning_rate}) must lie in (0, 1]")
+
+    def optimizer_of(self, variant: GraphVariant) -> Adam:
+        """The variant's own optimizer, or the shared one."""
+        return variant.optimizer or self.optimizer

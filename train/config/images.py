@@ -1,0 +1,376 @@
+"""What an experiment is: frozen values, checked when they are built.
+
+A file in configs/ defines `recipes: dict[str, Experiment]`; its first entry is the default.  Every field here
+is also an option of `python -m train run`, spelled as in `--optimizer.learning-rate 0.05`.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from qpde.models import Smoothing
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images, and how each training batch is varied."""
+
+    name: str = "digits"
+    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; or tfds/NAME, any
+    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012."""
+    test: str | None = None
+    """Test on the test images of another such set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
+    validation: float = 0.1
+    """Share of the training images held out to choose the best epoch. The digits have their own split."""
+    size: int = 16
+    """Side in pixels of the digits, and of the squares that photographs are cropped to. Other images have their own."""
+    smallest_crop: float = 0.08
+    """Each training photograph is a random part, at least this share of its area, resized."""
+    streamed: bool | None = None
+    """Read images when a step needs them instead of keeping them on the device. None: photographs and what is large."""
+    crop_padding: int = 4
+    """Each training image is padded by so many pixels and cropped back at random. 0 turns it off."""
+    flip: bool = True
+    """Mirror half of the training images. Off for digits, whose mirror images are other signs."""
+    mixup: float = 0.0
+    """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
+
+    def __post_init__(self):
+        _check_set("data.name", self.name, "digits", "cifar10")
+        if self.test is not None:
+            _check_set("data.test", self.test)
+        for name, value, limit in (("validation", self.validation, 0.5), ("smallest_crop", self.smallest_crop, 1.0)):
+            if not 0 < value <= limit:
+                raise ValueError(f"data.{name} (={value}) must be above 0 and at most {limit}")
+        check_at_least("data.size", self.size, 1)
+        check_at_least("data.crop_padding", self.crop_padding, 0)
+        _check_not_negative("data.mixup", self.mixup)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Arguments of `qpde.models.create`, which checks them and knows the names."""
+
+    name: str = "resnet20"
+    """Architecture."""
+    symmetric: bool = True
+    """Blocks use one kernel K and its adjoint. Variants usually set this."""
+    step_size: float | Literal["auto"] = 0.1
+    """h of the symmetric step x - h K^T s(K x)."""
+    lipschitz_target: float = 1.9
+    """h |D K|^2 where the steps find their own size (norm "spectral", or step_size "auto"); at most 2."""
+    weight_bits: int | None = 4
+    """Bits of the kernels; None trains them in full precision."""
+    act_bits: int | None = 4
+    """Bits of the activations; None leaves them as they are."""
+    norm: Literal["separate", "tied", "spectral"] = "separate"
+    """Where a symmetric block normalises."""
+    residual: Literal["rounded", "precise"] = "rounded"
+    """Whether the shortcut takes the rounded or only the clipped activation."""
+    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
+    standardize: bool = True
+    """Round kernels after giving them mean 0 and variance 1. Off for a network that was trained in full precision and
+    is to keep its function."""
+    per_channel: bool = False
+    """A clip for each output channel of a kernel."""
+    clip_bits: tuple[int, ...] | None = None
+    """Widths that have clips of their own, ascending, for a network that serves at all of them; None: one for all."""
+    signed_inputs: bool = False
+    """MobileNet's block inputs are quantized with a sign, not clipped at 0 as published."""
+    smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None
+    """Total-variation smoothing before the activations' quantizers."""
+    head: Literal["dense", "scaled"] = "dense"
+    """Whether pooled features are divided by their size before the dense head. Non-expansive networks need it."""
+    loop: Literal["auto", "scan", "unroll"] = "auto"
+    """How the equal blocks of a stage are run."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions; parameters, quantizers, norms and sums stay float32. The narrow one is for GPUs and TPUs."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of an experiment: a name, and what differs from the shared `model`."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_folder_name("variant", self.name)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose path matches `pattern` (a regular expression, searched anywhere in "a/b/c")."""
+
+    pattern: str
+    learning_rate: float = 1.0
+    """Multiplier of the schedule's learning rate."""
+    weight_decay: float | None = None
+    """Replaces the shared weight decay; None keeps it."""
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"rule pattern {self.pattern!r} is not a regular expression: {error}") from error
+        _check_not_negative(f"learning_rate of rule {self.pattern!r}", self.learning_rate)
+        if self.weight_decay is not None:
+            _check_not_negative(f"weight_decay of rule {self.pattern!r}", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """Peak of the schedule."""
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    """Shape of the learning rate over the run."""
+    momentum: float = 0.9
+    """Share of the last step kept in the next."""
+    nesterov: bool = False
+    """Look ahead along the momentum."""
+    weight_decay: float = 1e-4
+    """Added to the gradient, times the parameter."""
+    averaging: float = 0.0
+    """Share that the moving average of parameters keeps a step, near 1. The average is what is evaluated. 0 turns it
+    off."""
+    rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
+    """Exceptions by parameter path; the first match counts."""
+
+    def __post_init__(self):
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"optimizer.learning_rate (={self.learning_rate}) must be positive and finite")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"optimizer.averaging (={self.averaging}) must lie in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum (={self.momentum}) must lie in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov needs a momentum above 0")
+        _check_not_negative("optimizer.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma and Ba, 2015) with a constant learning rate; decay is part of the gradient, as in PyTorch."""
+
+    learning_rate: float = 0.01
+    """Of all parameters that no rule names."""
+    weight_decay: float = 0.0
+    """Added to the gradient, times the parameter."""
+    rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
+    """Exceptions by parameter path; the first match counts."""
+
+    def __post_init__(self):
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"optimizer.learning_rate (={self.learning_rate}) must be positive and finite")
+        _check_not_negative("optimizer.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class BitSchedule:
+    """Widths of weights or of activations over the epochs; they end at the model's."""
+
+    schedule: Literal["constant", "staircase", "listed", "random"] = "constant"
+    """The model's width throughout; a bit less after every so many epochs; the widths of a list one after the other; or
+    for every step one drawn from the list and the model's, so that one network serves at all of them."""
+    start: int = 16
+    """First width of the staircase."""
+    every: int = 10
+    """Epochs at each width of a staircase or a list."""
+    widths: tuple[int, ...] = ()
+    """The list, from the first width on, without the model's; where widths are drawn, the model's may be in it."""
+
+    def __post_init__(self):
+        check_at_least("every", self.every, 1)
+        outside = [width for width in (self.start, *self.widths) if not 2 <= width <= 32]
+        if outside:
+            raise ValueError(f"a bit schedule holds {outside[0]}: widths are 2 to 32")
+        if self.schedule == "random" and not self.widths:
+            raise ValueError("a random bit schedule needs widths to draw from: give them, such as --widths 2 3 6 8")
+
+
+@dataclass(frozen=True)
+class StrengthSchedule:
+    """Strength of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
+
+    schedule: Literal["constant", "rise", "fall"] = "constant"
+    """1 throughout, or what start_from ended with; from 0 to 1 in equal steps; or from 1 to 0, where smoothing helps to
+    train a network that then does without."""
+    epochs: int = 10
+    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final strength."""
+
+    def __post_init__(self):
+        check_at_least("annealing.smoothing.epochs", self.epochs, 1)
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How widths and smoothing change over a run. Only epochs at the model's own widths and at the final strength of
+    smoothing can be the best. Where widths are drawn for every step, an epoch is validated at the model's, with batch
+    statistics of these."""
+
+    weights: BitSchedule = field(default_factory=BitSchedule)
+    activations: BitSchedule = field(default_factory=BitSchedule)
+    smoothing: StrengthSchedule = field(default_factory=StrengthSchedule)
+    reestimate: bool = False
+    """Estimate batch statistics again after each change, from training images as the network now takes them."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised, see `train.losses`."""
+
+    name: Literal["cross_entropy", "distillation", "similarity"] = "cross_entropy"
+    """Cross entropy; that of the network and of its high-precision twin, and their similarity; or this alone, which
+    needs no labels, to tune a trained network (start_from)."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    similarity_weight: float = 1e-5
+    """c, the weight of the similarity, which is a sum over the images of a batch."""
+    similarity_target: float = 0.0
+    """The loss "similarity" stops after the epoch whose mean similarity of an image is at most this."""
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing (={self.label_smoothing}) must lie in [0, 1)")
+        _check_not_negative("loss.similarity_weight", self.similarity_weight)
+        _check_not_negative("loss.similarity_target", self.similarity_target)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Post-training quantization of the network that training starts from, see `qpde.calibration.quantize`."""
+
+    weights: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
+    """How the clips of kernels are chosen."""
+    activations: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
+    """How the clips of activations are."""
+    equalize: bool = False
+    """Rescale channels first, where the network's function does not depend on it."""
+    bias_correction: bool = True
+    """Lead the moments of every channel back to those of full precision."""
+    images: int = 1024
+    """Training images that it sees, without their labels."""
+
+    def __post_init__(self):
+        check_at_least("calibration.images", self.images, 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every kind of experiment has: variants of one `model`, trained alike and compared."""
+
+    name: str
+    """The run lives in the folder of this name."""
+    variants: tyro.conf.Fixed[tuple[Variant, ...]]
+    only: tuple[str, ...] = ()
+    """Train only the variants of these names."""
+
+    def __post_init__(self):
+        check_folder_name("name", self.name)
+        names = [variant.name for variant in self.variants]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"variants (={names}) must be at least one, with different names")
+        known = [option.name for option in dataclasses.fields(self.model)]
+        for variant in self.variants:
+            unknown = sorted(set(variant.changes) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"variant {variant.name!r} changes {unknown}, no fields of the model: choose from {known}"
+                )
+        unknown = sorted(set(self.only) - set(names))
+        if unknown:
+            raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
+
+    @property
+    def chosen(self) -> tuple[Variant, ...]:
+        """The variants to train, in their order."""
+        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
+
+    def model_of(self, variant: Variant) -> Any:
+        """The shared model with the variant's changes."""
+        return dataclasses.replace(self.model, **variant.changes)
+
+
+@dataclass(frozen=True)
+class Experiment(Comparison):
+    """Image networks."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    annealing: Annealing = field(default_factory=Annealing)
+    epochs: int = 10
+    """Passes over the training images. 0 evaluates what training would start from."""
+    batch_size: int = 128
+    """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are computed one after the other and averaged, where the whole one needs too
+    much memory. Batch norms then see one part at a time: its statistics normalise it and move the running ones."""
+    devices: int = 1
+    """Devices that share each batch; 0 is all there are, as runs of several processes need. The result depends on it
+    by the rounding of sums alone."""
+    clip_start: str = "rms"
+    """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
+    start_from: str | None = None
+    """Folder of another run: its best states, of the variants of the same names, are where training starts. Clips that
+    were not trained there, because the network was not quantized, are read off a batch, or chosen by `calibration`."""
+    calibration: tyro.conf.AvoidSubcommands[Calibration | None] = None
+    """Quantize the full-precision networks of start_from with care. `python -m train quantize` sets it."""
+    checkpoint_every: int = 0
+    """Steps between saves. The end of each epoch is saved anyway, and so is the step that SIGTERM or Ctrl-C ends; only
+    what a harder end would cost depends on this."""
+    workers: int = 0
+    """Processes that read images during training, where they are streamed. 0 reads in threads of this one. The images
+    of a step do not depend on it."""
+    seed: int = 0
+    """Initial weights, order and variation of the images follow from it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least("workers", self.workers, 0)
+        check_at_least("epochs", self.epochs, 0)
+        if self.start_from is None:
+            if self.epochs == 0:
+                raise ValueError("epochs (=0) trains nothing: give --start-from RUN, or at least 1")
+            if self.calibration is not None:
+                raise ValueError("calibration quantizes a trained network: give --start-from RUN")
+        check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
+        check_at_least("accumulate", self.accumulate, 1)
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(f"accumulate (={self.accumulate}) leaves less than 2 of {self.batch_size} images a part")
+        check_at_least("devices", self.devices, 0)
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        check_at_least("seed", self.seed, 0)
+
+
+def check_at_least(name: str, value: int, limit: int) -> None:
+    """ValueError for a value below its limit."""
+    if value < limit:
+        raise ValueError(f"{name} (={value}) must be at least {limit}")
+
+
+def _check_set(name: str, value: str, *others: str) -> None:
+    if value not in others and not re.fullmatch(r"tfds/\w[\w./-]*", value):
+        known = ", ".join(repr(other) for other in (*others, "tfds/NAME"))
+        raise ValueError(f"{name} (={value!r}) is no set of images: choose {known}")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} (={value}) must be finite and not negative")
+
+
+def check_folder_name(name: str, value: str) -> None:
+    """ValueError for what is no plain name of a folder."""
+    if not re.fullmatch(r"\w[\w.-]*", value):
+        raise ValueError(f"{name} (={value!r}) names a folder: use letters, digits, '_', '-' and '.' only")

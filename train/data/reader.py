@@ -1,0 +1,121 @@
+"""Batches of images on the host: read, decoded, cropped and stacked, ahead of who asks for them.
+
+Nothing here needs JAX, because whatever it imports each worker process imports too.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from train.data.photographs import centre_crop, random_resized_crop
+from train.data.tfds_records import DataError, Records
+
+_AHEAD = 2
+"""Batches that each thread or worker reads ahead."""
+
+_MOST_THREADS = 8
+
+Pixels = Callable[[np.ndarray | bytes, int], np.ndarray]
+"""(image as it is stored, place in the order) -> uint8 (height, width, channels)."""
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Images, uint8 (N, height, width, channels), and labels, int32 (N,)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Central:
+    """The image as it is, or the centre of a photograph, resized to `size`."""
+
+    size: int
+
+    def __call__(self, image: np.ndarray | bytes, place: int) -> np.ndarray:
+        return image if isinstance(image, np.ndarray) else centre_crop(image, size=self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Varied:
+    """The image as it is, because what varies it does so on the device; or a random part of a photograph.
+
+    Attributes:
+      seed: with the image's place, what the part follows from.   size: of the result.
+      smallest_area: of the part, as a share of the photograph.
+    """
+
+    seed: tuple[int, ...]
+    size: int
+    smallest_area: float
+
+    def __call__(self, image: np.ndarray | bytes, place: int) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return image
+        rng = np.random.default_rng((*self.seed, place))
+        return random_resized_crop(image, rng, size=self.size, smallest_area=self.smallest_area)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Batch number -> (images, labels); the last one may be smaller.  Every worker gets a copy of it.
+
+    Attributes:
+      records: in the order in which they are read.   pixels: what becomes of an image.
+      size: images a batch.   part, parts: which of so many equal parts of each batch, for a run of several processes.
+    """
+
+    records: Records
+    pixels: Pixels
+    size: int
+    part: int = 0
+    parts: int = 1
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.records) / self.size)
+
+    def __getitem__(self, number: int) -> Batch:
+        mine = self.size // self.parts
+        start = number * self.size + self.part * mine
+        pairs = [self._read(place) for place in range(start, min(start + mine, len(self.records)))]
+        images, labels = zip(*pairs, strict=True)
+        return np.stack(images), np.asarray(labels, np.int32)
+
+    def _read(self, place: int) -> tuple[np.ndarray, int]:
+        image, label = self.records[place]
+        try:
+            return self.pixels(image, place), label
+        except OSError as error:
+            number = self.records.numbers[place]
+            raise DataError(f"{self.records.name}: record {number} is no readable image ({error})") from error
+
+
+def read_all(records: Records, pixels: Pixels) -> Batch:
+    """Every image, in memory."""
+    return Batches(records, pixels, len(records))[0]
+
+
+def read_ahead(source: Batches, *, first: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """The batches of a source from number `first` on, in order, read ahead by threads or by worker processes."""
+    import grain
+
+    threads = 1 if workers else min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
+    dataset = grain.MapDataset.source(source)[first:].to_iter_dataset(read)
+    if workers:
+        _allow_workers()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+        dataset = dataset.mp_prefetch(options)
+    with contextlib.closing(iter(dataset)) as batches:
+        for batch in batches:
+            # A worker's arrays lie in shared memory, which JAX would go on using without a copy where it can.
+            yield tuple(np.array(part) for part in batch) if workers else batch
+
+
+def _allow_workers() -> None:
+    """grain looks at a command line flag when it starts workers, and up to 0.2.18 refuses to where absl has read none
+    (google/grain issue 1355)."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

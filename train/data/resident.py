@@ -1,0 +1,174 @@
+"""What training asks of a set of images, and the sets that answer by keeping all of them on the device as bytes."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from qpde.datasets import Images, Split
+from train.config.images import Data
+from train.data.augment import mixup, random_crop, random_flip
+from train.data.order import epoch_order, make_select
+from train.host.mesh import put, replicated, stacked_sharding
+from train.steps.losses import IGNORED
+from train.steps.state import TrainState
+
+DATA_DIR_VARIABLE = "QPDE_DATA_DIR"
+
+
+class ImageSet(Protocol):
+    """The images of an experiment, in batches of its size, wherever they are.
+
+    Attributes:
+      shape: (height, width, channels) of what the network sees.   num_classes: of the labels.
+      count: training images.   chance: validation accuracy of guessing the commonest class.
+      normalize: bytes -> the network's input, inside jit.
+      select: (state, *arguments) -> ((images, labels), key): the batch of the step that the state stands at.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    count: int
+    chance: float
+    normalize: Callable
+    select: Callable
+
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
+        """`batches(state)`: `select`'s arguments, on the devices of the mesh, for the step that the state stands at and
+        those that follow, to the end of its epoch."""
+
+    def first_batches(self, *, limit: int) -> Iterator[Split]:
+        """The first training batches as they are stored, at most `limit`, all of them full."""
+
+    def in_order(self, part: str) -> Iterator[Split]:
+        """The batches of "validation" or "test", the last one smaller."""
+
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
+        """The same as stacks of equal batches on a leading axis, the last filled up with label `IGNORED`; can be gone
+        through again.  With a mesh, its devices share each batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """An `ImageSet` that keeps all images on the device.
+
+    Attributes:
+      images: the set.   batch_size: images a step.
+    """
+
+    images: Images
+    batch_size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.train.images.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        return self.images.num_classes
+
+    @property
+    def count(self) -> int:
+        return len(self.images.train.labels)
+
+    @property
+    def chance(self) -> float:
+        labels = self.images.validation.labels
+        return float(np.bincount(labels).max() / len(labels))
+
+    @property
+    def normalize(self) -> Callable:
+        return self.images.normalize
+
+    @property
+    def select(self) -> Callable:
+        return make_select(steps_per_epoch=self.count // self.batch_size, batch_size=self.batch_size)
+
+    def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
+        # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
+        # gathered without asking the other devices.
+        train, steps = self.images.train, self.count // self.batch_size
+        everywhere = put((train.images, train.labels.astype(np.int32)), replicated(mesh))
+
+        def batches(state):
+            order = epoch_order(state, count=self.count, steps_per_epoch=steps)
+            return [(*everywhere, order)] * (steps - int(state.step) % steps)
+
+        return batches
+
+    def first_batches(self, *, limit: int) -> Iterator[Split]:
+        steps = min(limit, self.count // self.batch_size)
+        return self._cut(self.images.train, steps * self.batch_size)
+
+    def in_order(self, part: str) -> Iterator[Split]:
+        split = getattr(self.images, part)
+        return self._cut(split, len(split.labels))
+
+    def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
+        return [stack_batches(getattr(self.images, part), self.batch_size, mesh)]
+
+    def _cut(self, split: Split, end: int) -> Iterator[Split]:
+        for start in range(0, end, self.batch_size):
+            part = slice(start, min(start + self.batch_size, end))
+            yield Split(split.images[part], split.labels[part])
+
+
+def data_root(name: str, data_dir: Path | None) -> Path:
+    """`data_dir`, or the environment's; ValueError where the data set of that name has neither."""
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if not root:
+        raise ValueError(f"{name} is read from files: give --data-dir or set {DATA_DIR_VARIABLE}")
+    return Path(root)
+
+
+def make_vary(config: Data, images: ImageSet):
+    """`vary(key, images) -> x`: the configured variation of each image, then normalisation."""
+
+    def vary(key: Key[Array, ""], x: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        crop_key, flip_key = jax.random.split(key)
+        if config.crop_padding:
+            x = random_crop(crop_key, x, padding=config.crop_padding)
+        if config.flip:
+            x = random_flip(flip_key, x)
+        return images.normalize(x)
+
+    return vary
+
+
+def make_prepare(config: Data, images: ImageSet):
+    """`prepare(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
+    vary = make_vary(config, images)
+
+    # Of several trainings at once one after the other: vmapped, the generator `train.state.RANDOM` draws other numbers.
+    @jax.custom_batching.sequential_vmap
+    def prepare(
+        key: Key[Array, ""], x: UInt8[Array, "n h w c"], labels: Int[Array, " n"]
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
+        targets = jax.nn.one_hot(labels, images.num_classes)
+        if not config.mixup:
+            return vary(key, x), targets
+        vary_key, mix_key = jax.random.split(key)
+        return mixup(mix_key, vary(vary_key, x), targets, strength=config.mixup)
+
+    return prepare
+
+
+def stack_batches(split: Split, batch_size: int, mesh: Mesh | None = None) -> Split:
+    """(images, labels) of a split as batches on a leading axis, the last filled up with label `IGNORED`.
+
+    With a mesh, its devices share each batch.
+    """
+    count = len(split.labels)
+    batches = -(-count // batch_size)
+    fill = batches * batch_size - count
+    images = np.concatenate([split.images, np.repeat(split.images[:1], fill, axis=0)])
+    labels = np.concatenate([split.labels, np.full(fill, IGNORED)]).astype(np.int32)
+    stack = Split(images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
+    return jax.tree.map(jnp.asarray, stack) if mesh is None else put(stack, stacked_sharding(mesh))

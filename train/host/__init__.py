@@ -1,0 +1,1 @@
+"""What depends on the machine: devices, processes, memory, terminal, signals."""

@@ -1,0 +1,1 @@
+"""From an experiment to its results: one task for each kind of experiment."""
