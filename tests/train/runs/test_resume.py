@@ -17,7 +17,7 @@ from train.host.interrupt import StopRequest
 from train.runs.checkpoints import damage, seal
 from train.runs.directory import open_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 # One variant of two blocks, 3 epochs of 5 steps. DISTURB="SIGNAL PLACE COUNT" makes the process send itself the signal
 # when it reaches that place for the COUNT-th time: after it issued a step, or inside the thread that writes a state.

@@ -52,7 +52,7 @@ from train.steps.state import RANDOM, create_state
 from train.steps.train_step import empty_totals, make_epoch_step, make_evaluate, make_loss, make_train_step
 from train.tasks.images_summary import _table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 EXPERIMENT = Experiment(
     name="example",
@@ -367,7 +367,7 @@ def test_without_random_schedules_the_widths_of_a_step_are_those_given():
 
 
 def test_the_table_of_many_variants_is_whole_where_lines_are_short():
-    digits = load_recipes(Path(__file__).parents[1] / "configs" / "digits.py")["smoothing"]
+    digits = load_recipes(Path(__file__).parents[2] / "configs" / "digits.py")["smoothing"]
     results = {variant.name: {"parameters": 272186, "accuracy": 0.9875} for variant in digits.variants}
     printed = io.StringIO()
     print_table(Console(file=printed, width=80), _table(digits, results))

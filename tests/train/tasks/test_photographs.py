@@ -16,7 +16,7 @@ from train.commands.cli import main
 from train.commands.reproduce import differences
 from train.host.console import Display
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 SMALL = ["--only", "symmetric", "--epochs", "2", "--batch-size", "8", "--data.size", "16", "--checkpoint-every", "0"]
 

@@ -32,7 +32,7 @@ from train.steps.train_step import empty_totals, make_epoch_step, make_loss, mak
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 # 2 epochs of 5 steps. DISTURB="SIGNAL COUNT" makes a process send itself the signal when it issued COUNT steps.
 CONFIG = """
