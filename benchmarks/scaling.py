@@ -92,7 +92,7 @@ def deep_net(depth: int, **options):
         raise ValueError(f"depth (={depth}) must be 6 n + 2 for n blocks a stage, n at least 2")
     model = qpde.models.create("resnet20", num_classes=10, weight_bits=4, act_bits=4, **options)
     blocks = (depth - 2) // 6
-    return model.clone(stages=tuple((first, *[last] * (blocks - 1)) for first, *_, last in model.stages))
+    return model.clone(architecture=model.architecture.with_blocks(*[blocks] * 3))
 
 
 def compiled_step(model, *, devices: int = 1):

@@ -32,26 +32,32 @@ norms should have converged, see `qpde.models.converge_norms`:
     growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
     clip, ReLU, convex smoothing within its stable range    1; a step of another kind can amplify, and is refused
 
-A certificate costs more than the twin itself, and as many Newton steps as the network has steps end at the twin: what
-one of few Newton steps adds to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add up as the
-Jacobians carry them.
+A certificate costs more than the twin itself, and as many Newton steps as the network has blocks end at the twin: what
+few of them add to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add
+up as the Jacobians carry them.
 """
 
 import dataclasses
-import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qpde import operators
 from qpde.bits import Bits
-from qpde.certify.step_bounds import StepBound, at_block, check_model, in_float64, rounded, step_bounds, to_float64
+from qpde.certify.step_bounds import (
+    StepBounds,
+    check_model,
+    exact_factors,
+    in_float64,
+    rounded,
+    step_bounds,
+    to_float64,
+)
 from qpde.models.images.network import Network
-from qpde.models.layers import NORM_EPSILON, Mode, divide_by_rms, normalize
+from qpde.models.images.parts import Head
+from qpde.models.layers import Mode
 
 __all__ = ["Certificate", "certify", "exact_twin"]
 
@@ -64,7 +70,7 @@ class Certificate:
     Attributes:
       logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
         compiled program may round it the other way: what is certified is this evaluation.
-      certified: (N,) whether the twin provably predicts the same.
+      certified: (N,) whether the twin provably predicts the same, a posteriori or a priori.
       bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
       certified_a_priori, bound_a_priori: the same from the clips and bits alone.
       state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
@@ -99,21 +105,24 @@ def certify(
     bits: Bits,
     *,
     newton_steps: int = 2,
-    steps: "list[StepBound] | None" = None,
+    steps: StepBounds | None = None,
 ) -> Certificate:
     """The certificate of a quantized image network on a batch of inputs.
 
     Args:
-      model: of `qpde.models.create`.   variables: its collections.   x: images.
-      bits: widths, scalars or one for each block; activations must have one.
-      newton_steps: of Newton's method, 0 for the injected errors as they are.
-      steps: of `step_bounds`, which takes seconds, for who certifies several batches; None finds them.
+      model: Network of `qpde.models.create`.
+      variables: Its collections.
+      x: Images (N, H, W, C).
+      bits: Scalars, or one value for each block. Activations must have bits.
+      newton_steps: Steps of Newton's method. 0 takes the injected errors as they are.
+      steps: Result of `step_bounds`, which takes seconds, for this network, these variables, this image size and these
+        bits. Pass it when certifying several batches. Default: computed.
     Returns:
       `Certificate`.
     Raises:
-      ValueError: no width for activations, a negative number of newton_steps, not an image network, one with clips for
-        each width (`Network.at_bits` makes an ordinary one of it), one that computes in bfloat16, or one that smooths
-        by a kind that is not convex.
+      ValueError: No bits for activations; a negative number of Newton steps; constants of
+        something else; not an image network, one with clips for each of several bits (`Network.at_bits` makes an
+        ordinary one of it), one that computes in bfloat16, or one that smooths by a kind that is not convex.
     """
     if not isinstance(model, Network):
         raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
@@ -124,15 +133,20 @@ def certify(
     check_model(model)
     x = jnp.asarray(x)
     bits = model.checked_bits(bits)
-    steps = step_bounds(model, variables, x.shape[1:3], bits) if steps is None else steps
+    size = x.shape[1:3]
+    if steps is None:
+        steps = step_bounds(model, variables, size, bits)
+    else:
+        steps.check(model, variables, size, bits)
     a_priori = 0.0
-    for step in steps:
+    for step in steps.bounds:
         a_priori = step.lipschitz * a_priori + step.injected
     with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
-        run, rounded = _run(model, variables, x, bits), _rounded_steps(model, variables, bits)
+        run, rounded = _run(model, variables, x, bits), _rounded_parts(model, variables, bits)
+    gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
     with in_float64():
-        lipschitz = np.array([step.lipschitz for step in steps])
-        found = _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, np.int32(newton_steps))
+        lipschitz = np.array([step.lipschitz for step in steps.bounds])
+        found = _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, gain, np.int32(newton_steps))
         return jax.device_get(found)
 
 
@@ -148,7 +162,7 @@ def exact_twin(
     """
     check_model(model)
     bits = model.checked_bits(bits)
-    rounded = _rounded_steps(model, variables, bits)
+    rounded = _rounded_parts(model, variables, bits)
     with in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
 
@@ -156,36 +170,38 @@ def exact_twin(
 @partial(jax.jit, static_argnames="model")
 def _run(model, variables, x, bits):
     """Logits and states of the quantized network as it runs, the stem's first."""
-    states = [_stem(model, variables, x)]
-    for index, (block, own, step_size, gamma2) in enumerate(model.steps(variables)):
-        states.append(block(own, states[-1], step_size, at_block(bits, index), Mode(), gamma2)[0])
-    return _logits(model, variables, states[-1]), states
+    states = []
+    for part in model.bound_parts(variables, bits):
+        x = part(x, Mode())
+        states.append(x)
+    tail = len(states) - 1 - len(model.blocks)  # neck and head
+    return x, states[:-tail]
 
 
 @partial(jax.jit, static_argnames="model")
-def _rounded_steps(model, variables, bits):
-    """Of every step its variables, the kernels rounded, and gamma2."""
+def _rounded_parts(model, variables, bits):
+    """Of every part its variables, the kernels rounded, and gamma2."""
     return [
-        (rounded(block, own, step_size, at_block(bits, index)), gamma2)
-        for index, (block, own, step_size, gamma2) in enumerate(model.steps(variables))
+        (rounded(part, own, step_size, widths), gamma2)
+        for part, own, step_size, gamma2, widths in model.bound_parts(variables, bits)
     ]
 
 
 @partial(jax.jit, static_argnames="model")
 def _exact_twin(model, variables, rounded, x, bits):
-    variables = to_float64(variables)
-    y = _stem(model, variables, to_float64(x))
-    for step in _twin_steps(model, variables, rounded, bits):
-        y = step(y)
-    return _logits(model, variables, y)
+    y = to_float64(x)
+    for part in _twin_parts(model, variables, rounded, bits):
+        y = part(y)
+    return y
 
 
 @partial(jax.jit, static_argnames="model")
-def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, newton_steps):
-    (logits, states), variables = run, to_float64(variables)
+def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, gain, newton_steps):
+    logits, states = run
     z, states = to_float64((logits, states))
-    start = _stem(model, variables, to_float64(x))
-    twin = _twin_steps(model, variables, rounded, bits)
+    stem, *twin = _twin_parts(model, variables, rounded, bits)
+    twin, tail = twin[: len(model.blocks)], twin[len(model.blocks) :]
+    start = stem(to_float64(x))
 
     def newton_step(_, candidate):
         v, improved = jnp.zeros_like(start), [start]
@@ -203,18 +219,21 @@ def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, n
         distance = lipschitz[j] * distance + defects[-1]
         bounds.append(distance + _norms(states[j + 1] - candidate[j + 1]))
 
-    estimate = _logits(model, variables, candidate[-1])
+    estimate = candidate[-1]
+    for part in tail:
+        estimate = part(estimate)
     prediction = jnp.argmax(z, axis=-1)
-    gain, pair = _head_norms(model, variables, states[-1].shape, prediction)
+    pair = _pair_norms(to_float64(variables["params"]["head"]["kernel"]), prediction)
     rest = pair * (gain * distance)[:, None]
     margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
     a_priori = pair * (gain * a_priori)
     others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
+    certified_a_priori = jnp.all((margin > a_priori) | ~others, axis=-1)
     return Certificate(
         logits=logits,
-        certified=jnp.all((margin_estimate > rest) | ~others, axis=-1),
+        certified=jnp.all((margin_estimate > rest) | ~others, axis=-1) | certified_a_priori,
         bound=jnp.abs(margin - margin_estimate) + rest,
-        certified_a_priori=jnp.all((margin > a_priori) | ~others, axis=-1),
+        certified_a_priori=certified_a_priori,
         bound_a_priori=a_priori,
         state_bound=jnp.stack(bounds, axis=1),
         defect=jnp.stack(defects, axis=1),
@@ -226,50 +245,29 @@ def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, n
 jax.tree_util.register_dataclass(Certificate)
 
 
-def _twin_steps(model, variables, rounded, bits):
-    """The twin's steps B_j as functions of a state, in float64."""
+def _twin_parts(model, variables, rounded, bits):
+    """The twin's parts as functions of a state, in float64."""
     mode = Mode(compute_dtype="float64")
-
-    def step(block, step_size, own, gamma2, widths, y):
-        return block(own, y, step_size, widths, mode, gamma2)[0]
-
-    found = []
-    for index, (block, _, step_size, _) in enumerate(model.steps(variables)):
-        widths = Bits(None, at_block(bits.twin, index).activations)
-        found.append(partial(step, block, step_size, *to_float64(rounded[index]), widths))
-    return found
+    parts = model.bound_parts(variables, Bits(None, bits.twin.activations))
+    return [
+        partial(part._replace(variables=to_float64(own), gamma2=to_float64(gamma2)), mode=mode)
+        for part, (own, gamma2) in zip(parts, rounded, strict=True)
+    ]
 
 
-def _stem(model, variables, x):
-    params, norm = variables["params"], variables["batch_stats"]["stem_norm"]
-    y = normalize(operators.conv(x, params["stem_kernel"]), params["stem_norm"], norm["mean"], norm["var"])
-    return jax.nn.relu(y)
+def _tail_gain(model, variables, size):
+    """Lipschitz constant from the last block's output to what the dense layer takes."""
+    gain = 1.0
+    for bound in model.bound_parts(variables, Bits())[1 + len(model.blocks) :]:
+        factors = exact_factors(bound)
+        if isinstance(bound.part, Head):
+            return gain * bound.part.feature_gain(factors, size)
+        gain *= bound.part.step_bound(factors, Bits(), size).lipschitz
 
 
-def _logits(model, variables, y):
-    """Neck if there is one, pooling, dense head."""
-    params, stats = variables["params"], variables["batch_stats"]
-    if model.neck_width is not None:
-        norm = stats["neck_norm"]
-        y = normalize(operators.conv(y, params["neck_kernel"]), params["neck_norm"], norm["mean"], norm["var"])
-        y = jax.nn.relu(y)
-    pooled = y.mean((1, 2))
-    if model.head == "scaled":
-        pooled = divide_by_rms(pooled, stats["pooled"]["mean_square"])
-    return pooled @ params["head"]["kernel"] + params["head"]["bias"][None]
-
-
-def _head_norms(model, variables, shape, prediction) -> tuple[Any, Array]:
-    """Lipschitz constant from the last state to the pooled features, and |w_i - w_k| for every input's i."""
-    params, stats = variables["params"], variables["batch_stats"]
-    gain = 1 / math.sqrt(shape[1] * shape[2])
-    if model.neck_width is not None:
-        norm = params["neck_norm"]["scale"] * jax.lax.rsqrt(stats["neck_norm"]["var"] + NORM_EPSILON)
-        gain = gain * jnp.linalg.norm(params["neck_kernel"][0, 0] * norm[None], 2)
-    if model.head == "scaled":
-        gain = divide_by_rms(jnp.asarray(gain), stats["pooled"]["mean_square"])
-    w = params["head"]["kernel"]
-    return gain, jnp.linalg.norm(w[:, prediction].T[:, :, None] - w[None], axis=1)
+def _pair_norms(kernel, prediction):
+    """|w_i - w_k| for every input's prediction i and all k."""
+    return jnp.linalg.norm(kernel[:, prediction].T[:, :, None] - kernel[None], axis=1)
 
 
 def _margins(logits, prediction):

@@ -8,16 +8,19 @@
 from qpde.models.clips import calibrate_clips, converge_norms
 from qpde.models.graphs.layers import GraphSmoothing
 from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
-from qpde.models.images.blocks import Smoothing
 from qpde.models.images.cost import Summary, summary
-from qpde.models.images.network import Network
+from qpde.models.images.network import Architecture, Network
 from qpde.models.images.torch_weights import from_torch_state
-from qpde.models.registry import create, image_network, names
+from qpde.models.options import NetworkOptions, Smoothing
+from qpde.models.registry import ARCHITECTURES, create, image_network, names
 
 __all__ = [
+    "ARCHITECTURES",
+    "Architecture",
     "GraphNetwork",
     "GraphSmoothing",
     "Network",
+    "NetworkOptions",
     "Smoothing",
     "Summary",
     "calibrate_clips",

@@ -72,8 +72,8 @@ def block_costs(
     model: Network, image_shape: tuple[int, int, int], choices: Sequence[Bits]
 ) -> Int[np.ndarray, "choices blocks"]:
     """Bit-operations of each block for one image at each of the widths, see `qpde.models.summary`."""
-    count = len(model.blocks)
-    tables = [summary(model, image_shape, bits=choice).rows[1 : count + 1] for choice in choices]
+    blocks = slice(1, 1 + len(model.blocks))
+    tables = [summary(model, image_shape, bits=choice).rows[blocks] for choice in choices]
     return np.array([[row.bit_operations for row in rows] for rows in tables], np.int64)
 
 

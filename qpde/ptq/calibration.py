@@ -83,7 +83,7 @@ def quantize(
         variables = converge_norms(model, variables, batches[0], bits=bits)
     if bias_correction:
         variables = correct_bias(model, variables, batches, bits, exact=exact)
-    return model.clone(weight_bits=bits.weights, act_bits=bits.activations), variables
+    return model.with_bits(bits), variables
 
 
 def correct_bias(model: nn.Module, variables: dict, batches: Iterable[Any], bits: Bits, *, exact: dict) -> dict:

@@ -103,5 +103,5 @@ def _changes(model: Model, bits: Bits, per_channel: bool) -> dict[str, object]:
         "act_bits": bits.activations,
         "standardize": False,
         "per_channel": per_channel,
-        "signed_inputs": network.stages[0][0].has_signed_inputs,
+        "signed_inputs": network.architecture.block.has_signed_inputs,
     }

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from qpde.models import Smoothing
+from qpde.models import NetworkOptions, Smoothing
 
 
 @dataclass(frozen=True)
@@ -51,47 +51,18 @@ class Data:
         _check_not_negative("data.mixup", self.mixup)
 
 
-@dataclass(frozen=True)
-class Model:
+@dataclass(frozen=True, kw_only=True)
+class Model(NetworkOptions):
     """Arguments of `qpde.models.create`, which checks them and knows the names."""
 
-    name: str = "resnet20"
+    name: str = field(default="resnet20", kw_only=False)
     """Architecture."""
-    symmetric: bool = True
-    """Blocks use one kernel K and its adjoint. Variants usually set this."""
-    step_size: float | Literal["auto"] = 0.1
-    """h of the symmetric step x - h K^T s(K x)."""
-    lipschitz_target: float = 1.9
-    """h |D K|^2 where the steps find their own size (norm "spectral", or step_size "auto"); at most 2."""
     weight_bits: int | None = 4
     """Bits of the kernels; None trains them in full precision."""
     act_bits: int | None = 4
     """Bits of the activations; None leaves them as they are."""
-    norm: Literal["separate", "tied", "spectral"] = "separate"
-    """Where a symmetric block normalises."""
-    residual: Literal["rounded", "precise"] = "rounded"
-    """Whether the shortcut takes the rounded or only the clipped activation."""
-    levels: Literal["uniform", "pot", "apot"] = "uniform"
-    """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
-    standardize: bool = True
-    """Round kernels after giving them mean 0 and variance 1. Off for a network that was trained in full precision and
-    is to keep its function."""
-    per_channel: bool = False
-    """A clip for each output channel of a kernel."""
-    clip_bits: tuple[int, ...] | None = None
-    """Widths that have clips of their own, ascending, for a network that serves at all of them; None: one for all."""
-    signed_inputs: bool = False
-    """MobileNet's block inputs are quantized with a sign, not clipped at 0 as published."""
     smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None
     """Total-variation smoothing before the activations' quantizers."""
-    head: Literal["dense", "scaled"] = "dense"
-    """Whether pooled features are divided by their size before the dense head. Non-expansive networks need it."""
-    loop: Literal["auto", "scan", "unroll"] = "auto"
-    """How the equal blocks of a stage are run."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the convolutions; parameters, quantizers, norms and sums stay float32. The narrow one is for GPUs and TPUs."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def _layer_error(experiment, results, stages, folder, every) -> str:
     caption = (
         "Lower is more faithful. The absolute error rewards a network whose activations are small, the relative one "
         f"does not. The last panel shows the paper's curves ({escape(published_curves.SOURCE)}), where the symmetric "
-        f"network has {ratio:.2f} times the plain one's mean error; another network on other images: compare shapes and ratios."
+        f"network has {ratio:.2f} times the plain one's mean error; another network on other images: compare shapes "
+        "and ratios."
     )
     what = formula("‖a − a<sub>q</sub>‖ / √numel &nbsp; and &nbsp; ‖a − a<sub>q</sub>‖ / ‖a‖")
     lead = (

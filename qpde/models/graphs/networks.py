@@ -72,7 +72,11 @@ class GraphNetwork(nn.Module):
     def with_quantizers(self, bits: Bits, *, per_channel: bool = False) -> GraphNetwork:
         """This network with quantizers of these widths, whose parameters keep their meaning; see `Network`'s."""
         layer = dataclasses.replace(self.layer, per_channel=per_channel)
-        return self.clone(layer=layer, weight_bits=bits.weights, act_bits=bits.activations)
+        return self.clone(layer=layer).with_bits(bits)
+
+    def with_bits(self, bits: Bits) -> GraphNetwork:
+        """This network with other bits of its own, whole numbers or None."""
+        return self.clone(weight_bits=bits.weights, act_bits=bits.activations)
 
     @nn.compact
     def __call__(

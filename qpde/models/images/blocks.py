@@ -28,40 +28,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qpde import norms, operators, quantizers, stencils
-from qpde.bits import Bits
+from qpde.bits import EXACT_BITS, Bits
+from qpde.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
+from qpde.models.images.parts import Factors, Part, Read, StepBound, norm_scale
 from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
+from qpde.models.options import BlockOptions
 
-__all__ = ["NORMS", "RESIDUALS", "BasicBlock", "Block", "InvertedBlock", "Scaling", "Smoothing", "StableBlock"]
-
-NORMS = ("separate", "tied", "spectral")
-RESIDUALS = ("rounded", "precise")
-LIPSCHITZ_TARGET = (
-    1.9  # where nothing else is asked for: as far as a power iteration's |D K|, which is a bit low, allows
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Smoothing:
-    """Total-variation smoothing after the nonlinearities of a block, before their quantizers.
-
-    Attributes:
-      kind: of the diffusivity, see `qpde.stencils.tv_step`.
-      steps: number of explicit steps.   gamma2: their size.   eps: of the energy sqrt(|grad x|^2 + eps^2).
-      blocks: indices of the blocks that smooth, counted through the network; None is all of them.
-      output: smooth the block's output too (the next block's quantizer input), not only the hidden map.
-      learned: each block that smooths has a parameter "gamma2" of its own, which starts at the one given.
-    """
-
-    kind: str = "isotropic"
-    steps: int = 1
-    gamma2: float = 0.025
-    eps: float = 0.1
-    blocks: tuple[int, ...] | None = None
-    output: bool = False
-    learned: bool = False
+__all__ = ["BasicBlock", "Block", "InvertedBlock", "Scaling", "StableBlock"]
 
 
 class Scaling(NamedTuple):
@@ -78,15 +55,16 @@ class Scaling(NamedTuple):
     act_index: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Block(abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block(Part, BlockOptions):
     """What all blocks share: their description, their quantizers and the symmetric branch.
 
     Attributes:
-      width_in, width_out: channels.   stride: of the block.   symmetric: K^T instead of a second kernel.
-      expansion: of the inverted block's hidden width.
-      norm, residual, levels, standardize, per_channel, clip_bits, signed_inputs, step_size, lipschitz_target: see
-        `qpde.models.image_network`.
+      width_in: Channels of the input.
+      width_out: Channels of the output.
+      stride: Stride of the block.
+      symmetric: Whether K^T takes the place of a second kernel.
+      expansion: Hidden width of the inverted block, in widths of its input.
     """
 
     width_in: int
@@ -94,20 +72,10 @@ class Block(abc.ABC):
     stride: int
     symmetric: bool
     expansion: int = 1
-    norm: str = "separate"
-    residual: str = "rounded"
-    levels: str = "uniform"
-    standardize: bool = True
-    per_channel: bool = False
-    clip_bits: tuple[int, ...] | None = None
-    signed_inputs: bool = False
-    step_size: float | str = 0.1
-    lipschitz_target: float = LIPSCHITZ_TARGET
-    smoothing: Smoothing | None = None
 
     act_count = 2
     has_signed_inputs = False  # whether a block's input can be negative
-    smallest_map = 1  # side of an input that it can take
+    keeps_width = False  # whether the first block of a stage can be symmetric: it keeps its width inside
 
     @property
     def has_spectral_state(self) -> bool:
@@ -118,14 +86,6 @@ class Block(abc.ABC):
     def learns_gamma2(self) -> bool:
         """Whether the size of the smoothing steps is a parameter."""
         return self.smoothing is not None and self.smoothing.learned
-
-    @abc.abstractmethod
-    def kernel_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """HWIO shape of every kernel by name, in the order of `weight_clips`, one number (or one a channel) each."""
-
-    @abc.abstractmethod
-    def norm_widths(self) -> dict[str, int]:
-        """Channels of every batch norm by name."""
 
     @property
     @abc.abstractmethod
@@ -142,13 +102,24 @@ class Block(abc.ABC):
         """s(c x) = c s(x) for a ReLU and c > 0, but S(c x) is not c S(x): smoothing fixes the scale."""
         return scalings if self.smoothing is None else ()
 
-    @abc.abstractmethod
-    def macs(self, height: int, width: int) -> dict[str, int]:
-        """Multiply-accumulates of one image by kernel name, both uses of a symmetric kernel counted."""
-
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H', W') that the block makes of (H, W)."""
         return -(-height // self.stride), -(-width // self.stride)
+
+    @property
+    def parameters(self) -> int:
+        return super().parameters + int(self.learns_gamma2)
+
+    def torch_names(self) -> dict[str, str]:
+        kernels = {k: f"{_torch_kernel(k)}_weight" for k in self.kernel_shapes()}
+        norms = {n: "downsample_bn" if n == "shortcut_norm" else n.replace("norm", "bn") for n in self.norm_widths()}
+        return kernels | norms
+
+    def read_params(self, read: Read, at: str) -> dict:
+        clips = {
+            "weight_clips": [f"{_torch_kernel(k)}_quantizer.alpha" for k in self.kernel_shapes()],
+            "act_clips": [f"act{i + 1}_quantizer.alpha" for i in range(self.act_count)],
+        }
+        return super().read_params(read, at) | {k: np.stack([read(at + n) for n in v]) for k, v in clips.items()}
 
     def init(self, key: PRNGKeyArray) -> tuple[dict, dict]:
         """Parameters (He normal kernels, unit norms, the published clips) and batch statistics of one block."""
@@ -235,22 +206,65 @@ class Block(abc.ABC):
         return scale, step_size
 
     def factors(self, variables: dict, step_size: Any, bits: Bits) -> tuple[dict, dict, Any]:
-        """What the step multiplies by in evaluation: its rounded kernels, the scale D of every norm, and h.
-
-        Args:
-          variables, step_size, bits: as for a call.
-        Returns:
-          Kernels by name (HWIO), scales (C,) by norm, step size.
-        """
         call = _Call(self, variables, bits, Mode(), None)
         kernels, stats = call.kernels(), variables["batch_stats"]
-        scales = {
-            n: call.params[n]["scale"] * jax.lax.rsqrt(s["var"] + NORM_EPSILON) for n, s in stats.items() if "var" in s
-        }
+        scales = {n: norm_scale(call.params[n], s) for n, s in stats.items() if "var" in s}
         if self.symmetric and self.norm != "separate":
             var = stats["norm1"].get("var")
             scales["norm1"], step_size = self._tied_scale(*self.linear_pair(kernels), var, step_size, call)
         return kernels, scales, step_size
+
+    def rounding_radius(self, clip: Any, bits: Any, index: int) -> float:
+        """The largest |Q(v) - clip(v)| of the activation of that index: half a step, or half the widest gap."""
+        if bits >= EXACT_BITS:
+            return 0.0
+        signed = index == 0 and self.signed_inputs
+        if self.levels == "uniform":
+            return float(quantizers.quantization_step(float(clip), bits, signed=signed)) / 2
+        v = np.linspace(0, 1, 1 << 14, dtype=np.float32)
+        rounded = quantizers.quantize_activation(v, 1.0, bits, levels=self.levels, signed=signed)
+        return float(clip) * float(np.abs(np.asarray(rounded) - v).max() + v[1])
+
+    def step_bound(self, factors: Factors, bits: Bits, size: tuple[int, int]) -> StepBound:
+        radii = [self.rounding_radius(clip, bits.activations, i) for i, clip in enumerate(factors.act_clips)]
+        first = radii[0] * math.sqrt(math.prod(size) * self.width_in)
+        if self.symmetric:
+            return self._symmetric_bound(factors, first, radii[1], size)
+        return self._plain_bound(factors, first, radii[1:], size)
+
+    def _symmetric_bound(self, factors: Factors, first: float, radius: float, size: tuple[int, int]) -> StepBound:
+        """Of xc - h D2 K^T s(D1 K xc): 1 + h |D2 K^T| |D1 K|, or that of a gradient step, max(1, h |D K|^2 - 1).
+
+        `first` and `second` bound |Q_1(x) - clip(x)| and |Q_2(z) - clip(z)|. With L' the constant of the step, rounding
+        the shortcut as well gives L' first + h |D2 K^T| second.
+        """
+        kernel, padding = self.composed_kernel(factors.kernels)
+        h, hidden_pixels = float(factors.step_size), math.prod(n + 2 * padding - kernel.shape[0] + 1 for n in size)
+        second = radius * math.sqrt(hidden_pixels * kernel.shape[-1])
+        forward = conv_norm_bound(kernel * factors.scales["norm1"])
+        if self.norm == "separate":
+            back = conv_norm_bound(kernel * factors.scales["norm2"][:, None])
+            step = 1 + h * forward * back
+        else:
+            limit = math.sqrt(2 / h)
+            scaled = kernel * factors.scales["norm1"]
+            if forward > limit and conv_norm_is_at_most(scaled, limit, size, padding=padding):
+                forward = limit
+            back = forward
+            # Smoothing between s and K^T, itself non-expansive, leaves no gradient step.
+            step = 1 + h * forward**2 if self.smoothing is not None else max(1.0, h * forward**2 - 1)
+        branch = h * back * (forward * first + second)
+        if self.residual == "precise":
+            return StepBound(step, branch)
+        return StepBound(step, min(branch + first, step * first + h * back * second))
+
+    @abc.abstractmethod
+    def _plain_bound(self, factors: Factors, first: float, radii: list[float], size: tuple[int, int]) -> StepBound:
+        """Of the step without a symmetric branch; `radii` are those of the hidden activations."""
+
+    @abc.abstractmethod
+    def composed_kernel(self, kernels: dict) -> tuple[Any, int]:
+        """K of the symmetric step as one convolution kernel, HWIO, and its padding; NumPy arrays."""
 
     def __call__(
         self,
@@ -261,15 +275,6 @@ class Block(abc.ABC):
         mode: Mode,
         gamma2: Any = None,
     ) -> tuple[Float[Array, "n h_out w_out c_out"], dict]:
-        """One step.
-
-        Args:
-          variables: {"params", "batch_stats"[, "spectral"]} of this block.
-          x: (N, H, W, width_in) float32.   step_size: scalar h, unused where the block finds its own.
-          bits: scalars or None.   mode: of the call.   gamma2: of the smoothing, None for no smoothing.
-        Returns:
-          (N, H', W', width_out), and the changed collections: {"batch_stats", "spectral", "observed"}.
-        """
         call = _Call(self, variables, bits, mode, gamma2)
         out = self.step(x, variables, step_size, call)
         return out, call.updates
@@ -279,7 +284,7 @@ class Block(abc.ABC):
         """The step's formula."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BasicBlock(Block):
     """ResNet's block: two 3x3 convolutions, or one and its adjoint, beside a shortcut (design of He et al., 2016)."""
 
@@ -320,6 +325,20 @@ class BasicBlock(Block):
             counts["kernel1"] *= 2
         return counts
 
+    def composed_kernel(self, kernels):
+        return kernels["kernel1"], 1
+
+    def _plain_bound(self, factors, first, radii, size):
+        norms = [conv_norm_bound(factors.kernels[f"kernel{i}"] * factors.scales[f"norm{i}"]) for i in (1, 2)]
+        shortcut = 1.0
+        if self.has_projection:
+            shortcut = conv_norm_bound(factors.kernels["shortcut_kernel"] * factors.scales["shortcut_norm"])
+        second = radii[0] * math.sqrt(math.prod(self.output_size(*size)) * factors.kernels["kernel1"].shape[-1])
+        injected = norms[1] * (norms[0] * first + second)
+        if self.residual == "rounded":
+            injected += shortcut * first
+        return StepBound(shortcut + norms[0] * norms[1], injected)
+
     def linear_pair(self, kernels):
         kernel = kernels["kernel1"]
         return (lambda x: operators.conv(x, kernel)), (lambda y: operators.conv_adjoint(y, kernel))
@@ -343,11 +362,12 @@ class BasicBlock(Block):
         return call.smooth_output(jax.nn.relu(shortcut - y))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StableBlock(BasicBlock):
     """A basic block that keeps its width, then grows by copying channels of xq and halves by average pooling."""
 
     has_projection = False
+    keeps_width = True
 
     def output_size(self, height, width):
         return height // self.stride, width // self.stride
@@ -368,6 +388,18 @@ class StableBlock(BasicBlock):
             for name, shape in self.kernel_shapes().items()
         }
 
+    def step_bound(self, factors, bits, size):
+        """Bounds of the step at full size, then sqrt(L^2 + 1) for copied channels and 1/2 for a mean of 2x2 pixels."""
+        at_full_size = dataclasses.replace(self, stride=1)
+        lipschitz, injected = Block.step_bound(at_full_size, factors, bits, size)
+        if self.width_out > self.width_in:
+            radius = self.rounding_radius(factors.act_clips[0], bits.activations, 0)
+            first = radius * math.sqrt(math.prod(size) * self.width_in)
+            lipschitz = math.hypot(lipschitz, 1.0)
+            injected = math.hypot(injected, first if self.residual == "rounded" else 0.0)
+        halving = 2 if self.stride == 2 else 1
+        return StepBound(lipschitz / halving, injected / halving)
+
     def residual_branch(self, xq, kernels, variables, step_size, call):
         # The stride lies in the pooling, so the convolutions run at full size.
         at_full_size = dataclasses.replace(self, stride=1)
@@ -382,7 +414,7 @@ class StableBlock(BasicBlock):
         return call.smooth_output(average_pool(out) if self.stride == 2 else out)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InvertedBlock(Block):
     """MobileNetV2's inverted residual: expand 1x1, depthwise 3x3, project 1x1 or the adjoint of the first two."""
 
@@ -431,6 +463,29 @@ class InvertedBlock(Block):
         pixels = {"kernel1": height * width, "kernel2": after, "kernel3": after}
         return {name: pixels[name] * math.prod(shape) for name, shape in shapes.items()}
 
+    def composed_kernel(self, kernels):
+        return np.einsum("abc,ic->abic", kernels["kernel2"][:, :, 0], kernels["kernel1"][0, 0]), 0
+
+    def _plain_bound(self, factors, first, radii, size):
+        bounds = (conv_norm_bound, depthwise_norm_bound, conv_norm_bound)
+        norms = [
+            bound(factors.kernels[f"kernel{i}"] * factors.scales[f"norm{i}"]) for i, bound in enumerate(bounds, start=1)
+        ]
+        hidden = (math.prod(size) * self.hidden, math.prod(self.output_size(*size)) * self.hidden)
+        shortcut = 1.0 if self.keeps_shape else 0.0
+        error = first
+        for norm, radius, numbers in zip(norms, radii, hidden, strict=False):
+            error = norm * error + radius * math.sqrt(numbers)
+        injected = norms[2] * error
+        if self.residual == "rounded":
+            injected += shortcut * first
+        return StepBound(shortcut + math.prod(norms), injected)
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether input and output have one shape, so that a plain block has a shortcut."""
+        return self.stride == 1 and self.width_in == self.width_out
+
     def linear_pair(self, kernels):
         expand, depthwise = kernels["kernel1"], kernels["kernel2"]
 
@@ -453,8 +508,7 @@ class InvertedBlock(Block):
         z = call.batch_norm("norm2", operators.depthwise(z, kernels["kernel2"], stride=self.stride))
         z = call.activation(call.smooth(jax.nn.relu(z)), 2)
         y = call.batch_norm("norm3", operators.conv(z, kernels["kernel3"]))
-        keeps_shape = self.stride == 1 and self.width_in == self.width_out
-        return call.smooth_output(shortcut - y if keeps_shape else y)
+        return call.smooth_output(shortcut - y if self.keeps_shape else y)
 
 
 class _Call:
@@ -535,16 +589,20 @@ class _Call:
         return jnp.maximum(sigma, 1e-3)
 
 
+def _torch_kernel(name: str) -> str:
+    return "downsample" if name == "shortcut_kernel" else name.replace("kernel", "conv")
+
+
 def is_depthwise(shape: tuple[int, ...]) -> bool:
     """Whether a kernel inside a block, HWIO, is depthwise: one input per output."""
-    return shape[2] == 1
+    return len(shape) == 4 and shape[2] == 1
 
 
 def depthwise_bits(bits: Any) -> Any:
-    """Width of a depthwise kernel where the others have `bits`: 8, as published, unless those are not rounded."""
+    """Bits of a depthwise kernel where the others have `bits`: 8, as published, unless those are not rounded."""
     if isinstance(bits, int):
-        return bits if bits >= 16 else 8
-    return jnp.where(bits >= 16, bits, 8)
+        return bits if bits >= EXACT_BITS else 8
+    return jnp.where(bits >= EXACT_BITS, bits, 8)
 
 
 def _iterate(linear: Callable, adjoint: Callable, v: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:

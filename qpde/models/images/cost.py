@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from qpde.bits import Bits
+from qpde.bits import LARGEST_BITS, Bits
 from qpde.models.images.blocks import Block, depthwise_bits, is_depthwise
-from qpde.models.images.network import Network, groups
+from qpde.models.images.network import Network, bits_of_block
+from qpde.models.images.parts import Head, Part
 
-__all__ = ["Summary", "summary"]
+__all__ = ["Row", "Summary", "part_row", "summary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,51 +83,39 @@ def summary(model: Network, image_shape: tuple[int, int, int], *, bits: Bits | N
     Raises:
       ValueError: an image smaller than the network's strides.
     """
-    bits = model.bits if bits is None else bits
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
+    bits = model.checked_bits(model.bits if bits is None else bits)
     height, width, channels = image_shape
-    first = model.stages[0][0].width_in
-    rows = [_full_precision("stem", params, (height, width, first), height * width * 9 * channels * first)]
-    for s, blocks in enumerate(model.stages):
-        for group, block, start, count in groups(blocks):
-            parameters = _size({k: v for k, v in params[f"stage{s}"][group].items() if "clips" not in k}) // count
-            for b in range(start, start + count):
-                rows.append(_block(f"stage{s}.block{b}", block, parameters, (height, width), bits, index=len(rows) - 1))
-                height, width = block.output_size(height, width)
-    features = model.stages[-1][-1].width_out
-    if model.neck_width is not None:
-        macs = height * width * features * model.neck_width
-        features = model.neck_width
-        rows.append(_full_precision("neck", params, (height, width, features), macs))
-    rows.append(_full_precision("head", params, (model.num_classes,), features * model.num_classes))
+    rows, index = [], 0
+    for name, part in model.parts(channels):
+        own = Bits()
+        if isinstance(part, Block):
+            own, index = bits_of_block(bits, index), index + 1
+        rows.append(part_row(name, part, (height, width), own))
+        height, width = part.output_size(height, width)
     return Summary(tuple(rows))
 
 
-def _block(name: str, block: Block, parameters: int, size: tuple[int, int], bits: Bits, index: int) -> Row:
-    weights, activations = (
-        32 if v is None else int(v if np.ndim(v) == 0 else v[index]) for v in (bits.weights, bits.activations)
-    )
-    macs = block.macs(*size)
-    shapes = block.kernel_shapes()
-    kernel_bits = {k: depthwise_bits(weights) if is_depthwise(shapes[k]) else weights for k in macs}
-    sizes = {k: math.prod(shapes[k]) for k in macs}
-    packed = sum(-(-sizes[k] * kernel_bits[k] // 8) for k in macs)
+def part_row(name: str, part: Part, size: tuple[int, int], bits: Bits) -> Row:
+    """The row of one part.
+
+    Args:
+      name: Name of the row.
+      part: A part of an image network.
+      size: Height and width of its input.
+      bits: Scalars, or None for full precision.
+    """
+    weights, activations = (LARGEST_BITS if v is None else int(v) for v in bits)
+    macs, shapes = part.macs(*size), part.kernel_shapes()
+    kernel_bits = {k: depthwise_bits(weights) if is_depthwise(shape) else weights for k, shape in shapes.items()}
+    sizes = {k: math.prod(shape) for k, shape in shapes.items()}
+    packed = sum(-(-sizes[k] * kernel_bits[k] // 8) for k in shapes)
     return Row(
         name,
-        (*block.output_size(*size), block.width_out),
-        parameters,
+        (part.width_out,) if isinstance(part, Head) else (*part.output_size(*size), part.width_out),
+        part.parameters,
         weights,
         activations,
         sum(macs.values()),
         sum(macs[k] * kernel_bits[k] * activations for k in macs),
-        packed + 4 * (parameters - sum(sizes.values())),
+        packed + 4 * (part.parameters - sum(sizes.values())),
     )
-
-
-def _full_precision(name: str, params: dict, output: tuple[int, ...], macs: int) -> Row:
-    own = {k: v for k, v in params.items() if k.startswith(name)}
-    return Row(name, output, _size(own), 32, 32, macs, macs * 32 * 32, 4 * _size(own))
-
-
-def _size(tree: dict) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

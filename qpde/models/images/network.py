@@ -8,10 +8,11 @@ keep every parameter stacked on a leading axis (block, ...), also where there is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from qpde import operators, stencils
+from qpde import stencils
 from qpde.bits import Bits
 from qpde.integrators import integrate
-from qpde.models.images.blocks import Block, Smoothing
-from qpde.models.layers import Mode, Observe, divide_by_rms, he_normal, moments, moved, normalize
+from qpde.models.images.blocks import Block
+from qpde.models.images.parts import ExactConv, Head, Part
+from qpde.models.layers import Mode, Observe
+from qpde.models.options import NetworkOptions, Smoothing
 
-__all__ = ["Network", "Stage", "groups"]
+__all__ = ["Architecture", "BoundPart", "Network", "Stage", "bits_of_block", "groups"]
 
 
 def groups(blocks: tuple[Block, ...], first: int = 0) -> list[tuple[str, Block, int, int]]:
@@ -44,38 +47,25 @@ def groups(blocks: tuple[Block, ...], first: int = 0) -> list[tuple[str, Block, 
     return found
 
 
-class Norm(nn.Module):
-    """Batch norm over all axes but the last."""
+class Pooled(nn.Module):
+    """The head of a network, with its variables."""
+
+    part: Head
 
     @nn.compact
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        width = (x.shape[-1],)
         params = {
-            "scale": self.param("scale", nn.initializers.ones, width),
-            "bias": self.param("bias", nn.initializers.zeros, width),
+            "kernel": self.param("kernel", nn.initializers.lecun_normal(), self.part.kernel_shapes()["kernel"]),
+            "bias": self.param("bias", nn.initializers.zeros, (self.part.width_out,)),
         }
-        running = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, width),
-            "var": self.variable("batch_stats", "var", jnp.ones, width),
+        held = {
+            name: self.variable("batch_stats", name, lambda v=v: v)
+            for name, v in self.part.initial_statistics().items()
         }
-        mean, var, updated = moments(x, {k: v.value for k, v in running.items()}, mode)
-        _store(self, running, updated)
-        return normalize(x, params, mean, var)
-
-
-class RootMeanSquare(nn.Module):
-    """Division of x (N, C) by the root mean square of all its numbers; in evaluation by the running one."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        running = {"mean_square": self.variable("batch_stats", "mean_square", jnp.ones, ())}
-        old = running["mean_square"].value
-        if not mode.train:
-            return divide_by_rms(x, old)
-        own = jnp.mean(x * x)
-        kept = moved(old, jax.lax.stop_gradient(own), mode.momentum)
-        _store(self, running, {"mean_square": kept})
-        return divide_by_rms(x, own)
+        variables = {"params": params, "batch_stats": {name: v.value for name, v in held.items()}}
+        logits, updates = self.part(variables, x, 1.0, Bits(), mode)
+        _store(self, held, updates.get("batch_stats", {}))
+        return logits
 
 
 class Stage(nn.Module):
@@ -149,23 +139,84 @@ class Stage(nn.Module):
         return jax.vmap(lambda key, p: block.initial_spectral(key, p, shape[1], shape[2]))(keys, params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Shape of an image network.
+
+    Attributes:
+      name: Its name, for messages and tables.
+      block: Kind of its blocks.
+      stages: (width_in, width_out, blocks, stride, expansion) of each stage.
+      neck_width: Channels of a 1x1 convolution before the pooling, or None.
+    """
+
+    name: str
+    block: type[Block]
+    stages: tuple[tuple[int, int, int, int, int], ...]
+    neck_width: int | None = None
+
+    def with_blocks(self, *counts: int) -> Architecture:
+        """Its first stages, with these numbers of blocks."""
+        stages = tuple((*row[:2], count, *row[3:]) for row, count in zip(self.stages, counts, strict=False))
+        return dataclasses.replace(self, stages=stages)
+
+
+class BoundPart(NamedTuple):
+    """A part of a network with what it is called with.
+
+    Attributes:
+      part: Its description.
+      variables: Its own variables.
+      step_size: h, 1 where a block finds its own and for parts that are no steps.
+      gamma2: Step of its smoothing, or None.
+      bits: Its bits, scalars or None.
+    """
+
+    part: Part
+    variables: dict
+    step_size: Any
+    gamma2: Any
+    bits: Bits
+
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        """Output of the part."""
+        return self.part(self.variables, x, self.step_size, self.bits, mode, self.gamma2)[0]
+
+
 class Network(nn.Module):
-    """Image classifier of qpde; make one with `qpde.models.create`; `image_network` documents the attributes.
+    """Image classifier of qpde: a list of parts. Make one with `qpde.models.create` or `image_network`.
 
     A collection "smoothing" with a scalar "strength" in [0, 1], added to the variables of a network that smooths,
     multiplies every gamma2: at 0 it is the network without smoothing, at 1 what it is without the collection.
+
+    Attributes:
+      architecture: Its shape.
+      num_classes: Number of classes.
+      options: All its options.
     """
 
-    name_of_architecture: str
-    stages: tuple[tuple[Block, ...], ...]
+    architecture: Architecture
     num_classes: int
-    neck_width: int | None
-    weight_bits: int | None
-    act_bits: int | None
-    loop: str
-    remat: bool
-    compute_dtype: str = "float32"
-    head: str = "dense"
+    options: NetworkOptions
+
+    @functools.cached_property
+    def stages(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks by stage."""
+        kind, options = self.architecture.block, self.options
+
+        def block(stage, index):
+            width_in, width_out, _, stride, expansion = stage
+            first = index == 0
+            return kind(
+                width_in=width_in if first else width_out,
+                width_out=width_out,
+                stride=stride if first else 1,
+                symmetric=options.symmetric and (not first or kind.keeps_width),
+                expansion=expansion,
+                **options.of_blocks,
+            )
+
+        return tuple(tuple(block(stage, i) for i in range(stage[2])) for stage in self.architecture.stages)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -182,15 +233,60 @@ class Network(nn.Module):
             for name, block, _, count in groups(blocks, first)
         ]
 
+    def stem(self, channels: int = 3) -> ExactConv:
+        """The first convolution, for images of that many channels."""
+        return ExactConv(channels, self.stages[0][0].width_in, 3, "conv1", "bn1")
+
+    @property
+    def neck(self) -> ExactConv | None:
+        """The 1x1 convolution before the pooling, if there is one."""
+        width = self.architecture.neck_width
+        if width is None:
+            return None
+        return ExactConv(self.blocks[-1].width_out, width, 1, "layers.7.0.0.weight", "layers.7.0.1")
+
+    @property
+    def head(self) -> Head:
+        """Pooling and dense layer."""
+        width = self.architecture.neck_width or self.blocks[-1].width_out
+        return Head(width, self.num_classes, self.options.head)
+
+    def parts(self, channels: int = 3) -> list[tuple[str, Part]]:
+        """All parts in order, by name: stem, blocks, neck if there is one, head."""
+        # As they are stacked: a run of blocks of which none is chosen for smoothing does not smooth.
+        stacked = [(stage, block) for stage, _, block, count in self.stacks for _ in range(count)]
+        numbers = [b for own in self.stages for b in range(len(own))]
+        blocks = [(f"{stage}.block{b}", block) for (stage, block), b in zip(stacked, numbers, strict=True)]
+        neck = [("neck", self.neck)] if self.neck else []
+        return [("stem", self.stem(channels)), *blocks, *neck, ("head", self.head)]
+
     @property
     def clip_bits(self) -> tuple[int, ...] | None:
-        """Widths that have clips of their own, or None where one clip serves all."""
-        return self.stages[0][0].clip_bits
+        """Bits that have clips of their own, or None where one clip serves all."""
+        return self.options.clip_bits
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of the weights that the network was created with."""
+        return self.options.weight_bits
+
+    @property
+    def act_bits(self) -> int | None:
+        """Bits of the activations that the network was created with."""
+        return self.options.act_bits
 
     @property
     def bits(self) -> Bits:
-        """The widths that the network was created with."""
+        """The bits that the network was created with."""
         return Bits(self.weight_bits, self.act_bits)
+
+    def with_options(self, **changes: Any) -> Network:
+        """This network with some options changed."""
+        return self.clone(options=dataclasses.replace(self.options, **changes))
+
+    def with_bits(self, bits: Bits) -> Network:
+        """This network with other bits of its own, whole numbers or None."""
+        return self.with_options(weight_bits=bits.weights, act_bits=bits.activations)
 
     def with_quantizers(self, bits: Bits, *, per_channel: bool = False) -> Network:
         """This full-precision network with quantizers, whose parameters keep their meaning.
@@ -201,12 +297,13 @@ class Network(nn.Module):
         Args:
           bits: whole numbers or None.   per_channel: one weight clip for each output channel.
         """
-        replaced = {"standardize": False, "per_channel": per_channel}
-        stages = tuple(
-            tuple(dataclasses.replace(b, **replaced, signed_inputs=b.has_signed_inputs) for b in blocks)
-            for blocks in self.stages
+        return self.with_options(
+            standardize=False,
+            per_channel=per_channel,
+            signed_inputs=self.architecture.block.has_signed_inputs,
+            weight_bits=bits.weights,
+            act_bits=bits.activations,
         )
-        return self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
 
     def at_bits(self, variables: dict, bits: Bits) -> tuple[Network, dict]:
         """Of a network with clips for each width, the ordinary one at these widths: the same function, and its twin is
@@ -221,9 +318,26 @@ class Network(nn.Module):
         for stage, name, block, _ in self.stacks:
             own = params[stage][name]
             params[stage] = params[stage] | {name: own | jax.vmap(partial(block.clips_at, bits=bits))(own)}
-        stages = tuple(tuple(dataclasses.replace(b, clip_bits=None) for b in blocks) for blocks in self.stages)
-        model = self.clone(stages=stages, weight_bits=bits.weights, act_bits=bits.activations)
+        model = self.with_options(clip_bits=None, weight_bits=bits.weights, act_bits=bits.activations)
         return model, {**variables, "params": params}
+
+    def bound_parts(self, variables: dict, bits: Bits | None = None) -> list[BoundPart]:
+        """The parts in order, each with its own variables and bits: called one after the other they are the network.
+
+        Args:
+          variables: Collections of this network.
+          bits: Scalars, or one value for each block. Default: the network's own.
+        """
+        bits = self.checked_bits(self.bits if bits is None else bits)
+
+        def exact(part, name):
+            own = {k: variables.get(k, {}).get(name, {}) for k in ("params", "batch_stats")}
+            return BoundPart(part, own, 1.0, None, Bits())
+
+        blocks = [BoundPart(*step, bits_of_block(bits, i)) for i, step in enumerate(self.steps(variables))]
+        neck = [exact(self.neck, "neck")] if self.neck else []
+        stem = self.stem(variables["params"]["stem"]["kernel"].shape[2])
+        return [exact(stem, "stem"), *blocks, *neck, exact(self.head, "head")]
 
     def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
         """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with.
@@ -303,26 +417,27 @@ class Network(nn.Module):
         """
         self._check_input(x)
         bits = self.checked_bits(self.bits if bits is None else bits)
-        mode = Mode(train, momentum, observe, power_iterations, self.compute_dtype)
+        mode = Mode(train, momentum, observe, power_iterations, self.options.compute_dtype)
 
-        kernel = self.param("stem_kernel", he_normal, (3, 3, x.shape[-1], self.stages[0][0].width_in))
-        x = jax.nn.relu(Norm(name="stem_norm")(self._conv(x, kernel), mode))
+        x = self._exact("stem", self.stem(x.shape[-1]), x, mode)
         states, first, strength = [], 0, self.get_variable("smoothing", "strength")
         for i, blocks in enumerate(self.stages):
-            stage = Stage(blocks, first, self.loop, self.remat, name=f"stage{i}")
+            stage = Stage(blocks, first, self.options.loop, self.options.remat, name=f"stage{i}")
             x, new = stage(x, bits, mode, strength, return_states)
             states, first = states + new, first + len(blocks)
-        if self.neck_width is not None:
-            kernel = self.param("neck_kernel", he_normal, (1, 1, x.shape[-1], self.neck_width))
-            x = jax.nn.relu(Norm(name="neck_norm")(self._conv(x, kernel), mode))
-        pooled = x.mean((1, 2))
-        if self.head == "scaled":
-            pooled = RootMeanSquare(name="pooled")(pooled, mode)
-        logits = nn.Dense(self.num_classes, name="head")(pooled)
+        if self.neck:
+            x = self._exact("neck", self.neck, x, mode)
+        logits = Pooled(self.head, name="head")(x, mode)
         return (logits, tuple(states)) if return_states else logits
 
-    def _conv(self, x, kernel):
-        return operators.conv(x, kernel.astype(self.compute_dtype))
+    def _exact(self, name: str, part: ExactConv, x: jax.Array, mode: Mode) -> jax.Array:
+        """The stem or the neck, with its variables."""
+        params = self.param(name, lambda key: part.init(key)[0])
+        held = {"batch_stats": self.variable("batch_stats", name, lambda: part.init(jax.random.key(0))[1])}
+        variables = {"params": params, "batch_stats": held["batch_stats"].value}
+        x, updates = part(variables, x, 1.0, Bits(), mode)
+        _store(self, held, updates)
+        return x
 
     def _check_input(self, x):
         if x.ndim != 4:
@@ -331,7 +446,7 @@ class Network(nn.Module):
             raise ValueError(f"images of dtype {x.dtype} must be floating: x.astype(jnp.float32), and scale them")
         if min(x.shape[1:3]) < (side := self.smallest_image):
             raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} are too small for {self.name_of_architecture}: "
+                f"images of {x.shape[1]}x{x.shape[2]} are too small for {self.architecture.name}: "
                 f"pad or resize them to at least {side}x{side}"
             )
 
@@ -348,6 +463,11 @@ class Network(nn.Module):
                 )
             values.append(value)
         return Bits(*values)
+
+
+def bits_of_block(bits: Bits, index: int) -> Bits:
+    """The bits of one block, scalars."""
+    return Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
 
 
 def _store(module: nn.Module, held: dict[str, nn.Variable], updates: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from qpde import Bits, models
 from qpde.certify import certificate
 from qpde.certify.certificate import certify, exact_twin
-from qpde.certify.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.certify.step_bounds import in_float64, step_bound, step_bounds
+from qpde.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.measure.jacobians import jacobian_spectrum
 from qpde.models.images.blocks import BasicBlock, StableBlock
+from qpde.models.images.network import BoundPart
 from qpde.models.layers import Mode
 from qpde.operators import conv, depthwise
 from qpde.stencils import KINDS
@@ -110,7 +111,7 @@ def network(kind):
     """Two stages, random norms, and a function of a seed that makes its variables."""
     name, options = NETWORKS[kind]
     model = models.create(name, num_classes=5, weight_bits=4, act_bits=4, **options)
-    model = model.clone(stages=(model.stages[0][:2], model.stages[1][:2]))
+    model = model.clone(architecture=model.architecture.with_blocks(2, 2))
 
     @jax.jit
     def init(key):
@@ -199,7 +200,7 @@ def test_every_sweep_tightens_the_bound_and_one_for_each_step_leaves_the_differe
 def test_products_of_the_twin_of_a_proof_are_of_float64(kind):
     model, init = network(kind)
     variables, x, bits = init(jax.random.key(0)), images(4, jax.random.key(1)), Bits(4, 4)
-    rounded = certificate._rounded_steps(model, variables, bits)
+    rounded = certificate._rounded_parts(model, variables, bits)
     with in_float64():
         program = certificate._exact_twin.lower(model, variables, rounded, x, bits).as_text()
     products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
@@ -222,6 +223,7 @@ def test_enough_bits_certify_everything_and_sixteen_change_nothing():
     assert found.certified_fraction == 1
     found, _, (logits, _) = check(model, variables, x, Bits(4, 16))
     assert bool(found.certified_a_priori.all())
+    assert found.certified_fraction == 1
     assert float(found.bound_a_priori.max()) == 0
     np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
 
@@ -231,7 +233,7 @@ def test_one_width_per_block_is_the_bound_of_each():
     variables = init(jax.random.key(0))
     mixed = step_bounds(model, variables, (8, 8), Bits(4, (2, 4, 8, 4)))
     for index, bits in enumerate((2, 4, 8, 4)):
-        assert mixed[index] == step_bounds(model, variables, (8, 8), Bits(4, bits))[index]
+        assert mixed.bounds[index] == step_bounds(model, variables, (8, 8), Bits(4, bits)).bounds[index]
     x, widths = images(4, jax.random.key(1)), Bits(4, jnp.array([2, 4, 8, 4]))
     check(model, variables, x, widths)
     as_list = Bits(4, [2, 4, 8, 4])
@@ -243,14 +245,31 @@ def test_one_width_per_block_is_the_bound_of_each():
             f(model, variables, x, Bits(4, [4, 4]))
 
 
+@pytest.mark.parametrize(
+    ("what", "changed"),
+    [
+        ("network", lambda model, variables, x, bits: (model.with_options(residual="precise"), variables, x, bits)),
+        ("image size", lambda model, variables, x, bits: (model, variables, x[:, :6], bits)),
+        ("bits", lambda model, variables, x, bits: (model, variables, x, Bits(4, 5))),
+        ("variables", lambda model, variables, x, bits: (model, jax.tree.map(lambda v: 1.01 * v, variables), x, bits)),
+    ],
+)
+def test_constants_of_something_else_prove_nothing(what, changed):
+    model, init = network("plain")
+    given = (model, init(jax.random.key(0)), images(2, jax.random.key(1)), Bits(4, 4))
+    steps = step_bounds(*given[:2], (8, 8), given[3])
+    with pytest.raises(ValueError, match=f"constants of another {what}"):
+        certify(*changed(*given), steps=steps)
+
+
 # Constants.
 
 
 def constants_with_smoothing(smoothing):
     variables = network("spectral, precise")[1](jax.random.key(0))
     smoothed = models.create("stablenet20", num_classes=5, norm="spectral", residual="precise", smoothing=smoothing)
-    smoothed = smoothed.clone(stages=(smoothed.stages[0][:2], smoothed.stages[1][:2]))
-    return [step.lipschitz for step in step_bounds(smoothed, variables, (8, 8), Bits(4, 4))]
+    smoothed = smoothed.clone(architecture=smoothed.architecture.with_blocks(2, 2))
+    return [step.lipschitz for step in step_bounds(smoothed, variables, (8, 8), Bits(4, 4)).bounds]
 
 
 def test_smoothing_costs_the_blocks_that_smooth_their_constant_and_no_others():
@@ -271,7 +290,7 @@ def test_a_network_in_bfloat16_is_refused():
     model, init = network("spectral, precise")
     variables, x = init(jax.random.key(0)), images(1, jax.random.key(1))
     with pytest.raises(ValueError, match=r"bfloat16.*float32"):
-        certify(model.clone(compute_dtype="bfloat16"), variables, x, Bits(4, 4))
+        certify(model.with_options(compute_dtype="bfloat16"), variables, x, Bits(4, 4))
 
 
 def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():
@@ -282,7 +301,7 @@ def test_the_logits_bound_is_the_distance_seen_through_pooling_and_head():
     w = np.asarray(variables["params"]["head"]["kernel"])
     pairs = np.linalg.norm(w.T[found.prediction][:, None] - w.T[None], axis=-1) / np.sqrt(states[-1][0, :, :, 0].size)
     total = 0.0
-    for step in step_bounds(model, variables, (8, 8), Bits(4, 4)):
+    for step in step_bounds(model, variables, (8, 8), Bits(4, 4)).bounds:
         total = step.lipschitz * total + step.injected
     np.testing.assert_allclose(found.bound_a_priori, pairs * total, rtol=1e-4, atol=1e-6)
 
@@ -325,7 +344,7 @@ def test_constants_of_steps_whose_kernels_are_multiples_of_the_identity(residual
     def bound(kind, step_size=1.0, **options):
         options = {"width_in": channels, "width_out": channels, "stride": 1, "symmetric": False} | options
         block = kind(**options, residual=residual, standardize=False)
-        return step_bound(block, own, step_size, bits, (height, width))
+        return step_bound(BoundPart(block, own, step_size, None, bits), (height, width))
 
     shortcut = first if residual == "rounded" else 0
     plain = (1 + a * b, b * (a * first + second) + shortcut)
@@ -350,16 +369,14 @@ def test_steps_of_a_bounded_norm_have_the_constant_one_by_proof(kind):
     model, init = network(kind)
     for seed in range(3):
         bounds = step_bounds(model, init(jax.random.key(seed)), (8, 8), Bits(4, 4))  # what the norms converged at
-        np.testing.assert_allclose([b.lipschitz for b in bounds], [1, 1, np.sqrt(0.5), 1])
+        np.testing.assert_allclose([b.lipschitz for b in bounds.bounds], [1, 1, np.sqrt(0.5), 1])
 
 
 def test_without_a_proof_of_the_step_size_the_constant_is_above_one():
     model, init = network("tied, auto, scaled head")
-    fixed = model.clone(
-        stages=tuple(tuple(b.__class__(**vars(b) | {"step_size": 4.0}) for b in blocks) for blocks in model.stages)
-    )
+    fixed = model.with_options(step_size=4.0)
     variables = {k: v for k, v in init(jax.random.key(0)).items() if k != "spectral"}
-    assert all(b.lipschitz > 1 for b in step_bounds(fixed, variables, (8, 8), Bits(4, 4)))
+    assert all(b.lipschitz > 1 for b in step_bounds(fixed, variables, (8, 8), Bits(4, 4)).bounds)
 
 
 def spectra(kind, *, is_open=False):

@@ -11,7 +11,7 @@ from qpde.certify.certificate import certify
 from qpde.certify.step_bounds import step_bounds
 from qpde.measure.bit_widths import Elastic, compare_bits
 from qpde.measure.faithfulness import compare, reestimate_statistics
-from qpde.models import registry
+from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 
 WIDTHS = [Bits(2, 2), Bits(3, 4), Bits(8, 8), Bits(32, 32)]
@@ -30,7 +30,7 @@ BATCHES = [(IMAGES[:8], LABELS[:8]), (IMAGES[8:16], LABELS[8:16]), (IMAGES[16:],
 def trained():
     """A network of two blocks in which everything differs from its start, and its variables."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),)))
+        patch.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", BasicBlock, ((4, 4, 2, 1, 1),)))
         model = models.create("tiny", num_classes=4, weight_bits=4, act_bits=4)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.asarray(IMAGES[:8]))
     variables = models.calibrate_clips(model, variables, jnp.asarray(IMAGES[:8]), train=True)
@@ -91,7 +91,7 @@ def test_all_widths_share_one_compiled_program_which_other_widths_and_a_short_ba
         return apply(self, *arguments, **options)
 
     monkeypatch.setattr(Elastic, "apply", counted)
-    fresh = model.clone(act_bits=5)  # compiled nowhere else
+    fresh = model.with_options(act_bits=5)  # compiled nowhere else
     for widths in (WIDTHS, [Bits(3, 2), Bits(5, 5), Bits(7, 6), Bits(32, 32)]):
         compare_bits(fresh, variables, BATCHES, widths, statistics_batches=[IMAGES[:8]])
     assert traced == [True, False]
@@ -150,7 +150,7 @@ def test_stacked_widths_keep_their_order_and_spread_common_ones_over_the_blocks(
 def own_clips(trained):
     """The same network with clips for 2, 4 and 32 bits, read off the data at each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),)))
+        patch.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", BasicBlock, ((4, 4, 2, 1, 1),)))
         model = models.create("tiny", num_classes=4, weight_bits=4, act_bits=4, clip_bits=(2, 4, 32))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.asarray(IMAGES[:8]))
     variables = models.calibrate_clips(model, variables, jnp.asarray(IMAGES[:8]), train=True)
@@ -173,7 +173,7 @@ def test_a_network_with_clips_for_each_width_is_at_each_an_ordinary_one(own_clip
 def test_a_network_with_one_clip_for_all_widths_stays_as_it_is_at_any(trained):
     model, variables = trained
     ordinary, own = model.at_bits(variables, Bits(2, 8))
-    assert ordinary == model.clone(weight_bits=2, act_bits=8)
+    assert ordinary == model.with_bits(Bits(2, 8))
     jax.tree.map(np.testing.assert_array_equal, own, variables)
 
 

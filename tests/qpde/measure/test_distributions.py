@@ -8,7 +8,7 @@ import pytest
 from qpde import graphs, models
 from qpde.bits import Bits
 from qpde.measure.distributions import distributions
-from qpde.models import registry
+from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from qpde.quantizers import quantize_activation
 
@@ -20,7 +20,7 @@ IMAGES = RNG.normal(size=(10, 8, 8, 2)).astype(np.float32)
 @pytest.fixture(scope="module")
 def network():
     """Four blocks, two of which are equal and so stacked, with clips that cut off some values."""
-    registry.ARCHITECTURES["four"] = registry.Architecture(BasicBlock, ((4, 4, 3, 1, 1), (4, 6, 1, 2, 1)))
+    registry.ARCHITECTURES["four"] = Architecture("tiny", BasicBlock, ((4, 4, 3, 1, 1), (4, 6, 1, 2, 1)))
     model = models.create("four", num_classes=3, weight_bits=4, act_bits=3)
     del registry.ARCHITECTURES["four"]
     variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
@@ -128,8 +128,9 @@ def test_every_number_is_its_formula_on_a_graph(graph_network):
 def test_a_constant_activation_has_one_level_and_no_outliers(network):
     model, variables = network
     dark = jax.tree.map(jnp.zeros_like, variables)
-    dark = {**dark, "params": models.calibrate.replace_clips(variables, {})["params"]}
-    dark["params"] = {**dark["params"], "stem_norm": jax.tree.map(jnp.zeros_like, dark["params"]["stem_norm"])}
+    dark = {**dark, "params": models.clips.replace_clips(variables, {})["params"]}
+    stem = dark["params"]["stem"]
+    dark["params"] = {**dark["params"], "stem": {**stem, "norm": jax.tree.map(jnp.zeros_like, stem["norm"])}}
     first = distributions(model, dark, [IMAGES], BITS)[0]
     assert (first.kurtosis, first.outliers, first.used_levels, first.entropy, first.std) == (0, 0, 1, 0, 0)
 

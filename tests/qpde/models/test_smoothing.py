@@ -21,7 +21,7 @@ LEARNED = dataclasses.replace(FIRST_AND_LAST, learned=True)
 def make(smoothing):
     """The first stage of resnet20: a plain block, and two symmetric ones that are stacked."""
     model = models.create("resnet20", num_classes=3, smoothing=smoothing)
-    model = model.clone(stages=model.stages[:1])
+    model = model.clone(architecture=model.architecture.with_blocks(len(model.stages[0])))
     return model, jax.jit(model.init)(jax.random.key(0), images())
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qpde import models
 from qpde.bits import Bits
 from qpde.measure.faithfulness import reestimate_statistics
-from qpde.models import registry
+from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from qpde.ptq.bit_allocation import FULL, allocate, block_bits, block_costs, sensitivity
 
@@ -83,7 +83,7 @@ def test_bad_input_is_named(errors, costs, budget, message):
 def trained():
     """A network of two blocks, its variables and images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),)))
+        patch.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", BasicBlock, ((4, 4, 2, 1, 1),)))
         model = models.create("tiny", num_classes=4, weight_bits=4, act_bits=4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 1)), jnp.float32)
     variables = models.calibrate_clips(model, jax.jit(model.init)(jax.random.key(0), images), images, train=True)

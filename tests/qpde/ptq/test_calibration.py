@@ -33,7 +33,7 @@ STATISTICS = images(16, seed=9)
 def trained(name="resnet20", **options):
     """The first two stages of a network in full precision, with the norms and statistics of a trained one."""
     model = models.create(name, num_classes=10, **options)
-    model = model.clone(stages=model.stages[:2])
+    model = model.clone(architecture=model.architecture.with_blocks(*map(len, model.stages[:2])))
 
     @jax.jit
     def init(key, x):
@@ -238,7 +238,7 @@ def test_more_bits_are_closer_to_full_precision():
     errors = {}
     for bits in (3, 4, 6, 8):
         model, variables = in_bits(bits, symmetric=False)
-        any_width = model.clone(weight_bits=None, act_bits=None)  # compiled once
+        any_width = model.with_bits(Bits())  # compiled once
         errors[bits] = relative_error(run(any_width, variables, x, bits=model.bits), exact)
     assert errors[8] < 0.5 * errors[6] < 0.5 * 0.5 * errors[4] < 0.5 * errors[3]
     assert errors[8] < 0.04

@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from qpde import quantizers
 from qpde.quantizers import (
     ACTIVATION_CLIP,
     LARGEST_LEVEL,
@@ -26,6 +25,7 @@ from qpde.quantizers import (
     quantization_step,
     quantize_activation,
     quantize_weight,
+    rounding,
     standardize_weight,
 )
 
@@ -698,4 +698,4 @@ def test_bad_arguments_are_refused_by_name(run, message):
 
 
 def test_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(quantizers) == (0, 3)
+    assert doctest.testmod(rounding) == (0, 3)

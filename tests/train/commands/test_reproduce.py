@@ -48,7 +48,7 @@ def test_parameters_are_compared_bit_by_bit(finished, capsys):
         Path("elsewhere", "tiny", name).write_text((finished / name).read_text())
     Path("elsewhere", "tiny", "config.json").write_text((finished / "config.json").read_text())
     assert main(["reproduce", "elsewhere/tiny"]) == 1
-    assert "stem_kernel']: by up to" in capsys.readouterr().out
+    assert "stem']['kernel']: by up to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qpde.bits import Bits
-from qpde.models import registry
+from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import COMMANDS, Command, load_recipes, main
 from train.config.images import Experiment, Model, Variant
@@ -52,7 +52,7 @@ recipes = {"fast": tiny, "full_precision": Experiment(
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A file of recipes for a network of two blocks, in a fresh folder that is also the working directory."""
-    architecture = registry.Architecture(BasicBlock, ((8, 8, 2, 1, 1),))
+    architecture = Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
     monkeypatch.setitem(registry.ARCHITECTURES, "tiny", architecture)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.py").write_text(CONFIG)
@@ -561,7 +561,7 @@ def test_widths_that_a_set_of_levels_does_not_have_are_refused(arguments, tmp_pa
     (tmp_path / "summary.json").write_text(json.dumps({"variants": {"plain": {}}}))
     bits = SimpleNamespace(bits=Bits(4, 4), act_bits=4)
     training = SimpleNamespace(experiment=experiment, variant=experiment.variants[0], model=bits)
-    for module in ("certify", "page.command", "elastic"):
+    for module in ("certify", "report", "elastic"):
         monkeypatch.setattr(f"train.commands.{module}.read_finished", lambda *_: {"plain": Finished(training, {})})
     assert main([arguments[0], str(tmp_path), *arguments[1:]]) == 2
     assert "levels 'pot' have no widths of 12 bits: choose 2 to 8, or 16 and more" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qpde.models import Smoothing, registry
+from qpde.models import Architecture, Smoothing, registry
 from qpde.models.images.blocks import StableBlock
 from train.commands import report
 from train.commands.cli import main
@@ -27,7 +27,7 @@ from train.trained.figures import Maps
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-TINY = registry.Architecture(StableBlock, ((8, 8, 3, 1, 1),))
+TINY = Architecture("tiny", StableBlock, ((8, 8, 3, 1, 1),))
 
 CONFIG = """
 from train.config import Data, Experiment, Model, Variant

@@ -23,13 +23,14 @@ ROOT = Path(__file__).parents[3]
 # when it reaches that place for the COUNT-th time: after it issued a step, or inside the thread that writes a state.
 CONFIG = """
 import os, signal
+from qpde.models import Architecture
 from qpde.models import registry
 from qpde.models.blocks import BasicBlock
 import train.runs.checkpoints
 from train.config import Data, Experiment, Model, Variant
 from train.progress import Display
 
-registry.ARCHITECTURES["tiny"] = registry.Architecture(BasicBlock, ((8, 8, 2, 1, 1),))
+registry.ARCHITECTURES["tiny"] = Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
 recipes = {"fast": Experiment(
     name="tiny",
     variants=(Variant("symmetric"),),

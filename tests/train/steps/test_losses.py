@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpde.bits import Bits
-from qpde.models import registry
+from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from train.config.images import Loss
 from train.data.augment import mixup
@@ -83,7 +83,7 @@ def test_cross_entropy_of_one_hot_targets_has_the_gradient_of_the_softmax():
 @pytest.fixture(scope="module")
 def network():
     """Two blocks with a twin, its clips twice the network's, images and targets."""
-    registry.ARCHITECTURES["tiny"] = registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),))
+    registry.ARCHITECTURES["tiny"] = Architecture("tiny", BasicBlock, ((4, 4, 2, 1, 1),))
     model = registry.create("tiny", num_classes=3, weight_bits=4, act_bits=3)
     del registry.ARCHITECTURES["tiny"]
     x = jax.random.normal(jax.random.key(1), (8, 6, 6, 3))

@@ -10,7 +10,7 @@ import pytest
 
 import train.tasks.images as application
 from qpde import stencils
-from qpde.models import registry
+from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import main
 from train.config.images import Optimizer
@@ -43,7 +43,7 @@ recipes = {"fast": Experiment(
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A file of recipes for a network of two blocks, in a fresh folder that is also the working directory."""
-    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((8, 8, 2, 1, 1),)))
+    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),)))
     monkeypatch.chdir(tmp_path)
     Path("tiny.py").write_text(CONFIG)
     return "tiny.py"

@@ -92,7 +92,7 @@ def test_a_diffusion_network_is_its_formula():
         k = params["layers"]["kernel"][j]
         x = x + 0.3 * graphs.divergence(graph, jnp.tanh(graphs.gradient(graph, x) @ k)) @ k.T
         close(states[j], x)
-    close(logits, x @ params["neck_kernel"] + params["neck_bias"][None])
+    close(logits, x @ params["head_kernel"] + params["head_bias"][None])
     assert len(states) == DEPTH
 
 

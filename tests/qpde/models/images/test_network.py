@@ -24,7 +24,7 @@ def images(n=2, shape=IMAGE, seed=0):
 def shortened(name="resnet20", **options):
     """The first two stages of a network: every kind of block, at a fraction of the compile time."""
     model = models.create(name, **({"num_classes": 10} | options))
-    return model.clone(stages=model.stages[:2])
+    return model.clone(architecture=model.architecture.with_blocks(*map(len, model.stages[:2])))
 
 
 @functools.cache
@@ -298,7 +298,7 @@ def test_a_scaled_head_sees_pooled_features_of_mean_square_one():
 
     logits, states, updates = train_once(model, variables, images(4), momentum=0.0)
     pooled = states[-1].mean((1, 2))
-    own = updates["batch_stats"]["pooled"]["mean_square"]
+    own = updates["batch_stats"]["head"]["mean_square"]
     np.testing.assert_allclose(own, jnp.mean(pooled**2), rtol=1e-6)
     np.testing.assert_allclose(logits, logits_of(pooled, own), rtol=1e-4, atol=1e-5)
     assert abs(float(own) - 1) > 0.1
@@ -306,7 +306,7 @@ def test_a_scaled_head_sees_pooled_features_of_mean_square_one():
     logits, states = apply(model, {**variables, **updates}, images(3, seed=1), return_states=True)
     np.testing.assert_allclose(logits, logits_of(states[-1].mean((1, 2)), own), rtol=1e-4, atol=1e-5)
     *_, updates = train_once(model, variables, images(4), momentum=0.75)
-    np.testing.assert_allclose(updates["batch_stats"]["pooled"]["mean_square"], 0.75 + 0.25 * own, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["head"]["mean_square"], 0.75 + 0.25 * own, rtol=1e-5)
 
 
 def test_a_tied_network_with_a_step_of_its_own_has_no_singular_vectors_to_carry():
@@ -358,7 +358,7 @@ def test_calibrated_clips_are_those_of_the_data():
     x = images(16)
     calibrated = models.calibrate_clips(model, variables, x, method="absmax", train=True)
     clips = calibrated["params"]["stage0"]["block0"]["act_clips"]
-    opening = jax.nn.relu(_normalized(qpde.operators.conv(x, variables["params"]["stem_kernel"])))
+    opening = jax.nn.relu(_normalized(qpde.operators.conv(x, variables["params"]["stem"]["kernel"])))
     np.testing.assert_allclose(clips[0, 0], opening.max(), rtol=1e-4)
     kernel = calibrated["params"]["stage0"]["block0"]["kernel1"][0]
     weight_clip = calibrated["params"]["stage0"]["block0"]["weight_clips"][0, 0]
@@ -464,7 +464,7 @@ def test_bad_input_is_refused_by_name():
 @pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
 def test_in_bfloat16_every_convolution_and_nothing_else_is_narrow(name):
     model = models.create(name, num_classes=3, norm="spectral", weight_bits=4, act_bits=4, compute_dtype="bfloat16")
-    model = model.clone(stages=model.stages[:1])
+    model = model.clone(architecture=model.architecture.with_blocks(len(model.stages[0])))
     x = images(2)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
