@@ -106,4 +106,5 @@ def direction(x, length):
 
 
 def wide(x):
+    """x in float32 at least."""
     return x if x.dtype.itemsize > 4 else x.astype(jnp.float32)

@@ -145,6 +145,7 @@ def _proven_for(model, variables, size, bits):
 
 
 def check_model(model):
+    """Raise ValueError for a network that no bound covers."""
     if model.clip_bits is not None:
         raise ValueError(
             f"the twin of a network with clips for each of {model.clip_bits} clips elsewhere, which no bound covers: "
@@ -177,4 +178,5 @@ def in_float64() -> Iterator[None]:
 
 
 def to_float64(tree):
+    """A tree with its floating leaves in float64."""
     return jax.tree.map(lambda v: v.astype(jnp.float64) if jnp.issubdtype(v.dtype, jnp.floating) else v, tree)

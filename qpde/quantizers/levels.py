@@ -24,6 +24,8 @@ __all__ = ["INVERSE_STEPS", "LEVEL_SETS", "STEPS", "LevelSet", "look_up"]
 
 
 class LevelSet(NamedTuple):
+    """How a set of levels rounds, and numbers its levels."""
+
     snap: Callable[[Array, Array | int], Array]
     number: Callable[[Array, Array | int], Array]  # of a snapped magnitude, see `level_index`
     has_steps: bool  # levels are the integers up to n = 2^bits - 1; otherwise n = 1
@@ -122,6 +124,7 @@ def _apot_units(bits: int) -> np.ndarray:
 
 
 def look_up(table: np.ndarray, index: Array | int, dtype) -> Array | float:
+    """An entry of a table, by a static or a traced index."""
     if isinstance(index, int):
         return float(table[index])
     return jnp.asarray(table, dtype).at[index].get(mode="clip")

@@ -281,6 +281,7 @@ class Grid(NamedTuple):
 @partial(jax.jit, static_argnums=0)  # traced once for all layers of equal shapes
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fake_quantize(grid: Grid, x: Array, clip: Array, traced_bits: Array | None, gradient_scale: Array) -> Array:
+    """The rounded x, with the gradients of the module's docstring."""
     snapped = _snap(grid, x, clip, traced_bits)
     y = unless_exact(
         bits_of(grid, traced_bits),
@@ -415,6 +416,7 @@ def _as_clip(clip: ArrayLike) -> Array:
 
 
 def floating(x: ArrayLike) -> Array:
+    """x as an array, which must be floating."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}, expected a floating point type: convert it first")
@@ -422,6 +424,7 @@ def floating(x: ArrayLike) -> Array:
 
 
 def compute_dtype(x: Array):
+    """Dtype of the computation: float64 for float64, else float32."""
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
@@ -430,6 +433,7 @@ def _along_channels(values: Array, ndim: int) -> Array:
 
 
 def bits_of(grid: Grid, traced_bits: Array | None) -> Array | int:
+    """The bits, static or traced."""
     return traced_bits if grid.bits is None else grid.bits
 
 
@@ -438,6 +442,7 @@ def _at_most(bits: Array | int, limit: int) -> Array | int:
 
 
 def unless_exact(bits: Array | int, rounded: Callable[[], Array], exact: Callable[[], Array]) -> Array:
+    """The rounded result, or from 16 bits on the exact one."""
     if isinstance(bits, int):
         return exact() if bits >= EXACT_BITS else rounded()
     return jnp.where(bits >= EXACT_BITS, exact(), rounded())

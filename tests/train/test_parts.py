@@ -672,7 +672,7 @@ GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch):
-    ask = "from train.memory import keep_freed_memory; print(keep_freed_memory())"
+    ask = "from train.host.allocator import keep_freed_memory; print(keep_freed_memory())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.strip() == str(GLIBC)
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
@@ -684,7 +684,7 @@ def test_blocks_larger_than_a_threads_heap_are_used_again():
     """80 MiB are 20480 pages; the first calls grow the heap, later ones find their pages in it."""
     program = """
 import resource
-from train.memory import keep_freed_memory
+from train.host.allocator import keep_freed_memory
 keep_freed_memory()
 import jax, jax.numpy as jnp
 

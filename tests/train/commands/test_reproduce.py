@@ -21,7 +21,10 @@ EXPERIMENT = GraphExperiment(
 def finished(tmp_path, monkeypatch):
     """The folder of a finished run, in a fresh folder that is also the working directory."""
     monkeypatch.chdir(tmp_path)
-    lines = ["from train.stored import from_json", f"recipes = {{'fast': from_json({to_json(EXPERIMENT)!r})}}"]
+    lines = [
+        "from train.config.serialize import from_json",
+        f"recipes = {{'fast': from_json({to_json(EXPERIMENT)!r})}}",
+    ]
     Path("tiny.py").write_text("\n".join(lines) + "\n")
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
         assert main(["run", "tiny.py"]) == 0
@@ -48,7 +51,7 @@ def test_parameters_are_compared_bit_by_bit(finished, capsys):
         Path("elsewhere", "tiny", name).write_text((finished / name).read_text())
     Path("elsewhere", "tiny", "config.json").write_text((finished / "config.json").read_text())
     assert main(["reproduce", "elsewhere/tiny"]) == 1
-    assert "stem']['kernel']: by up to" in capsys.readouterr().out
+    assert "stem_kernel']: by up to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import qpde.models
-from qpde.models import Architecture, registry
+from qpde.models import registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import main
 from train.config.images import Experiment, Loss, Variant
@@ -38,11 +38,11 @@ ROOT = Path(__file__).parents[3]
 CONFIG = """
 import os, signal
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
+from qpde.models.images.blocks import BasicBlock
 from train.config import Data, Experiment, Model, Variant
-from train.progress import Display
+from train.host.console import Display
 
-registry.ARCHITECTURES["tiny"] = Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),))
+registry.ARCHITECTURES["tiny"] = registry.Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),))
 recipes = {"fast": Experiment(
     name="other",
     variants=(Variant("plain", {"symmetric": False, "weight_bits": None, "act_bits": None}),),
@@ -71,7 +71,7 @@ if int(count):
 def tiny():
     """A network of one block."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),)))
+        patched.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),)))
         yield
 
 

@@ -20,7 +20,7 @@ from train.commands.cli import main
 from train.config.graphs import GraphExperiment, GraphVariant
 from train.config.images import Data, Experiment, Model, Variant
 from train.config.serialize import to_json
-from train.page import published_curves
+from train.page import image_sections, published_curves
 from train.page.html import figure, page, table
 from train.tasks import images
 from train.trained.figures import Maps
@@ -201,7 +201,7 @@ def test_each_network_is_said_to_smooth_as_it_was_smoothed(tmp_path):
         "huber": maps(dataclasses.replace(strong, kind="huber", steps=2), True),
         "behind": maps(strong, True),
     }
-    text = images._smoothing(measured, tmp_path)
+    text = image_sections._smoothing(measured, tmp_path)
     for clause in (
         "none: 1 explicit step, γ² = 0.025, ε = 0.1, isotropic, added for this page; ",
         "inside, behind: 1 explicit step, γ² = 0.125, ε = 0.5, isotropic, as in the network; ",

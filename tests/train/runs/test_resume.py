@@ -25,12 +25,12 @@ CONFIG = """
 import os, signal
 from qpde.models import Architecture
 from qpde.models import registry
-from qpde.models.blocks import BasicBlock
+from qpde.models.images.blocks import BasicBlock
 import train.runs.checkpoints
 from train.config import Data, Experiment, Model, Variant
-from train.progress import Display
+from train.host.console import Display
 
-registry.ARCHITECTURES["tiny"] = Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
+registry.ARCHITECTURES["tiny"] = registry.Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
 recipes = {"fast": Experiment(
     name="tiny",
     variants=(Variant("symmetric"),),

@@ -206,7 +206,10 @@ def test_a_label_that_is_missing_inside_a_split_is_refused_and_outside_it_is_not
 def config(tmp_path, monkeypatch):
     """A file with the tiny experiment, in a fresh folder that is also the working directory."""
     monkeypatch.chdir(tmp_path)
-    lines = ["from train.stored import from_json", f"recipes = {{'fast': from_json({to_json(EXPERIMENT)!r})}}"]
+    lines = [
+        "from train.config.serialize import from_json",
+        f"recipes = {{'fast': from_json({to_json(EXPERIMENT)!r})}}",
+    ]
     (tmp_path / "tiny.py").write_text("\n".join(lines) + "\n")
     return "tiny.py"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prepared_sets import photographs, prepare
 
-from qpde.models import Architecture, registry
+from qpde.models import registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import main
 from train.commands.reproduce import differences
@@ -32,7 +32,9 @@ def data(tmp_path_factory):
 def test_a_run_on_streamed_photographs_that_is_stopped_within_an_epoch_ends_bit_for_bit_the_same(
     data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(registry.ARCHITECTURES, "resnet34", Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),)))
+    monkeypatch.setitem(
+        registry.ARCHITECTURES, "resnet34", registry.Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
+    )
     monkeypatch.chdir(tmp_path)
     command = ["run", str(ROOT / "configs/imagenet_resnet34.py"), "--data-dir", str(data), *SMALL]
     assert main([*command, "--runs-dir", "whole"]) == 0
@@ -60,10 +62,10 @@ def test_a_run_on_streamed_photographs_that_is_stopped_within_an_epoch_ends_bit_
 PROGRAM = """
 import sys
 from qpde.models import registry
-from qpde.models.blocks import InvertedBlock
-from train.cli import main
+from qpde.models.images.blocks import InvertedBlock
+from train.commands.cli import main
 blocks = ((8, 8, 1, 1, 1), (8, 16, 2, 2, 2))
-registry.ARCHITECTURES["mobilenetv2"] = Architecture("tiny", InvertedBlock, blocks, neck_width=32)
+registry.ARCHITECTURES["mobilenetv2"] = registry.Architecture("tiny", InvertedBlock, blocks, neck_width=32)
 status = main(sys.argv[1:])
 print("tensorflow" in sys.modules, "tensorflow_datasets" in sys.modules, "grain" in sys.modules)
 sys.exit(status)
