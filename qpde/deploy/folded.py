@@ -40,7 +40,6 @@ from qpde.deploy.program import (
     Snap,
     accumulator_bound,
     consumers,
-    whole_bounds,
 )
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock, depthwise_bits, is_depthwise
 from qpde.models.images.network import Network
@@ -50,8 +49,9 @@ from qpde.stencils import KINDS
 
 __all__ = ["Folded", "Note", "fold"]
 
-PIXEL_LIMIT, PIXEL_UNIT = 2047, 2.0**-9
-"""Codes of the images where the stem has 8 bits: 12 bits, for numbers within +-4, finer than any pixel of 8 bits."""
+PIXEL_LIMIT, PIXEL_UNIT = 255, 2.0**-6
+"""Codes of the images where the stem has 8 bits: 9 bits for numbers within +-4, about the step of an 8-bit pixel that
+was divided by its standard deviation. More bits would leave the thresholds no room, see `qpde.deploy.settle`."""
 
 _CODE_BITS = 8
 _PACKED_BITS = (2, 3, 4, 8)
@@ -97,6 +97,20 @@ class Folded(Program):
     def __str__(self) -> str:
         return self.summary()
 
+    def check(self) -> None:
+        """Raise a ValueError where an operation reads what there is not yet."""
+        known = {"images"}
+        for op in self.ops:
+            if missing := [x for x in op.inputs if x not in known]:
+                raise ValueError(f"{op.out} reads {missing[0]!r}, which no operation before it writes")
+            if op.out in known:
+                raise ValueError(f"{op.out!r} is written twice")
+            if isinstance(op, Conv) and op.kernel not in self.kernels:
+                raise ValueError(f"{op.out} needs kernel {op.kernel!r}, which is missing")
+            known.add(op.out)
+        if "logits" not in known:
+            raise ValueError("no operation writes the logits")
+
     def summary(self) -> str:
         """Each part's bit-widths, and what in it is computed in float32 and why, as text."""
         lines = [f"{self.name}{', settled' if self.settled else ''}: {len(self.kernels)} kernels"]
@@ -126,7 +140,7 @@ def fold(
       variables: Its collections.
       bits: Bit-widths, static scalars or one value for each block. None takes the model's own.
       outer_bits: Bit-width of the kernels of stem, neck and head: 8, or None for float32. With 8 the images are rounded
-        to 12 bits within +-4, and the stem's sums are whole as well.
+        to 9 bits within +-4, and the stem's sums are whole as well.
     Returns:
       The program. `str` of it says what stays in float32, and why.
     Raises:
@@ -498,7 +512,7 @@ def _stem(build: _Builder, params: dict, stats: dict, unit_out: float, outer_bit
     g, b = _norm(params["stem_norm"], stats["stem_norm"])
     out = build.relu(build.affine((sums, g * scale * unit / unit_out), bias=b / unit_out))
     build.reasons = [r for r in build.reasons if "integer codes" not in r]
-    build.note("stem", outer_bits, None if outer_bits is None else 12)
+    build.note("stem", outer_bits, None if outer_bits is None else 9)
     return out
 
 

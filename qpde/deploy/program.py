@@ -206,16 +206,18 @@ def whole_bounds(program: Program) -> dict[str, tuple[int, int]]:
             bounds[op.out] = (-top if op.signed else 0, top)
         elif isinstance(op, Conv) and op.x in bounds and program.kernels[op.kernel].is_whole:
             bounds[op.out] = _conv_bounds(program.kernels[op.kernel], op.adjoint, bounds[op.x])
-        elif isinstance(op, Affine) and op.bias is None and all(x in bounds for x in op.inputs):
-            if all(np.all(f == np.round(f)) for f in op.factors):
-                bounds[op.out] = _sum_bounds(op, bounds)
+        elif isinstance(op, Affine) and op.bias is None and _is_whole_sum(op, bounds):
+            bounds[op.out] = _sum_bounds(op, bounds)
     return bounds
 
 
+def _is_whole_sum(op, bounds):
+    return all(x in bounds for x in op.inputs) and all(np.all(f == np.round(f)) for f in op.factors)
+
+
 def _conv_bounds(kernel, adjoint, bounds):
-    values = (kernel.adjoint() if adjoint else kernel.values).astype(np.int64).reshape(-1, kernel.values.shape[-1])
-    if adjoint and not kernel.depthwise:
-        values = kernel.adjoint().astype(np.int64).reshape(-1, kernel.values.shape[2])
+    values = (kernel.adjoint() if adjoint else kernel.values).astype(np.int64)
+    values = values.reshape(-1, values.shape[-1])
     low, high = bounds
     terms = np.stack([values * low, values * high, np.zeros_like(values)])  # a padded pixel is 0
     return int(terms.min(0).sum(0).min()), int(terms.max(0).sum(0).max())
@@ -232,7 +234,7 @@ def _sum_bounds(op, bounds):
 def accumulator_bound(program: Program) -> dict[str, int]:
     """The largest |sum| that every convolution of codes can reach, whatever the images.
 
-    Below `EXACT_LIMIT` the sums are exact in float32 in any order, on any device. The clipped range of the codes and the
+    Below `EXACT_LIMIT` the sums are exact in float32 in any order, on any device. The range of the input's codes and the
     kernel's own codes decide, channel by channel.
 
     Args:
