@@ -234,8 +234,8 @@ def _sum_bounds(op, bounds):
 def accumulator_bound(program: Program) -> dict[str, int]:
     """The largest |sum| that every convolution of codes can reach, whatever the images.
 
-    Below `EXACT_LIMIT` the sums are exact in float32 in any order, on any device. The range of the input's codes and the
-    kernel's own codes decide, channel by channel.
+    Below `EXACT_LIMIT` the sums are exact in float32 in any order, on any device. The range of the input's codes and
+    the kernel's own codes decide, channel by channel.
 
     Args:
       program: A folded network.

@@ -8,9 +8,10 @@ code changes where J passes T_k = (k + 1/2 - b) / m, and evaluation in float32 e
 the product's rounding and the sum's, whether or not they are fused. If no T_k is that near to a whole number, every
 evaluation gives the same code: any order, any device, any compiler flag.
 
-`settle` moves b to the middle of the interval that gives the same codes for all J, which changes nothing. To make J of a
-sum of two, it moves the ratio of their factors to the nearest p / s with p from 64 to 127, at most 0.8% and mostly far
-less. Where a channel's interval is still too short, it moves m by some 1/4096, as little as is enough. It needs no data.
+`settle` moves b to the middle of the interval that gives the same codes for all J, which changes nothing. To make J of
+a sum of two, it moves the ratio of their factors to the nearest p / s with p from 64 to 127, at most 0.8% and mostly
+far less. Where a channel's interval is still too short, it moves m by some 1/4096, as little as is enough. It needs no
+data.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Margin:
 
     Attributes:
       name: Of the quantizer, "block0.q0" and so on.
-      margin: Distance in units of one code, of the nearest channel. 0 where it cannot be told: two sums, or real numbers.
+      margin: Distance of the nearest channel, in units of one code. 0 where it cannot be told.
       float_error: Bound of float32's error at that channel's thresholds.
       reason: Why the distance cannot be told, or "".
     """
