@@ -8,8 +8,8 @@ The exact graph gives the codes of `run_reference`. `fast=True` also rounds the 
 whole units of the sums, which is the form that ONNX Runtime computes in integers alone. It flips about a fifth of the
 codes of a 4-bit network, and is a different network.
 
-OpenVINO computes in bfloat16 where the processor can, and rounds the inputs of 8-bit kernels that are not codes. Compile
-with `OPENVINO_OPTIONS`, or its numbers are others.
+OpenVINO computes in bfloat16 where the processor can, and rounds the inputs of 8-bit kernels that are not codes.
+Compile with `OPENVINO_OPTIONS`, or its numbers are others.
 """
 
 from __future__ import annotations
