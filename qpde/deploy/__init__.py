@@ -1,0 +1,39 @@
+"""Deployment: one integer program of a trained network, and the writers that turn it into files."""
+
+from qpde.deploy.c import c_source, save_c
+from qpde.deploy.export import FORMATS, export
+from qpde.deploy.files import load_packed, save_packed
+from qpde.deploy.folded import Folded, Note, fold
+from qpde.deploy.graphs import FoldedGraph, fold_graph
+from qpde.deploy.integer import run, run_reference
+from qpde.deploy.onnx import OPENVINO_OPTIONS, onnx_model, save_onnx
+from qpde.deploy.program import accumulator_bound, whole_bounds
+from qpde.deploy.settle import Margin, margins, settle
+from qpde.deploy.stablehlo import export_graph, export_images, save_stablehlo
+
+__all__ = [
+    "FORMATS",
+    "OPENVINO_OPTIONS",
+    "Folded",
+    "FoldedGraph",
+    "Margin",
+    "Note",
+    "accumulator_bound",
+    "c_source",
+    "export",
+    "export_graph",
+    "export_images",
+    "fold",
+    "fold_graph",
+    "load_packed",
+    "margins",
+    "onnx_model",
+    "run",
+    "run_reference",
+    "save_c",
+    "save_onnx",
+    "save_packed",
+    "save_stablehlo",
+    "settle",
+    "whole_bounds",
+]

@@ -1,0 +1,95 @@
+"""One call from a trained network to the files that run it elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qpde.bits import Bits
+from qpde.deploy.c import save_c
+from qpde.deploy.files import save_packed
+from qpde.deploy.folded import Folded, fold
+from qpde.deploy.graphs import FoldedGraph, fold_graph
+from qpde.deploy.onnx import require, save_onnx
+from qpde.deploy.settle import settle as settled
+from qpde.deploy.stablehlo import save_stablehlo
+from qpde.models.graphs.networks import GraphNetwork
+
+__all__ = ["FORMATS", "export"]
+
+FORMATS = {
+    "packed": "network.safetensors",
+    "onnx": "network.onnx",
+    "stablehlo": "network.stablehlo",
+    "c": "network.c",
+}
+"""Names of the formats, and of their files."""
+
+_GRAPH_FORMATS = ("packed", "stablehlo")
+
+
+def export(
+    network: Any,
+    folder: str | Path,
+    formats: Sequence[str] = ("packed",),
+    *,
+    bits: Bits | None = None,
+    settle: bool = False,
+    outer_bits: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    graph_size: tuple[int, int] | None = None,
+) -> list[Path]:
+    """Fold a trained network once and write it in several formats.
+
+    All that can be wrong is found before the first file is written.
+
+    Args:
+      network: Anything with `.model` and `.variables`.
+      folder: For the files. It is made if there is none.
+      formats: Keys of `FORMATS`.
+      bits: Bit-widths. None takes the model's own.
+      settle: Whether rounding thresholds are moved away from every reachable sum, see `qpde.deploy.settle`.
+      outer_bits: 8 for integer kernels of stem, neck and head; None keeps them in float32.
+      image_size: Height and width of the images, which "stablehlo" and "c" need.
+      graph_size: Nodes and edges of the graphs, which "stablehlo" needs for a graph network.
+    Returns:
+      The files, in the order of `formats`.
+    Raises:
+      ValueError: An unknown format, one that this network cannot have, or a missing size.
+      ImportError: "onnx" without the extra [deploy].
+    """
+    formats = list(dict.fromkeys(formats))
+    is_graph = isinstance(network.model, GraphNetwork)
+    _check(formats, is_graph, image_size, graph_size)
+    if is_graph:
+        if settle or outer_bits is not None:
+            raise ValueError("settle and outer_bits are for image networks: leave them out for a graph network")
+        folded: Folded | FoldedGraph = fold_graph(network.model, network.variables, bits=bits)
+    else:
+        folded = fold(network.model, network.variables, bits=bits, outer_bits=outer_bits)
+        folded = settled(folded) if settle else folded
+    writers: dict[str, Callable[[Path], Path]] = {
+        "packed": lambda path: save_packed(path, folded),
+        "onnx": lambda path: save_onnx(path, folded, image_size=image_size),
+        "stablehlo": lambda path: save_stablehlo(path, folded, image_size=image_size, graph_size=graph_size),
+        "c": lambda path: save_c(path, folded, image_size=image_size),
+    }
+    return [writers[name](Path(folder) / FORMATS[name]) for name in formats]
+
+
+def _check(formats, is_graph, image_size, graph_size):
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; valid: {', '.join(FORMATS)}")
+        if is_graph and name not in _GRAPH_FORMATS:
+            raise ValueError(f"a graph network has no format {name!r}: use {' or '.join(_GRAPH_FORMATS)}")
+    if not formats:
+        raise ValueError(f"no format is given: at least one of {', '.join(FORMATS)}")
+    if is_graph and "stablehlo" in formats and graph_size is None:
+        raise ValueError("format 'stablehlo' of a graph network needs graph_size=(nodes, edges)")
+    sized = [name for name in formats if name in ("stablehlo", "c")]
+    if not is_graph and sized and image_size is None:
+        raise ValueError(f"format {sized[0]!r} needs image_size=(height, width)")
+    if "onnx" in formats:
+        require("onnx")
