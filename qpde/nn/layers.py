@@ -7,7 +7,7 @@
             x = qpde.nn.SymmetricStep(norm="spectral", weights=4, activations=4)(x, train=train, bits=bits)
             return qpde.nn.QuantDense(10, weights=4, activations=4)(x.mean((1, 2)), bits=bits)
 
-`bits` may be traced, and None takes the layer's own. Clips are parameters beside the kernel. `qpde.quantized(Net(), ())`
+`bits` may be traced, and None takes the layer's own. Clips are parameters beside the kernel. `qpde.quantized(Net())`
 makes a network of it that every function of qpde takes; then the module need not hand `bits` on to its layers.
 
 The layers compose inside `nn.scan` and `nn.remat`, under jit, vmap and shard_map. Inside `nn.scan` the parameters are
@@ -21,8 +21,6 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from qpde import operators

@@ -93,6 +93,5 @@ def check_rules(rules: Sequence[Rule], paths: Sequence[str]) -> None:
                 f"rule {rule.pattern!r} decides nothing, since rules before it match its layers ({', '.join(matched)}) "
                 "too: put it first"
             )
-        raise ValueError(
-            f"rule {rule.pattern!r} matches no layer; this network has: {', '.join(paths) or 'none that can be rounded'}"
-        )
+        known = ", ".join(paths) or "none that can be rounded"
+        raise ValueError(f"rule {rule.pattern!r} matches no layer; this network has: {known}")
