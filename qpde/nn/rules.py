@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 from qpde.bits import LARGEST_BITS, SMALLEST_BITS
 from qpde.models.options import Smoothing
@@ -33,7 +32,7 @@ class LayerQuantizers:
     activations: int | None = None
     smoothing: Smoothing | None = None
     levels: str = "uniform"
-    signed: bool | Literal["auto"] = "auto"
+    signed: bool | str = "auto"
     per_channel: bool = False
     standardize: bool = False
 
