@@ -67,7 +67,8 @@ def _fitting_clips(model, variables, x, bits, *, method, train):
             )
         return clip, clip
 
-    return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=["observed"])[1]["observed"]
+    mutable = ["observed", "batch_stats"]  # a norm of flax insists on updating its statistics in training
+    return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=mutable)[1]["observed"]
 
 
 def converge_norms(model: QuantizedNetwork, variables: dict, x: Any, *, bits: Bits | None = None) -> dict:
@@ -112,7 +113,8 @@ def replace_clips(variables: dict, observed: dict, *, row: int | None = None) ->
         if isinstance(new, dict):
             return {**tree, **{k: replaced(tree[k], v) for k, v in new.items()}}
         if not isinstance(new, list | tuple):
-            return tree if new is None else new
+            # The largest, where nn.scan or nn.vmap ran a layer several times with the same parameters.
+            return tree if new is None else new.max(tuple(range(new.ndim - tree.ndim)))
         if any(record is None for record in new):
             return tree
         return packed(new) if row is None else tree.at[:, row].set(packed(new))

@@ -368,6 +368,20 @@ def test_layers_inside_scan_and_remat_are_those_of_the_unrolled_module(remat):
     )
 
 
+class SharedByVmap(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": None, "states": 0, "observed": 0}
+        return nn.vmap(nn.Dense, variable_axes=axes, split_rngs={"params": False})(3, name="dense")(x)
+
+
+def test_a_layer_that_vmap_runs_with_shared_parameters_has_the_largest_clip_of_all():
+    model = quantized(SharedByVmap(), ALL)
+    variables = models.calibrate_clips(model, model.init(jax.random.key(0), SEQUENCE), SEQUENCE, method="absmax")
+    assert variables["params"]["dense"]["act_clips"] == jnp.abs(SEQUENCE).max()
+    assert model.apply(variables, SEQUENCE).shape == (2, 6, 3)
+
+
 def test_a_scan_that_does_not_carry_the_states_is_refused_with_the_way_out():
     model = quantized(Scanned(axes=("params",)), ALL)
     variables = model.init(jax.random.key(0), SEQUENCE)
