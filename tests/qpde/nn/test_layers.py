@@ -176,15 +176,18 @@ def test_bad_options_are_refused_by_name_and_value():
 # --- Composition ------------------------------------------------------------------------------------------------------
 
 
+FOUR = Bits(4, 4)
+
+
 class Body(nn.Module):
     """All layers in one step, as the body of a scan."""
 
     @nn.compact
-    def __call__(self, x, train):
-        x = SymmetricStep(weights=4, activations=4)(x, train=train)
-        y = QuantConv(6, weights=4, activations=4)(x)
-        y = QuantDepthwise(weights=4, activations=4)(TVSmoothing(Smoothing(learned=True))(nn.relu(y)))
-        y = QuantDense(3, weights=4, activations=4)(QuantActivation(activations=4, signed=False)(nn.relu(y)))
+    def __call__(self, x, train, bits):
+        x = SymmetricStep()(x, train=train, bits=bits)
+        y = QuantConv(6)(x, bits=bits)
+        y = QuantDepthwise()(TVSmoothing(Smoothing(learned=True))(nn.relu(y)), bits=bits)
+        y = QuantDense(3)(QuantActivation(signed=False)(nn.relu(y), bits=bits), bits=bits)
         return x + 0.1 * y, None
 
 
@@ -193,14 +196,14 @@ class Deep(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x, *, train=False):
+    def __call__(self, x, *, train=False, bits=FOUR):
         body = nn.remat(Body, static_argnums=(2,)) if self.remat else Body
         if self.scan:
             axes = {"params": 0, "batch_stats": 0, "spectral": 0}
             scanned = nn.scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=2)
-            return scanned(name="steps")(x, train)[0]
+            return scanned(name="steps")(x, train, bits)[0]
         for i in range(2):
-            x, _ = body(name=f"step{i}")(x, train)
+            x, _ = body(name=f"step{i}")(x, train, bits)
         return x
 
 
@@ -213,28 +216,34 @@ def scanned():
 
 
 def trained(model, variables):
-    """Outputs, updates and gradients of one pass in training."""
+    """Loss in four bits; updates and gradients of one pass of training without rounding, which is continuous."""
 
-    def loss(params):
-        out, updates = model.apply({**variables, "params": params}, X, train=True, mutable=["batch_stats", "spectral"])
+    def loss(params, bits):
+        mutable = ["batch_stats", "spectral"]
+        out, updates = model.apply({**variables, "params": params}, X, train=True, bits=bits, mutable=mutable)
         return jnp.sum(out**2), updates
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    @jax.jit
+    def run(params):
+        (_, updates), grads = jax.value_and_grad(loss, has_aux=True)(params, Bits())
+        return loss(params, Bits(4, 4))[0], {**updates, "grads": grads}
+
+    return run(variables["params"])
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_compose_inside_scan_and_remat_with_their_gradients_and_statistics(scanned, remat):
     variables, unrolled = scanned
-    # Compiled otherwise, single numbers may round to the other of two levels.
-    (loss, updates), grads = trained(Deep(scan=True, remat=remat), variables)
-    (expected, updates_u), grads_u = trained(Deep(scan=False), unrolled)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for found, other in ((grads, grads_u), *((updates[k], updates_u[k]) for k in updates_u)):
+    loss, updates = trained(Deep(scan=True, remat=remat), variables)
+    expected, updates_u = trained(Deep(scan=False), unrolled)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+    assert sorted(updates) == ["batch_stats", "grads", "spectral"]
+    for name, found in updates.items():
         for i in range(2):
             jax.tree.map(
-                lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-2, atol=1e-2 * float(jnp.abs(b).max())),
+                lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())),
                 found["steps"],
-                other[f"step{i}"],
+                updates_u[name][f"step{i}"],
             )
 
 

@@ -69,6 +69,8 @@ class CNN(nn.Module):
 
 
 @pytest.mark.usefixtures("compiled_once")
+@jax.numpy_dtype_promotion("standard")  # of optax
+@jax.numpy_rank_promotion("allow")
 def test_an_own_optax_loop_of_twenty_lines_learns_digits_in_four_bits():
     x, y = load_digits(return_X_y=True)
     x = jnp.asarray(x.reshape(-1, 8, 8, 1) / 8 - 1, jnp.float32)
