@@ -1,8 +1,8 @@
 """qpde: networks that survive quantization, built as partial differential equations, in JAX.
 
 Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` and `norms` hold one idea each, as pure functions;
-`models` assembles them; `ptq` quantizes trained ones; `measure` compares, `certify` proves, `plots` shows; `datasets`
-reads real data.
+`models` assembles them; `nn` brings quantizers into users' own modules; `ptq` quantizes trained ones; `measure`
+compares, `certify` proves, `plots` shows; `datasets` reads real data; `testing` checks what users write.
 """
 
 from qpde import (
@@ -12,25 +12,36 @@ from qpde import (
     integrators,
     measure,
     models,
+    nn,
     norms,
     operators,
     ptq,
     quantizers,
     stencils,
+    testing,
 )
 from qpde.bits import Bits
+from qpde.models.protocol import QuantizedNetwork
+from qpde.nn import Rule, optimizer_labels, project, quantized
 
 __all__ = [
     "Bits",
+    "QuantizedNetwork",
+    "Rule",
     "certify",
     "datasets",
     "graphs",
     "integrators",
     "measure",
     "models",
+    "nn",
     "norms",
     "operators",
+    "optimizer_labels",
+    "project",
     "ptq",
+    "quantized",
     "quantizers",
     "stencils",
+    "testing",
 ]

@@ -1,7 +1,7 @@
 """What activations look like where they are rounded: how they are spread, and how the levels are used.
 
 Outliers cost levels: a few large values stretch the range and leave the many small ones to few levels. `distributions`
-shows this quantizer by quantizer over a data set, for the networks that `qpde.models` makes, of images and of graphs.
+shows this quantizer by quantizer over a data set, for every network that follows `qpde.models.QuantizedNetwork`.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from qpde.bits import Bits
 from qpde.measure.batches import Batch, split_batch
 from qpde.measure.histograms import histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
-from qpde.models.images.network import Network
 from qpde.models.layers import Quantizer
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["Distribution", "distributions"]
 
@@ -67,7 +67,7 @@ class Distribution:
 
 
 def distributions(
-    model: Network | GraphNetwork,
+    model: QuantizedNetwork,
     variables: dict,
     batches: Iterable[Batch],
     bits: Bits,
@@ -79,7 +79,7 @@ def distributions(
     Activations are those of the quantized network. The batches are read once; memory does not grow with their number.
 
     Args:
-      model: of `qpde.models`.   variables: its collections.
+      model: of `qpde.models` or `qpde.quantized`.   variables: its collections.
       batches: inputs, images (N, H, W, C) or graphs, or pairs of these and labels, which are not used. Equally long
         ones compile once.
       bits: widths of the network, scalars or one for each block; activations 2 to 8.
@@ -91,13 +91,14 @@ def distributions(
       ValueError: no width for activations or one above 8, an empty set or batch, `deviations` <= 0, or NaN or infinite
         activations, naming the block.
     """
-    widths = _widths(model, bits)
+    _check_widths(bits)
     if not deviations > 0:
         raise ValueError(f"`deviations` (={deviations}) must be positive, such as 4")
     total: dict[tuple[int, int], _Total] = {}
     for i, batch in enumerate(batches):
         x, _ = split_batch(batch, i)
-        found = _by_block(model, jax.device_get(_seen(model, variables, x, bits)))
+        observed = jax.device_get(_seen(model, variables, x, bits))
+        found = _by_block(model, observed, variables, x)
         for block, quantized in enumerate(found):
             for index, seen in enumerate(quantized):
                 if not np.isfinite(seen.moments).all():
@@ -108,6 +109,7 @@ def distributions(
                 total.setdefault((block, index), _Total()).add(seen)
     if not total:
         raise ValueError("`batches` is empty: give some inputs of the kind that the network was trained on")
+    widths = np.broadcast_to(np.asarray(bits.activations), len(found))
     return [t.result(*place, bits=int(widths[place[0]]), deviations=deviations) for place, t in total.items()]
 
 
@@ -159,11 +161,14 @@ def _seen(model, variables, x, bits):
         )
         return seen, clip
 
-    return model.apply(variables, x, bits=bits, observe=observe, mutable=["observed"])[1]["observed"]
+    return model.apply(variables, x, train=False, bits=bits, observe=observe, mutable=["observed"])[1]["observed"]
 
 
-def _by_block(model, observed) -> list[list[_Seen]]:
+def _by_block(model, observed, variables, x) -> list[list[_Seen]]:
     """The records of every block's activations, in order."""
+    if hasattr(model, "activation_records"):
+        blocks = model.activation_records(observed, variables, x)
+        return [[seen for stack in block for seen in _unstacked(stack)] for block in blocks]
     if isinstance(model, GraphNetwork):
         stacks = [(observed["layers"], model.depth)]
     else:
@@ -173,6 +178,14 @@ def _by_block(model, observed) -> list[list[_Seen]]:
         for stack, count in stacks
         for i in range(count)
     ]
+
+
+def _unstacked(seen: _Seen) -> list[_Seen]:
+    """The records of equal layers that are stacked, one by one."""
+    if np.ndim(seen.clip) == 0:
+        return [seen]
+    singles = [jax.tree.map(lambda leaf, i=i: leaf[i], seen) for i in range(len(seen.clip))]
+    return [one for single in singles for one in _unstacked(single)]
 
 
 class _Total:
@@ -242,15 +255,11 @@ def _whole(above, below) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([-down[::-1], up[1:]]), np.concatenate([less[:0:-1], more[1:]])
 
 
-def _widths(model, bits: Bits) -> np.ndarray:
-    """The activations' width of every block."""
+def _check_widths(bits: Bits) -> None:
     if bits.activations is None:
         raise ValueError(
             "`bits.activations` (=None): there are no quantizers of activations; give their width, for instance "
             "qpde.Bits(weights=4, activations=4)"
         )
-    blocks = model.depth if isinstance(model, GraphNetwork) else len(model.blocks)
-    widths = np.broadcast_to(np.asarray(bits.activations), blocks)
-    if outside := [w for w in widths.tolist() if not 2 <= w <= 8]:
+    if outside := [w for w in np.ravel(bits.activations).tolist() if not 2 <= w <= 8]:
         raise ValueError(f"`bits.activations` holds {outside[0]}: levels are counted for 2 to 8 bits")
-    return widths

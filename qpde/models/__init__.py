@@ -12,6 +12,7 @@ from qpde.models.images.cost import Summary, summary
 from qpde.models.images.network import Architecture, Network
 from qpde.models.images.torch_weights import from_torch_state
 from qpde.models.options import NetworkOptions, Smoothing
+from qpde.models.protocol import QuantizedNetwork
 from qpde.models.registry import ARCHITECTURES, create, image_network, names
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GraphSmoothing",
     "Network",
     "NetworkOptions",
+    "QuantizedNetwork",
     "Smoothing",
     "Summary",
     "calibrate_clips",

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 
 from qpde import quantizers
 from qpde.bits import Bits
-from qpde.models.graphs.networks import GraphNetwork
-from qpde.models.images.network import Network
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
 
 
 def calibrate_clips(
-    model: Network | GraphNetwork,
+    model: QuantizedNetwork,
     variables: dict,
     x: Any,
     *,
@@ -31,7 +30,9 @@ def calibrate_clips(
     """Replace every clip by one that fits the data, block after block, each seeing its predecessors quantized.
 
     Args:
-      model, variables: a network and its collections.   x: (N, H, W, C) images, a few hundred are enough, or a graph.
+      model: a network, see `qpde.models.QuantizedNetwork`.
+      variables: its collections. One of `qpde.quantized` takes those of the module itself too.
+      x: (N, ...) inputs such as images, a few hundred are enough, or a graph.
       method: of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
         percentile at 4; the clips that a network is made with fit no graph.
       bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
@@ -41,7 +42,9 @@ def calibrate_clips(
       `variables` with the new clips in "params".
     """
     bits = model.bits if bits is None else bits
-    if isinstance(model, GraphNetwork) or model.clip_bits is None:
+    if hasattr(model, "adopt"):
+        variables = model.adopt(variables, x)
+    if getattr(model, "clip_bits", None) is None:
         return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
     for row, width in enumerate(model.clip_bits):
         widths = Bits(*(None if part is None else width for part in bits))
@@ -64,10 +67,11 @@ def _fitting_clips(model, variables, x, bits, *, method, train):
             )
         return clip, clip
 
-    return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=["observed"])[1]["observed"]
+    mutable = ["observed", "batch_stats"]  # a norm of flax insists on updating its statistics in training
+    return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=mutable)[1]["observed"]
 
 
-def converge_norms(model: Network, variables: dict, x: Any, *, bits: Bits | None = None) -> dict:
+def converge_norms(model: QuantizedNetwork, variables: dict, x: Any, *, bits: Bits | None = None) -> dict:
     """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
 
     In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step
@@ -94,7 +98,8 @@ def replace_clips(variables: dict, observed: dict, *, row: int | None = None) ->
 
     Args:
       variables: of a network.
-      observed: collection "observed" whose records are clips; where they are None, or left out, the old ones stay.
+      observed: collection "observed" whose records are clips, single ones or lists; where they are None, or left out,
+        the old ones stay.
       row: of the clips that a network has for each width; None for one that has the same for all.
     Returns:
       `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
@@ -107,6 +112,9 @@ def replace_clips(variables: dict, observed: dict, *, row: int | None = None) ->
     def replaced(tree, new):
         if isinstance(new, dict):
             return {**tree, **{k: replaced(tree[k], v) for k, v in new.items()}}
+        if not isinstance(new, list | tuple):
+            # The largest, where nn.scan or nn.vmap ran a layer several times with the same parameters.
+            return tree if new is None else new.max(tuple(range(new.ndim - tree.ndim)))
         if any(record is None for record in new):
             return tree
         return packed(new) if row is None else tree.at[:, row].set(packed(new))

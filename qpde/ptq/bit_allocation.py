@@ -9,18 +9,20 @@ C[c, j] the bit-operations of the block at them, an allocation c(j) minimises
 independent add in squares: so the sum stands for the divergence with all blocks rounded.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from qpde.bits import Bits
-from qpde.measure.batches import Batch
+from qpde.measure.batches import Batch, split_batch
 from qpde.measure.bit_widths import BitsComparison, compare_bits
-from qpde.models import Network
 from qpde.models.images.cost import summary
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["FULL", "allocate", "block_bits", "block_costs", "sensitivity"]
 
@@ -29,7 +31,7 @@ FULL = Bits(32, 32)
 
 
 def sensitivity(
-    model: Network,
+    model: QuantizedNetwork,
     variables: Any,
     batches: Iterable[Batch],
     choices: Sequence[Bits],
@@ -48,7 +50,11 @@ def sensitivity(
     """
     if any(np.ndim(width) for choice in choices for width in choice):
         raise ValueError("choices are widths of one block, two numbers each")
-    count = len(model.blocks)
+    batches = iter(batches)
+    if (first := next(batches, None)) is None:
+        raise ValueError("`batches` is empty: there is nothing to measure")
+    count = len(model.block_names(variables, split_batch(first, 0)[0]))
+    batches = itertools.chain([first], batches)
     rows = [block_bits([choice if i == j else FULL for i in range(count)]) for choice in choices for j in range(count)]
     references = [block_bits([FULL] * count)] * len(rows)
     found = compare_bits(model, variables, batches, rows, references=references, statistics_batches=statistics_batches)
@@ -69,11 +75,12 @@ def block_bits(widths: Sequence[Bits]) -> Bits:
 
 
 def block_costs(
-    model: Network, image_shape: tuple[int, int, int], choices: Sequence[Bits]
+    model: QuantizedNetwork, image_shape: tuple[int, ...], choices: Sequence[Bits]
 ) -> Int[np.ndarray, "choices blocks"]:
-    """Bit-operations of each block for one image at each of the widths, see `qpde.models.summary`."""
-    blocks = slice(1, 1 + len(model.blocks))
-    tables = [summary(model, image_shape, bits=choice).rows[blocks] for choice in choices]
+    """Bit-operations of each block for one input at each of the widths, see `qpde.models.summary`."""
+    blocks = set(model.block_names(None, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)))
+    tables = [summary(model, image_shape, bits=choice).rows for choice in choices]
+    tables = [[row for row in rows if row.name in blocks] for rows in tables]
     return np.array([[row.bit_operations for row in rows] for rows in tables], np.int64)
 
 

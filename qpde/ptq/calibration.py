@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,10 @@ from qpde.bits import Bits
 from qpde.measure.faithfulness import reestimate_statistics
 from qpde.measure.histograms import Histogram, clip_from, histogram, merge
 from qpde.models.clips import calibrate_clips, converge_norms, replace_clips
+from qpde.models.graphs.networks import GraphNetwork
+from qpde.models.images.network import Network
 from qpde.models.layers import Quantizer
+from qpde.models.protocol import QuantizedNetwork
 from qpde.ptq.equalization import equalize as equalized
 
 __all__ = ["correct_bias", "quantize"]
@@ -31,7 +33,7 @@ EXACT = Bits()
 
 
 def quantize(
-    model: nn.Module,
+    model: QuantizedNetwork,
     variables: dict,
     batches: Iterable[Any],
     bits: Bits,
@@ -41,13 +43,14 @@ def quantize(
     per_channel: bool = False,
     equalize: bool = False,
     bias_correction: bool = True,
-) -> tuple[nn.Module, dict]:
+) -> tuple[QuantizedNetwork, dict]:
     """A network trained in full precision, with quantizers.
 
     Args:
-      model: a network of `qpde.models.create` with weight_bits=None and act_bits=None.   variables: its collections.
-      batches: inputs without labels, images (N, H, W, C) or graphs; a list, as it is read several times. A few hundred
-        images are enough; equally long batches compile once.
+      model: a network of `qpde.models.create` with weight_bits=None and act_bits=None, or one of `qpde.quantized`.
+      variables: its collections; for `qpde.quantized` those of the module itself will do.
+      batches: inputs without labels, (N, ...) such as images, or graphs; a list, as it is read several times. A few
+        hundred images are enough; equally long batches compile once.
       bits: widths of the new network, whole numbers from 2 to 32 or None for exact.
       weights, activations: how clips are chosen, methods of `qpde.quantizers.initial_clip`: "absmax", "percentile",
         "mse", "entropy".
@@ -63,13 +66,15 @@ def quantize(
     """
     batches = _checked_batches(batches)
     bits = _checked_bits(bits)
-    if model.bits != EXACT:
+    if isinstance(model, Network | GraphNetwork) and model.bits != EXACT:
         raise ValueError(
             f"this network has quantizers already ({model.bits}): quantize one of weight_bits=None, act_bits=None, or "
             "choose new clips for it by `qpde.models.calibrate_clips`"
         )
     if equalize:
         variables = equalized(model, variables, batches)
+    if hasattr(model, "adopt"):
+        model, variables = model.with_signs(variables, batches), model.adopt(variables, batches[0])
     # One network for all widths: they are traced, so that other widths compile nothing.
     model = model.with_quantizers(EXACT, per_channel=per_channel)
     exact = variables = _with_clips_of(model, variables, batches[0])
@@ -86,14 +91,14 @@ def quantize(
     return model.with_bits(bits), variables
 
 
-def correct_bias(model: nn.Module, variables: dict, batches: Iterable[Any], bits: Bits, *, exact: dict) -> dict:
+def correct_bias(model: QuantizedNetwork, variables: dict, batches: Iterable[Any], bits: Bits, *, exact: dict) -> dict:
     """A quantized network whose channels have the exact network's moments again, at every norm and at the logits.
 
     Rounding, and clipping above all, shifts the mean of a convolution's output and changes its variance. With m_q, v_q
     its moments on the data in the quantized network and m, v in the exact one, the norm behind it subtracts m_q - m
     more (Nagel et al., 2019) and takes its variance times v_q / v. The moments are measured in one pass in which every
     norm uses those of its own batch, as in training, and so each behind corrected predecessors. Then the bias of the
-    last layer takes up the mean difference of the logits; for networks on graphs, without norms, that is all.
+    last layer takes up the mean difference of the logits, if it has one; for networks without norms that is all.
 
     Args:
       model, variables: a network and its collections.
@@ -107,8 +112,11 @@ def correct_bias(model: nn.Module, variables: dict, batches: Iterable[Any], bits
         before = reestimate_statistics(model, exact, batches, EXACT)["batch_stats"]
         after = reestimate_statistics(model, variables, batches, bits)["batch_stats"]
         variables = {**variables, "batch_stats": _shifted(variables["batch_stats"], before, after)}
+    bias = model.output_bias(variables, batches[0])
+    if bias is None:
+        return variables
     shift = _mean_logits(model, exact, batches, EXACT) - _mean_logits(model, variables, batches, bits)
-    return {**variables, "params": _with_last_bias(variables["params"], shift)}
+    return {**variables, "params": _added(variables["params"], bias, shift)}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["histogram"], meta_fields=["quantizer"])
@@ -139,23 +147,32 @@ def _histograms(model, variables, x):
         seen = None if quantizer.is_weight else _Seen(histogram(x, signed=quantizer.signed), quantizer)
         return seen, clip
 
-    return model.apply(variables, x, bits=EXACT, observe=observe, mutable=["observed"])[1]["observed"]
+    return model.apply(variables, x, train=False, bits=EXACT, observe=observe, mutable=["observed"])[1]["observed"]
 
 
 @jax.jit
 def _merged(a, b):
-    return jax.tree.map(
-        lambda a, b: _Seen(jax.vmap(merge)(a.histogram, b.histogram), a.quantizer), a, b, is_leaf=_is_seen
-    )
+    def merged(a, b):
+        return _Seen(_over_stacks(merge, a.histogram)(a.histogram, b.histogram), a.quantizer)
+
+    return jax.tree.map(merged, a, b, is_leaf=_is_seen)
 
 
 @partial(jax.jit, static_argnames="method")
 def _clips(total, bits, method):
     def clips(seen):
         signed, levels = seen.quantizer.signed, seen.quantizer.levels
-        return jax.vmap(lambda h: clip_from(h, bits, signed=signed, method=method, levels=levels))(seen.histogram)
+        choose = partial(clip_from, bits=bits, signed=signed, method=method, levels=levels)
+        return _over_stacks(lambda h: choose(h), seen.histogram)(seen.histogram)
 
     return jax.tree.map(clips, total, is_leaf=_is_seen)
+
+
+def _over_stacks(f, histogram):
+    """f of histograms that are stacked as this one is: along no axis, or along that of equal blocks."""
+    for _ in range(histogram.largest.ndim):
+        f = jax.vmap(f)
+    return f
 
 
 def _is_seen(node):
@@ -164,7 +181,7 @@ def _is_seen(node):
 
 def _with_clips_of(model, variables, x):
     """Variables whose clips have the number that the model's blocks have, their values to be chosen."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)["params"]
 
     def fitting(path, shape, value=None):
         is_clip = jax.tree_util.keystr(path, simple=True, separator="/").endswith("weight_clips")
@@ -191,14 +208,15 @@ def _mean_logits(model, variables, batches, bits):
 
 @partial(jax.jit, static_argnames="model")
 def _sum_of_logits(model, variables, x, bits):
-    logits = model.apply(variables, x, bits=bits)
-    return logits.sum(0), len(logits)
+    logits = model.apply(variables, x, train=False, bits=bits)
+    return logits.sum(tuple(range(logits.ndim - 1))), logits.size // logits.shape[-1]
 
 
-def _with_last_bias(params, shift):
-    if "head" in params:
-        return {**params, "head": {**params["head"], "bias": params["head"]["bias"] + shift}}
-    return {**params, "head_bias": params["head_bias"] + shift}
+def _added(params, place, shift):
+    """Parameters with a number added at a place."""
+    if not place:
+        return params + shift
+    return {**params, place[0]: _added(params[place[0]], place[1:], shift)}
 
 
 def _checked_batches(batches):

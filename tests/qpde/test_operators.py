@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 
 from qpde import operators
 from qpde.operators import conv, conv_adjoint, depthwise, depthwise_adjoint
+from qpde.testing import check_adjoint
 
 
 class Case(NamedTuple):
@@ -134,17 +135,11 @@ def test_values_and_gradients_equal_the_compilers(case, kind):
 
 
 @kinds
-@given(case=any_case(), seed=st.integers(0, 1000), scale=st.sampled_from([1e-6, 1.0, 1e6]))
-def test_adjoint_moves_across_the_inner_product(kind, case, seed, scale):
-    x, kernel, y = operands(case, kind, seed)
-    x = x * np.float32(scale)
-    forward, adjoint = pair(case, kind)
-    left = forward(x, kernel)
-    right = adjoint(y, kernel)
-    assert left.shape == y.shape
-    assert right.shape == x.shape
-    left, right, x, y = (np.asarray(a, np.float64) for a in (left, right, x, y))
-    close(np.vdot(left, y), np.vdot(x, right), of=np.linalg.norm(left) * np.linalg.norm(y))
+@given(case=any_case(), seed=st.integers(0, 1000))
+def test_adjoint_moves_across_the_inner_product(kind, case, seed):
+    x, kernel, _ = operands(case, kind, seed)
+    forward, adjoint = (partial(f, kernel=kernel) for f in pair(case, kind))
+    check_adjoint(forward, adjoint, x.shape, trials=2, seed=seed, tolerance=3e-6)
 
 
 @kinds

@@ -74,6 +74,21 @@ class GraphNetwork(nn.Module):
         layer = dataclasses.replace(self.layer, per_channel=per_channel)
         return self.clone(layer=layer).with_bits(bits)
 
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """(lowest, largest) of parameters that must stay in between, by path: none but the clips."""
+        return {}
+
+    def block_names(self, variables: Any = None, x: Any = None) -> list[str]:
+        """Names of the hidden layers, in order."""
+        del variables, x
+        return [f"layer{i}" for i in range(self.depth)]
+
+    def output_bias(self, variables: Any = None, x: Any = None) -> tuple[str, ...]:
+        """Place in "params" of the bias that is added to the logits last."""
+        del variables, x
+        return ("head_bias",)
+
     def with_bits(self, bits: Bits) -> GraphNetwork:
         """This network with other bits of its own, whole numbers or None."""
         return self.clone(weight_bits=bits.weights, act_bits=bits.activations)

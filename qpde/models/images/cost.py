@@ -9,6 +9,7 @@ from qpde.bits import LARGEST_BITS, Bits
 from qpde.models.images.blocks import Block, depthwise_bits, is_depthwise
 from qpde.models.images.network import Network, bits_of_block
 from qpde.models.images.parts import Head, Part
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["Row", "Summary", "part_row", "summary"]
 
@@ -70,7 +71,7 @@ class Summary:
         )
 
 
-def summary(model: Network, image_shape: tuple[int, int, int], *, bits: Bits | None = None) -> Summary:
+def summary(model: QuantizedNetwork, image_shape: tuple[int, ...], *, bits: Bits | None = None) -> Summary:
     """Parameters, widths, multiply-accumulates and bit-operations of every block.
 
     A bit-operation count is MACs * weight bits * activation bits, full precision counted as 32 (Wang et al., 2019).
@@ -83,6 +84,10 @@ def summary(model: Network, image_shape: tuple[int, int, int], *, bits: Bits | N
     Raises:
       ValueError: an image smaller than the network's strides.
     """
+    if not isinstance(model, Network):
+        if not hasattr(model, "summary"):
+            raise ValueError(f"the costs of a {type(model).__name__} are not known: it has no method `summary`")
+        return model.summary(image_shape, bits=bits)
     bits = model.checked_bits(model.bits if bits is None else bits)
     height, width, channels = image_shape
     rows, index = [], 0

@@ -280,6 +280,16 @@ class Network(nn.Module):
         """The bits that the network was created with."""
         return Bits(self.weight_bits, self.act_bits)
 
+    def block_names(self, variables: Any = None, x: Any = None) -> list[str]:
+        """Names of the blocks, in order, as `summary` has them."""
+        del variables, x
+        return [name for name, part in self.parts() if isinstance(part, Block)]
+
+    def output_bias(self, variables: Any = None, x: Any = None) -> tuple[str, ...]:
+        """Place in "params" of the bias that is added to the logits last."""
+        del variables, x
+        return ("head", "bias")
+
     def with_options(self, **changes: Any) -> Network:
         """This network with some options changed."""
         return self.clone(options=dataclasses.replace(self.options, **changes))
