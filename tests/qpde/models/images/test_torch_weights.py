@@ -50,12 +50,12 @@ def first_stage(small_golden_dir, name):
     return golden, state
 
 
-def assert_close(name, actual, expected, what, tolerance=1e-4):
-    """The tolerance holds in full precision. In 4 bits a tie may flip a code, so the median counts, at 1e-3."""
+def assert_close(name, actual, expected, what):
+    """1e-4 relative in full precision. In 4 bits a tie may flip a code, so the median counts, at 1e-3."""
     error = np.abs(np.asarray(actual) - expected)
     scale = np.abs(expected).max() + 1e-12
     if name.endswith("fp32"):
-        assert error.max() <= tolerance * scale, f"{what}: {error.max() / scale:.2e}"
+        assert error.max() <= 1e-4 * scale, f"{what}: {error.max() / scale:.2e}"
     else:
         assert np.median(error) <= 1e-3 * scale, f"{what}: {np.median(error) / scale:.2e}"
 
@@ -120,13 +120,20 @@ def test_loss_gradients_and_statistics_in_training(net):
     assert_close(name, logits, golden["train/logits"], "logits")
     np.testing.assert_allclose(loss, golden["train/loss"], rtol=1e-4 if name.endswith("fp32") else 5e-3)
 
+    def assert_gradients_close(name, actual, expected, what):
+        """A ReLU whose input is 0 up to rounding may open, and one channel's gradient move by a thousandth."""
+        if name.endswith("fp32"):
+            error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+            assert error <= 1e-3, f"{what}: {error:.2e}"
+        else:
+            assert_close(name, actual, expected, what)
+
     def read(kind):
         return lambda torch_name: golden.get(f"train/{kind}/{torch_name}", np.asarray(np.nan, np.float32))
 
-    for kind, collection, actual, tolerance in (
-        # One ReLU whose input is 0 up to rounding may open: 2e-4 of a gradient that is otherwise exact to 1e-5.
-        ("grad", "params", gradient, 1e-3),
-        ("state", "batch_stats", updates["batch_stats"], 1e-4),
+    for kind, collection, actual in (
+        ("grad", "params", gradient),
+        ("state", "batch_stats", updates["batch_stats"]),
     ):
         expected = tree_from_torch(model, read(kind), collections=(collection,))[collection]
         paths = jax.tree_util.tree_leaves_with_path(expected)
@@ -137,7 +144,8 @@ def test_loss_gradients_and_statistics_in_training(net):
                 continue  # full-precision nets have no clips
             for j in np.ndindex(e.shape[:1]) if "stage" in where else [()]:
                 assert not np.isnan(e[j]).any(), where
-                assert_close(name, a[j], e[j], f"{kind} {where}{j}", tolerance)
+                check = assert_gradients_close if kind == "grad" else assert_close
+                check(name, a[j], e[j], f"{kind} {where}{j}")
                 compared += 1
         assert compared > 20
 
