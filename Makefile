@@ -1,6 +1,10 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3.11
 VENV   ?= .venv
+# The newest Python that is really there (a shim of pyenv may only have the name) and can make an environment.
+# Not 3.14: the tests run on 3.11 to 3.13.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && \
+	echo $$python && break; done)
 RUN    := $(VENV)/bin/python
 JOBS   ?= 2
 
@@ -26,6 +30,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no python3.11, 3.12 or 3.13 with its venv module: install one, or give make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 

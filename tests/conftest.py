@@ -54,8 +54,14 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_golden_dir() -> Path:
+    """Results of the published quantizers and of the first stage of two published networks, small enough to be here."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
 def golden_dir(data_dir) -> Path:
-    """Results of the published networks, beside the real data."""
+    """Results of the published networks as a whole, beside the real data."""
     path = data_dir.parent / "golden"
     assert path.is_dir(), f"{path} is not a folder"
     return path

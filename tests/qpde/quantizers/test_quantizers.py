@@ -94,9 +94,9 @@ GOLDEN += ["weight/uniform/8", "activation/uniform/8"]
 
 @pytest.mark.parametrize("bits_are_traced", [False, True])
 @pytest.mark.parametrize("case", GOLDEN)
-def test_values_and_gradients_equal_the_published_ones(golden_dir, case, bits_are_traced):
+def test_values_and_gradients_equal_the_published_ones(small_golden_dir, case, bits_are_traced):
     kind, levels, bits = case.split("/")
-    with np.load(golden_dir / "quantizers.npz") as golden:
+    with np.load(small_golden_dir / "quantizers.npz") as golden:
         names = ("x", "alpha", "y", "cotangent", "grad_x", "grad_alpha")
         x, clip, y, g, grad_x, grad_clip = (jnp.asarray(golden[f"{case}/{name}"]) for name in names)
     # OIHW to HWIO, NCHW to NHWC. The published weight quantizer standardizes.
@@ -115,13 +115,20 @@ def test_values_and_gradients_equal_the_published_ones(golden_dir, case, bits_ar
     np.testing.assert_allclose(found_clip, grad_clip, rtol=1e-5, atol=1e-5)
 
 
-def test_all_published_cases_are_tested(golden_dir):
-    with np.load(golden_dir / "quantizers.npz") as golden:
+def test_all_published_cases_are_tested(small_golden_dir):
+    with np.load(small_golden_dir / "quantizers.npz") as golden:
         assert {name.rsplit("/", 1)[0] for name in golden.files} == set(GOLDEN)
 
 
-def test_level_sets_equal_the_published_ones(golden_dir):
-    with np.load(golden_dir / "quantizers.npz") as golden:
+def test_the_published_cases_beside_the_data_are_those_of_the_repository(golden_dir, small_golden_dir):
+    with np.load(golden_dir / "quantizers.npz") as theirs, np.load(small_golden_dir / "quantizers.npz") as ours:
+        assert theirs.files == ours.files
+        for name in ours.files:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_level_sets_equal_the_published_ones(small_golden_dir):
+    with np.load(small_golden_dir / "quantizers.npz") as golden:
         for name in (name for name in golden.files if name.endswith("levels")):
             kind, levels, bits, _ = name.split("/")
             # The file's set for 2-bit weights is one its own values do not use: they are ternary.
@@ -256,6 +263,16 @@ def test_gradients_are_the_closed_forms(x, clip, bits, kind, seed):
     # Each term is a rounded difference of numbers up to 1.
     tolerance = 8 * EPS * np.abs(g).sum()
     np.testing.assert_allclose(grad_clip, elements.sum(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("bits", [2, jnp.int32(2)])
+def test_two_signed_bits_alone_have_the_gradient_one_everywhere(levels, bits):
+    x = jnp.array([-3.0, -1.0, -0.2, 0.0, 0.4, 1.0, 1.5])  # the clip is 1
+    slope = lambda bits, **options: jax.grad(lambda x: quantize(x, 1.0, bits, levels=levels, **options).sum())(x)  # noqa: E731
+    np.testing.assert_array_equal(slope(bits), np.ones(7))
+    np.testing.assert_array_equal(slope(bits + 1), [0, 1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(slope(bits, signed=False), [0, 0, 0, 1, 1, 1, 0])
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -1,4 +1,7 @@
-"""Parity with the published networks: every block, logits, loss, gradients and batch statistics (golden files)."""
+"""Parity with the published networks: every block, logits, loss, gradients and batch statistics (golden files).
+
+Their first stages are in the repository; the networks as a whole lie beside the real data.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +12,24 @@ import qpde
 from qpde import models
 from qpde.models.images.torch_weights import tree_from_torch
 
-NETS = ["resnet20_fp32", "stablenet20_fp32", "resnet20_stable_w4a4", "stablenet20_w4a4"]
+FULL_PRECISION = ["resnet20_fp32", "stablenet20_fp32"]
+QUANTIZED = ["resnet20_stable_w4a4", "stablenet20_w4a4"]
+NETS = FULL_PRECISION + QUANTIZED
 
 
-@pytest.fixture(scope="module", params=NETS)
+@pytest.fixture(scope="module")
 def net(request, golden_dir):
     golden = dict(np.load(golden_dir / f"{request.param}.npz"))
-    state = {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
-    model, variables = models.from_torch_state(
+    model, variables = load(golden, state_of(golden))
+    return request.param, golden, model, variables, jnp.asarray(golden["input"].transpose(0, 2, 3, 1))
+
+
+def state_of(golden):
+    return {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
+
+
+def load(golden, state):
+    return models.from_torch_state(
         str(golden["meta/arch"]),
         state,
         num_classes=int(golden["meta/classes"]),
@@ -25,7 +38,16 @@ def net(request, golden_dir):
         weight_bits=int(golden["meta/weight_bits"]) or None,
         act_bits=int(golden["meta/activation_bits"]) or None,
     )
-    return request.param, golden, model, variables, jnp.asarray(golden["input"].transpose(0, 2, 3, 1))
+
+
+def first_stage(small_golden_dir, name):
+    """What the repository has of a published network, and its state with any numbers behind the first stage."""
+    golden = dict(np.load(small_golden_dir / f"{name}_stage0.npz"))
+    state, rng = state_of(golden), np.random.default_rng(0)
+    for line in golden["shapes"]:
+        later, *shape = line.split()
+        state[later] = rng.uniform(1, 2, [int(size) for size in shape]).astype(np.float32)
+    return golden, state
 
 
 def assert_close(name, actual, expected, what):
@@ -38,6 +60,20 @@ def assert_close(name, actual, expected, what):
         assert np.median(error) <= 1e-3 * scale, f"{what}: {np.median(error) / scale:.2e}"
 
 
+@pytest.mark.parametrize("name", ["resnet20_fp32", "stablenet20_w4a4"])
+def test_a_corner_of_the_first_stage_needs_no_data(small_golden_dir, name):
+    """A block's output at a corner depends on a larger corner of the images, by a pixel for each convolution before."""
+    golden, state = first_stage(small_golden_dir, name)
+    model, variables = load(golden, state)
+    images = golden["input"].transpose(0, 2, 3, 1)
+    _, states = jax.jit(lambda v, x: model.apply(v, x, return_states=True))(variables, images)
+    for i, known in enumerate((9, 7, 5)):  # of 12 pixels, one lost in the stem and two in each block
+        expected = golden[f"eval/block/{i}"]
+        assert expected.shape == (2, 16, known, known)
+        assert_close(name, states[i][:, :known, :known].transpose(0, 3, 1, 2), expected, f"block {i}")
+
+
+@pytest.mark.parametrize("net", NETS, indirect=True)
 def test_logits_and_every_block_in_evaluation(net):
     name, golden, model, variables, x = net
     logits, states = jax.jit(lambda v, x: model.apply(v, x, return_states=True))(variables, x)
@@ -46,11 +82,9 @@ def test_logits_and_every_block_in_evaluation(net):
         assert_close(name, state[:2].transpose(0, 3, 1, 2), golden[f"eval/block/{i}"], f"block {i}")
 
 
+@pytest.mark.parametrize("net", QUANTIZED, indirect=True)
 def test_no_more_than_one_code_in_a_hundred_flips(net):
-    name, golden, model, variables, x = net
-    if name.endswith("fp32"):
-        assert model.act_bits is None
-        return
+    _, golden, model, variables, x = net
     _, states = jax.jit(lambda v, x: model.apply(v, x, return_states=True))(variables, x)
     clips = [
         c
@@ -68,6 +102,7 @@ def test_no_more_than_one_code_in_a_hundred_flips(net):
     assert flipped <= 0.01 * total
 
 
+@pytest.mark.parametrize("net", NETS, indirect=True)
 def test_loss_gradients_and_statistics_in_training(net):
     name, golden, model, variables, x = net
     labels = jnp.asarray(golden["labels"].astype(np.int32))
@@ -85,6 +120,14 @@ def test_loss_gradients_and_statistics_in_training(net):
     assert_close(name, logits, golden["train/logits"], "logits")
     np.testing.assert_allclose(loss, golden["train/loss"], rtol=1e-4 if name.endswith("fp32") else 5e-3)
 
+    def assert_gradients_close(name, actual, expected, what):
+        """A ReLU whose input is 0 up to rounding may open, and one channel's gradient move by a thousandth."""
+        if name.endswith("fp32"):
+            error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+            assert error <= 1e-3, f"{what}: {error:.2e}"
+        else:
+            assert_close(name, actual, expected, what)
+
     def read(kind):
         return lambda torch_name: golden.get(f"train/{kind}/{torch_name}", np.asarray(np.nan, np.float32))
 
@@ -101,14 +144,14 @@ def test_loss_gradients_and_statistics_in_training(net):
                 continue  # full-precision nets have no clips
             for j in np.ndindex(e.shape[:1]) if "stage" in where else [()]:
                 assert not np.isnan(e[j]).any(), where
-                assert_close(name, a[j], e[j], f"{kind} {where}{j}")
+                check = assert_gradients_close if kind == "grad" else assert_close
+                check(name, a[j], e[j], f"{kind} {where}{j}")
                 compared += 1
         assert compared > 20
 
 
-def test_missing_extra_and_misshapen_arrays_are_refused_by_name(golden_dir):
-    golden = dict(np.load(golden_dir / "resnet20_fp32.npz"))
-    state = {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
+def test_missing_extra_and_misshapen_arrays_are_refused_by_name(small_golden_dir):
+    _, state = first_stage(small_golden_dir, "resnet20_fp32")
 
     def load(state, **options):
         models.from_torch_state("resnet20", state, **({"num_classes": 10, "symmetric": False} | options))
