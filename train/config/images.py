@@ -98,18 +98,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Stochastic gradient descent with momentum."""
+    """Gradient descent: with momentum, or Adam's."""
 
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Momentum (sgd); Adam with the decay in the gradient, as in PyTorch; or Adam with decoupled decay (adamw)."""
     learning_rate: float = 0.1
-    """Peak of the schedule."""
+    """Peak of the schedule. Adam wants far less than sgd: about 0.001."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Shape of the learning rate over the run."""
     momentum: float = 0.9
-    """Share of the last step kept in the next."""
+    """Share of the last step kept in the next; beta1 of Adam, whose beta2 is 0.999."""
     nesterov: bool = False
     """Look ahead along the momentum."""
     weight_decay: float = 1e-4
-    """Added to the gradient, times the parameter."""
+    """Added to the gradient, times the parameter; by adamw to the step."""
     averaging: float = 0.0
     """Share that the moving average of parameters keeps a step, near 1. The average is what is evaluated. 0 turns it
     off."""
