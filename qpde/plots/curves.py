@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, label, new_figure, styles
+from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, label, legend, new_figure, plain, styles
 
 _LABEL_GAP = 0.15  # between names at the curves' ends, in heights of a panel: two lines of text
 
@@ -107,6 +107,7 @@ def over_smoothing_figure(
     places = styles(families, "kinds")
     figure = new_figure(2, title=title)
     energies, accuracies = figure.subplots(1, 2)
+    drawn = {}
     for name, row in deepest.items():
         i = places[name]
         style = {"color": COLOURS[i], "linewidth": 1.8, "clip_on": False, "zorder": 3}
@@ -115,7 +116,7 @@ def over_smoothing_figure(
         scores = [100 * np.asarray(families[name][depth][1], np.float64) for depth in depths]
         mean, spread = [s.mean() for s in scores], [s.std(ddof=1) if s.size > 1 else 0.0 for s in scores]
         mark = {"marker": MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
-        accuracies.errorbar(depths, mean, spread, label=name, capsize=2.5, elinewidth=1, **style, **mark)
+        drawn[name] = accuracies.errorbar(depths, mean, spread, capsize=2.5, elinewidth=1, **style, **mark)
     energies.set_yscale("log")
     every = sorted({depth for depths in families.values() for depth in depths})
     accuracies.set_xscale("log", base=2)
@@ -123,7 +124,7 @@ def over_smoothing_figure(
     accuracies.minorticks_off()
     label(energies, "Energy along the deepest network", "layer", "Dirichlet energy / squared norm")
     label(accuracies, "Accuracy", "hidden layers", "test accuracy, %")
-    accuracies.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK)
+    legend(accuracies, drawn, loc="center left", bbox_to_anchor=(1.01, 0.5))
     if path is not None:
         figure.savefig(path)
     return figure
@@ -153,25 +154,25 @@ def against_bits_figure(
     """
     if not panels:
         raise ValueError("there are no curves to draw")
-    places = styles(next(iter(panels.values())), "networks", among)
+    places = styles([name for curves in panels.values() for name in curves], "networks", among)
     figure = new_figure(len(panels), title=title)
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
+    drawn = {}
     for axes, (quantity, curves) in zip(subplots, panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
             mean, half = np.array(list(points.values()), np.float64).T
             place = places[name]
             mark = {"marker": MARKERS[place], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
-            style = {"color": COLOURS[place], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1, "label": name}
+            style = {"color": COLOURS[place], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1}
             # A little apart, so that intervals of equal means are both seen.
             x_values = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
-            axes.errorbar(x_values, mean, np.nan_to_num(half), **style, **mark)
-        axes.set_xticks(range(len(points)), labels=list(points))
+            drawn[name] = axes.errorbar(x_values, mean, np.nan_to_num(half), **style, **mark)
+        axes.set_xticks(range(len(points)), labels=[plain(bits) for bits in points])
         label(axes, quantity, x, quantity)
     if legend_below:
-        handles = axes.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower left", ncols=3, frameon=False, labelcolor=INK)
+        legend(figure, drawn, loc="outside lower left", ncols=3)
     else:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK)
+        legend(axes, drawn, loc="center left", bbox_to_anchor=(1.01, 0.5))
     if path is not None:
         figure.savefig(path)
     return figure
@@ -209,7 +210,7 @@ def _draw(axes, rows, places, stages):
         axes.plot(blocks, row, linewidth=1.8, markersize=6 if len(row) <= 30 else 4, **mark)
         # The name stays in ink, which is readable where the curve's colour is pale; its mark leads to the curve.
         axes.plot(1.03, height, markersize=7.5, transform=axes.transAxes, **mark)
-        text = f"{name}\nmean {np.mean(row):.3g}"
+        text = f"{plain(name)}\nmean {np.mean(row):.3g}"
         axes.text(1.055, height, text, transform=axes.transAxes, color=INK, va="center", linespacing=1.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
 

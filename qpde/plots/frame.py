@@ -1,6 +1,6 @@
 """What all figures share: colours, marks and the frame of a panel."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 # Okabe and Ito's palette (2008), told apart by colour-blind readers; its yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -30,6 +30,28 @@ def styles(names: Collection[str], what: str, among: Collection[str] = ()) -> di
     return {name: found[name] if name in found else next(free) for name in everything}
 
 
+def plain(text: str) -> str:
+    """The text as matplotlib shows it letter by letter: "$" begins no mathematics.
+
+    matplotlib takes text for mathematics where "$" stands without a backslash, and removes the backslash elsewhere.
+    """
+    return text.replace("$", r"\$")
+
+
+def legend(owner, handles: Mapping[str, "matplotlib.artist.Artist"], **place) -> "matplotlib.legend.Legend":
+    """A legend with every name as it is: matplotlib itself leaves out those that begin with an underscore.
+
+    Args:
+      owner: Figure or axes that gets it.
+      handles: What is drawn, by name.
+      place: Where it goes, as for matplotlib's own.
+    """
+    made = owner.legend(list(handles.values()), ["name"] * len(handles), frameon=False, labelcolor=INK, **place)
+    for text, name in zip(made.get_texts(), handles, strict=True):
+        text.set_text(plain(name))
+    return made
+
+
 def new_figure(panels: int = 1, *, title: str | None = None, height: float = 4.2) -> "matplotlib.figure.Figure":
     """An empty figure, as wide as so many panels; ImportError where matplotlib is missing."""
     try:
@@ -39,15 +61,15 @@ def new_figure(panels: int = 1, *, title: str | None = None, height: float = 4.2
     figure = Figure(figsize=(5.4 * panels, height), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
+        figure.suptitle(plain(title), x=0.01, ha="left", fontsize=13, color=INK)
     return figure
 
 
 def label(axes, heading: str, x: str, y: str, *, pad: int = 8) -> None:
     """Names of a panel and of its axes, and the house's quiet frame."""
-    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
-    axes.set_xlabel(x, fontsize=10, color=INK)
-    axes.set_ylabel(y, fontsize=10, color=INK)
+    axes.set_title(plain(heading), loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
+    axes.set_xlabel(plain(x), fontsize=10, color=INK)
+    axes.set_ylabel(plain(y), fontsize=10, color=INK)
     axes.tick_params(colors=INK, labelsize=9.5, length=3)
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)

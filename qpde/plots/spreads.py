@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpde.plots.frame import COLOURS, GREY, INK, PALE, label, new_figure, styles
+from qpde.plots.frame import COLOURS, GREY, INK, PALE, label, legend, new_figure, plain, styles
 
 Numbers = Sequence | ArrayLike
 
@@ -38,19 +38,19 @@ def histogram_figure(
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     figure = new_figure(height=1.2 + 1.75 * len(rows))
     subplots = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    drawn = {}
     for axes, (heading, row) in zip(subplots, rows.items(), strict=True):
         for name, (edges, counts) in row.items():
             centres = (np.asarray(edges)[1:] + np.asarray(edges)[:-1]) / 2
             shares, bins = np.histogram(centres, bins=_BINS, range=(low, high), weights=np.asarray(counts))
             colour = COLOURS[places[name]]
-            axes.stairs(shares / shares.sum(), bins, color=colour, linewidth=1.6, label=name, baseline=None)
+            drawn[name] = axes.stairs(shares / shares.sum(), bins, color=colour, linewidth=1.6, baseline=None)
         axes.set_yscale("log")
         label(axes, heading, x if axes is subplots[-1] else "", "share")
         if clip is not None:
             axes.axvline(clip, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
             axes.text(clip, 1.01, "clip", transform=axes.get_xaxis_transform(), ha="center", color=GREY, fontsize=9)
-    handles, labels = subplots[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, labelcolor=INK)
+    legend(figure, drawn, loc="outside lower left", ncols=3)
     return _written(figure, path)
 
 
@@ -87,9 +87,9 @@ def maps_figure(
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_color(PALE)
-        line[0].set_ylabel(name, fontsize=10, color=INK)
+        line[0].set_ylabel(plain(name), fontsize=10, color=INK)
     for axes, heading in zip(subplots[0], columns, strict=True):
-        axes.set_title(heading, fontsize=10, color=INK)
+        axes.set_title(plain(heading), fontsize=10, color=INK)
     return _written(figure, path)
 
 
@@ -116,18 +116,19 @@ def spectrum_figure(
     axes = figure.subplots()
     axes.axhspan(-1, 1, color=PALE, alpha=0.5, zorder=0)
     width = 0.7 / len(spectra)
+    drawn = {}
     for i, (name, blocks) in enumerate(spectra.items()):
         shift = width * (i - (len(spectra) - 1) / 2)
-        for j, (block, values) in enumerate(blocks.items()):
+        for block, values in blocks.items():
             values = np.ravel(values)
             places = np.full(len(values), block + shift)
             style = {"color": COLOURS[colours[name]], "marker": "_", "s": 360 * width, "linewidths": 1.0, "alpha": 0.8}
-            axes.scatter(places, values, label=name if j == 0 else None, **style)
+            drawn[name] = axes.scatter(places, values, **style)
     axes.set_xticks(sorted({block for blocks in spectra.values() for block in blocks}))
     for line in (-1, 1):
         axes.axhline(line, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     label(axes, heading, "block", "eigenvalues of (J + Jᵀ) / 2")
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, markerscale=1.5)
+    legend(figure, drawn, loc="outside lower left", ncols=3, markerscale=1.5)
     return _written(figure, path)
 
 
@@ -161,11 +162,13 @@ def bound_figure(
     figure = new_figure(height=4.6)
     axes = figure.subplots()
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    for name, (error, bound) in positive.items():
-        axes.scatter(error, bound, s=7, color=COLOURS[places[name]], alpha=0.5, linewidths=0, label=name)
+    drawn = {
+        name: axes.scatter(error, bound, s=7, color=COLOURS[places[name]], alpha=0.5, linewidths=0)
+        for name, (error, bound) in positive.items()
+    }
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, everything[1].max() * 3))
     label(axes, heading, "measured error of a logit difference", "proven bound")
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, markerscale=2.5)
+    legend(figure, drawn, loc="outside lower left", ncols=3, markerscale=2.5)
     return _written(figure, path)
 
 

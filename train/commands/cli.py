@@ -1,7 +1,6 @@
 """The command line.  A command is a dataclass whose fields are its options, and one row of `COMMANDS`."""
 
 import inspect
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from train.commands.reproduce import Reproduce, prepare_reproduce
 from train.commands.sweep import Sweep, prepare_sweep
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
+from train.config.recipe_files import load_recipes
+from train.config.suggestions import did_you_mean
 from train.data.tfds_records import DataError
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
 from train.runs.checkpoints import CheckpointError
-from train.tasks.job import KINDS, prepare_job
+from train.tasks.job import prepare_job
 
 _PROGRAM = "python -m train"
 
@@ -57,7 +58,7 @@ class Run(Generic[E]):
     distributed: str | None = None
     """Train together with the other processes started with the same command, one a host, over a folder that all see:
     "auto" where they find each other (SLURM, Open MPI, Kubernetes, Cloud TPU), or HOST:PORT of the first one, with
-    --processes and --process. --devices 0 then takes the devices of all."""
+    --processes and --process. --devices all then takes the devices of all."""
     processes: int | None = None
     """How many there are."""
     process: int | None = None
@@ -81,7 +82,8 @@ def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
     recipes = load_recipes(Path(paths[0]))
     recipe = _value_of("--recipe", arguments) or next(iter(recipes))
     if recipe not in recipes:
-        raise ValueError(f"{paths[0]} has no recipe {recipe!r}: choose from {list(recipes)}")
+        meant = did_you_mean(recipe, recipes)
+        raise ValueError(f"{paths[0]} has no recipe {recipe!r}: {meant}choose from {list(recipes)}")
     experiment = recipes[recipe]
     if command is Sweep and not isinstance(experiment, Experiment):
         raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and widths in one run: use {_PROGRAM} run")
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}: choose from {list(COMMANDS)}")
+        return _fail(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose from {list(COMMANDS)}")
     if rest[:1] in (["-h"], ["--help"]) and COMMANDS[name].help:
         print(_help_of(COMMANDS[name]))
         return 0
@@ -226,21 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(interrupted), status=interrupted.exit_status)
     except KeyboardInterrupt:
         return _fail("interrupted: the same command goes on after the last saved step", status=130)
-
-
-def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperiment]:
-    """The recipes that a file of configs/ defines, the default first.
-
-    Raises:
-      FileNotFoundError: there is no such file.   ValueError: it does not define `recipes`.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no experiment file {path}: see configs/")
-    recipes = runpy.run_path(str(path)).get("recipes")
-    if not (isinstance(recipes, dict) and recipes and all(type(r) in KINDS for r in recipes.values())):
-        kinds = " or ".join(kind.__name__ for kind in KINDS)
-        raise ValueError(f"{path} must define `recipes`, a dictionary from names to {kinds}")
-    return recipes
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -6,7 +6,7 @@ from typing import Literal
 import tyro
 
 from qpde.models import GraphSmoothing
-from train.config.images import Adam, Comparison, Variant, check_at_least
+from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GraphData:
     """Of the random split."""
 
     def __post_init__(self):
-        check_at_least("data.split_seed", self.split_seed, 0)
+        check_seeds("data.split_seed", self.split_seed)
         if self.name == "digits" and self.split == "full":
             raise ValueError("data.split (='full') needs a citation graph: the digits have no published split")
 
@@ -102,8 +102,9 @@ class GraphExperiment(Comparison):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, limit in (("epochs", 1), ("tune_epochs", 0), ("seeds", 1), ("seed", 0), ("report_every", 1)):
+        for name, limit in (("epochs", 1), ("tune_epochs", 0), ("seeds", 1), ("report_every", 1)):
             check_at_least(name, getattr(self, name), limit)
+        check_seeds("seed", self.seed, self.seeds)
         if self.seeds_at_once is not None and (self.seeds_at_once < 1 or self.seeds % self.seeds_at_once):
             raise ValueError(f"seeds_at_once (={self.seeds_at_once}) must divide the {self.seeds} seeds")
         if len(set(self.bits)) < len(self.bits):

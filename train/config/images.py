@@ -13,6 +13,16 @@ from typing import Any, Literal
 import tyro
 
 from qpde.models import NetworkOptions, Smoothing
+from train.config.suggestions import did_you_mean
+
+_LARGEST = 2**31 - 1
+"""Of an int32, which is what counts on the device."""
+
+_LARGEST_SEED = 2**32 - 1
+"""A random key is made of the last 32 bits of its seed: a larger one would repeat the run of a smaller."""
+
+_LONGEST_NAME = 128
+"""Bytes. File systems take 143 to 255, and other names are made of a run's: NAME_W4A4, NAME_sweep."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +108,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Stochastic gradient descent with momentum."""
+    """Gradient descent: with momentum, or Adam's."""
 
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Momentum (sgd); Adam with the decay in the gradient, as in PyTorch; or Adam with decoupled decay (adamw)."""
     learning_rate: float = 0.1
-    """Peak of the schedule."""
+    """Peak of the schedule. Adam wants far less than sgd: about 0.001."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Shape of the learning rate over the run."""
     momentum: float = 0.9
-    """Share of the last step kept in the next."""
+    """Share of the last step kept in the next; beta1 of Adam, whose beta2 is 0.999."""
     nesterov: bool = False
     """Look ahead along the momentum."""
     weight_decay: float = 1e-4
-    """Added to the gradient, times the parameter."""
+    """Added to the gradient, times the parameter; by adamw to the step."""
     averaging: float = 0.0
     """Share that the moving average of parameters keeps a step, near 1. The average is what is evaluated. 0 turns it
     off."""
@@ -255,11 +267,14 @@ class Comparison:
             unknown = sorted(set(variant.changes) - set(known))
             if unknown:
                 raise ValueError(
-                    f"variant {variant.name!r} changes {unknown}, no fields of the model: choose from {known}"
+                    f"variant {variant.name!r} changes {unknown}, no fields of the model: "
+                    f"{did_you_mean(unknown[0], known)}choose from {known}"
                 )
         unknown = sorted(set(self.only) - set(names))
         if unknown:
-            raise ValueError(f"only (={unknown}) names no variant: choose from {names}")
+            raise ValueError(
+                f"only (={unknown}) names no variant: {did_you_mean(unknown[0], names)}choose from {names}"
+            )
 
     @property
     def chosen(self) -> tuple[Variant, ...]:
@@ -287,9 +302,9 @@ class Experiment(Comparison):
     accumulate: int = 1
     """Parts of a batch whose gradients are computed one after the other and averaged, where the whole one needs too
     much memory. Batch norms then see one part at a time: its statistics normalise it and move the running ones."""
-    devices: int = 1
-    """Devices that share each batch; 0 is all there are, as runs of several processes need. The result depends on it
-    by the rounding of sums alone."""
+    devices: int | Literal["all"] = 1
+    """Devices that share each batch: a number, or all there are, as runs of several processes need. The result depends
+    on it by the rounding of sums alone."""
     clip_start: str = "rms"
     """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
     start_from: str | None = None
@@ -319,21 +334,32 @@ class Experiment(Comparison):
         check_at_least("accumulate", self.accumulate, 1)
         if self.batch_size < 2 * self.accumulate:
             raise ValueError(f"accumulate (={self.accumulate}) leaves less than 2 of {self.batch_size} images a part")
-        check_at_least("devices", self.devices, 0)
+        if self.devices != "all":
+            if self.devices == 0:
+                raise ValueError("devices (=0) must be at least 1: give --devices all for all there are")
+            check_at_least("devices", self.devices, 1)
         check_at_least("checkpoint_every", self.checkpoint_every, 0)
-        check_at_least("seed", self.seed, 0)
+        check_seeds("seed", self.seed)
 
 
 def check_at_least(name: str, value: int, limit: int) -> None:
-    """ValueError for a value below its limit."""
+    """ValueError for an integer below its limit, or for one that no counter on a device holds."""
     if value < limit:
         raise ValueError(f"{name} (={value}) must be at least {limit}")
+    if value > _LARGEST:
+        raise ValueError(f"{name} (={value}) must be at most {_LARGEST}")
+
+
+def check_seeds(name: str, first: int, count: int = 1) -> None:
+    """ValueError unless `count` seeds from `first` on give different random keys."""
+    if not 0 <= first <= _LARGEST_SEED - (count - 1):
+        raise ValueError(f"{name} (={first}) must lie in 0 to {_LARGEST_SEED - (count - 1)}")
 
 
 def _check_set(name: str, value: str, *others: str) -> None:
     if value not in others and not re.fullmatch(r"tfds/\w[\w./-]*", value):
         known = ", ".join(repr(other) for other in (*others, "tfds/NAME"))
-        raise ValueError(f"{name} (={value!r}) is no set of images: choose {known}")
+        raise ValueError(f"{name} (={value!r}) is no set of images: {did_you_mean(value, others)}choose {known}")
 
 
 def _check_not_negative(name: str, value: float) -> None:
@@ -345,3 +371,7 @@ def check_folder_name(name: str, value: str) -> None:
     """ValueError for what is no plain name of a folder."""
     if not re.fullmatch(r"\w[\w.-]*", value):
         raise ValueError(f"{name} (={value!r}) names a folder: use letters, digits, '_', '-' and '.' only")
+    if (length := len(value.encode())) > _LONGEST_NAME:
+        raise ValueError(
+            f"{name} (={value[:20]}...) names a folder and has {length} bytes: choose one of at most {_LONGEST_NAME}"
+        )

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
+from train.config.suggestions import did_you_mean
 
 KINDS = {"images": Experiment, "graph": GraphExperiment}
 """Every kind of experiment, by the name that its JSON text carries."""
@@ -38,6 +39,8 @@ def from_json(text: str) -> Experiment | GraphExperiment:
         return dataclasses.replace(experiment, variants=variants)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not an experiment of this version: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not an experiment of this version: it is nested too deeply") from error
 
 
 def _build(hint: Any, value: Any, name: str = "the text") -> Any:
@@ -48,22 +51,34 @@ def _build(hint: Any, value: Any, name: str = "the text") -> Any:
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        *others, last = [one for one in arguments if (one is types.NoneType) == (value is None)] or arguments
-        for one in others:
+        possible = [one for one in arguments if (one is types.NoneType) == (value is None)] or list(arguments)
+        if len(possible) == 1:
+            return _build(possible[0], value, name)
+        for one in possible:
             with contextlib.suppress(TypeError):
                 return _build(one, value, name)
-        return _build(last, value, name)
+        raise TypeError(f"{name} (={value!r}) must be {_described(hint)}")
     if not _fits(hint, value):
-        raise TypeError(f"{name} (={value!r}) must be {hint.__name__ if isinstance(hint, type) else hint}")
+        raise TypeError(f"{name} (={value!r}) must be {_described(hint)}")
     if origin is tuple:
         return tuple(_build(arguments[0], item, name) for item in value)
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         unknown = sorted(value.keys() - hints.keys())
         if unknown:
-            raise TypeError(f"unknown fields {unknown}")
+            raise TypeError(f"unknown fields {unknown}: {did_you_mean(unknown[0], hints)}choose from {list(hints)}")
         return hint(**{name: _build(hints[name], item, name) for name, item in value.items()})
     return value
+
+
+def _described(hint: Any) -> str:
+    """What the annotation admits, in words."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, arguments))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_described, arguments))
+    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint)
 
 
 def _fits(hint: Any, value: Any) -> bool:

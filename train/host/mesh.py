@@ -7,7 +7,7 @@ else.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +16,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
 
-ALL = 0
-"""The number that stands for all devices there are."""
 
-
-def make_mesh(devices: int) -> Mesh:
-    """The mesh of so many devices, or of `ALL`; of all processes if there are several.
+def make_mesh(devices: int | Literal["all"]) -> Mesh:
+    """The mesh of so many devices, or of all there are; of all processes if there are several.
 
     Raises:
       ValueError: there are fewer, or some process would be left without a part.
     """
     present = jax.devices()
-    if devices > len(present):
-        raise ValueError(f"devices (={devices}) exceeds the {len(present)} of this machine: choose less, or 0 for all")
-    if jax.process_count() > 1 and devices not in (ALL, len(present)):
+    count = len(present) if devices == "all" else devices
+    if count > len(present):
+        raise ValueError(f"devices (={devices}) exceeds the {len(present)} of this machine: choose less, or all")
+    if jax.process_count() > 1 and count != len(present):
         raise ValueError(
-            f"devices (={devices}) must be 0, all of them, in a run of {jax.process_count()} processes: they have "
-            f"{len(present)} devices together"
+            f"devices (={devices}) must be all of them in a run of {jax.process_count()} processes, which have "
+            f"{len(present)} together: give --devices all"
         )
-    return Mesh(np.array(present[: devices or None]), ("data",))
+    return Mesh(np.array(present[:count]), ("data",))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

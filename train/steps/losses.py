@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from train.config.images import Loss
@@ -66,9 +67,7 @@ def cross_entropy(
       logits: before the softmax.   targets: distributions over the classes, one-hot or mixed.
       smoothing: in [0, 1) (Szegedy et al., 2016).
     """
-    if smoothing:
-        targets = (1 - smoothing) * targets + smoothing / targets.shape[-1]
-    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / len(logits)
+    return jnp.mean(optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)))
 
 
 def similarity(
@@ -122,6 +121,7 @@ def classification_sums(
     """
     counts = labels != IGNORED
     chosen = jnp.maximum(labels, 0)[:, None]
+    # optax.softmax_cross_entropy_with_integer_labels differs in the last digit: it subtracts in another order.
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[:, 0]
     correct = jnp.argmax(logits, axis=-1) == labels  # never where the label is IGNORED, which is no index
     return {

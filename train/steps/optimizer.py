@@ -19,8 +19,14 @@ def create_optimizer(config: Optimizer | Adam, params, *, steps: int) -> optax.G
 
     decay and factor are `config`'s and 1, or those of the first rule whose pattern is found in the parameter's path.
     A learned gamma2 decays by its rule alone: it is no weight, and no smoothing is no simpler a network.
-    The direction of `Optimizer` is m <- momentum m + g, or g + momentum m for the last m if it is Nesterov's; that
-    of `Adam`, whose rate is constant, is Kingma and Ba's.
+
+    The direction of `Optimizer` is, by its name:
+
+        sgd      m <- momentum m + g, or g + momentum m for the last m if it is Nesterov's
+        adam     Kingma and Ba's (2015), with beta1 the momentum; Dozat's (2016) if it is Nesterov's
+        adamw    the same, and the decay is added to the direction instead (Loshchilov and Hutter, 2019)
+
+    That of `Adam`, whose rate is constant, is "adam" with momentum 0.9.
 
     Args:
       config: the settings.
@@ -32,17 +38,25 @@ def create_optimizer(config: Optimizer | Adam, params, *, steps: int) -> optax.G
     chosen = rule_of_each(config.rules, params)
     decays = jax.tree.map_with_path(partial(_decay_of, config.weight_decay), chosen)
     factors = jax.tree.map(lambda rule: rule.learning_rate, chosen)
+    decay = optax.stateless(lambda grads, params: jax.tree.map(lambda g, w, d: g + d * w, grads, params, decays))
     if isinstance(config, Adam):
-        direction, rate = optax.scale_by_adam(), config.learning_rate
+        directions, rate = (decay, optax.scale_by_adam()), config.learning_rate
     else:
-        direction = optax.trace(decay=config.momentum, nesterov=config.nesterov)
-        rate = SCHEDULES[config.schedule](config.learning_rate, steps)
+        directions = _directions(config, decay)
+        rate = SCHEDULES[config.schedule](config.learning_rate, max(steps, 1))  # no steps: nothing is trained
     return optax.chain(
-        optax.stateless(lambda grads, params: jax.tree.map(lambda g, w, d: g + d * w, grads, params, decays)),
-        direction,
+        *directions,
         optax.stateless(lambda steps, _: jax.tree.map(lambda m, factor: factor * m, steps, factors)),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def _directions(config: Optimizer, decay: optax.GradientTransformation) -> tuple[optax.GradientTransformation, ...]:
+    """The weight decay and the direction, in their order."""
+    if config.name == "sgd":
+        return decay, optax.trace(decay=config.momentum, nesterov=config.nesterov)
+    adam = optax.scale_by_adam(b1=config.momentum, nesterov=config.nesterov)
+    return (decay, adam) if config.name == "adam" else (adam, decay)
 
 
 def rule_of_each(rules: Sequence[Rule], params):

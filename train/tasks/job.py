@@ -17,9 +17,6 @@ from train.runs.directory import RunDirectory, open_run
 
 _PREPARE = {Experiment: train.tasks.images.prepare, GraphExperiment: train.tasks.nodes.prepare}
 
-KINDS = tuple(_PREPARE)
-"""Every kind of experiment."""
-
 
 def prepare_job(
     experiment: Experiment | GraphExperiment,

@@ -76,7 +76,7 @@ class Training:
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains every seed in full precision and at each pair of widths; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
-        seeds = jnp.arange(experiment.seed, experiment.seed + experiment.seeds)
+        seeds = jnp.asarray(np.arange(experiment.seed, experiment.seed + experiment.seeds).astype(np.uint32))
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
         init_keys, keys = keys[:, 0], keys[:, 1]
         params = init_seeds(model, init_keys, task, _EXACT, methods=_EXACT, at_once=self.at_once)

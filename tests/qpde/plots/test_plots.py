@@ -6,7 +6,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 
 from qpde.plots import (
@@ -248,3 +248,35 @@ def test_a_network_has_one_colour_in_all_figures_of_a_page(draw, name, among, pl
     drawn += [colour for points in axes.collections for colour in (*points.get_edgecolor(), *points.get_facecolor())]
     found = {matplotlib.colors.to_hex(colour).upper() for colour in drawn} & set(COLOURS)
     assert found == {COLOURS[place]}
+
+
+HARD_NAMES = ("_hidden", "a$b", r"$\undefined{x$", "cost $5")
+POINTS = {"W$4$": (1.0, 1.0)}
+
+NAMED = {
+    "curves": lambda a, b: layer_error_figure({a: [1.0, 2.0], b: [2.0, 1.0]}, relative={a: [1.0]}, title=a),
+    "depth": lambda a, b: along_depth_figure({a: [1.0, 2.0], b: [2.0]}, heading=a, unit=b),
+    "smoothing": lambda a, b: over_smoothing_figure(dict.fromkeys((a, b), {2: ([0.5, 0.2], [0.8])}), title=a),
+    "bits": lambda a, b: against_bits_figure({a: {a: POINTS, b: POINTS}}, x=b),
+    "bits below": lambda a, b: against_bits_figure({a: {a: POINTS}, b: {b: POINTS}}, legend_below=True),
+    "histogram": lambda a, b: histogram_figure({a: {a: (EDGES, COUNTS)}, b: {b: (EDGES, COUNTS)}}, x=b),
+    "maps": lambda a, b: maps_figure({a: [np.eye(2)], b: [np.eye(2)]}, [a], heading=b),
+    "spectrum": lambda a, b: spectrum_figure({a: {1: [0.5], 2: [0.1]}, b: {1: [0.5]}}, heading=a),
+    "bound": lambda a, b: bound_figure({a: ([0.1], [0.5]), b: ([0.1], [0.5])}, heading=a),
+}
+
+
+@pytest.mark.parametrize("draw", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("name", HARD_NAMES)
+def test_every_name_is_shown_letter_by_letter(draw, name, monkeypatch):
+    """A "$" begins no mathematics, and a leading underscore hides nothing."""
+    shown = set()
+    draw_text = RendererAgg.draw_text
+
+    def noted(renderer, gc, x, y, text, prop, angle, ismath=False, mtext=None):
+        shown.update([text] if not ismath else [])
+        draw_text(renderer, gc, x, y, text, prop, angle, ismath, mtext)
+
+    monkeypatch.setattr(RendererAgg, "draw_text", noted)
+    FigureCanvasAgg(draw(name, "other")).draw()
+    assert {name, "other"} <= shown

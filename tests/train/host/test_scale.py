@@ -215,9 +215,9 @@ def _assert_ends_as_on_one_device(folder, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--devices", "5"], "devices (=5) exceeds the 4 of this machine: choose less, or 0 for all"),
+        (["--devices", "5"], "devices (=5) exceeds the 4 of this machine: choose less, or all"),
         (["--devices", "3"], "batch_size (=256) must be a multiple of 3, 3 devices: choose 255"),
-        (["--devices", "0", "--accumulate", "3"], "must be a multiple of 12, 4 devices times 3 parts (accumulate)"),
+        (["--devices", "all", "--accumulate", "3"], "must be a multiple of 12, 4 devices times 3 parts (accumulate)"),
         (["--accumulate", "200"], "accumulate (=200) leaves less than 2 of 256 images a part"),
     ],
 )
@@ -229,7 +229,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(run, options, message):
 
 def test_the_mesh_is_part_of_the_configuration():
     assert Experiment("a", (Variant("a"),)).devices == 1
-    assert make_mesh(0).size == 4
+    assert make_mesh("all").size == 4
 
 
 # Processes
@@ -247,7 +247,7 @@ def _run_two(folder, disturb=""):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "train", "run", "tiny.py", "--name", "two", "--devices", "0"]
+    command = [sys.executable, "-m", "train", "run", "tiny.py", "--name", "two", "--devices", "all"]
     command += ["--distributed", address]
     running = [
         subprocess.Popen(
@@ -295,7 +295,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_together_they_e
 
 def test_what_two_processes_began_goes_on_on_four_devices_of_one_when_told_and_ends_as_on_one(folder, stopped, run):
     status, printed = run("other", "--devices", "4")
-    assert (status, "devices: 0 there, 4 now" in printed) == (2, True)
+    assert (status, "devices: 'all' there, 4 now" in printed) == (2, True)
     status, printed = run("other", "--devices", "4", "--resume-changed")
     assert status == 0, printed
     assert "going on after step 3 of 10" in printed
