@@ -21,6 +21,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from qpde.devices import by_compiler, on_each_device, vary_alike
+
 
 def conv(
     x: Float[Array, "n h w c_in"],
@@ -128,7 +130,8 @@ def _in_kernel_dtype(f, form, x, kernel):
     for name, dtype in (("images", x.dtype), ("kernel", kernel.dtype)):
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{name} of dtype {dtype} must be floating: convert by .astype(jnp.float32)")
-    return f(form, x.astype(kernel.dtype), kernel).astype(x.dtype)
+    images, kernel = vary_alike(on_each_device(x, batch=True), on_each_device(kernel))
+    return f(form, images.astype(kernel.dtype), kernel).astype(x.dtype)
 
 
 class _Form(NamedTuple):
@@ -195,11 +198,16 @@ def _adjoint_form(size_out, kernel, stride, padding, dilation, size) -> _Form:
 
 def _trilinear(conv, adjoint, kernel_gradient):
     """Ties three maps (form, a, b) -> c of one trilinear form together: each is the derivative of the others."""
-    # jit: called eagerly, each compiles once per form and shape rather than operation by operation.
-    conv, adjoint, kernel_gradient = (
-        jax.custom_vjp(jax.jit(f, static_argnums=0, inline=True), nondiff_argnums=(0,))
-        for f in (conv, adjoint, kernel_gradient)
-    )
+
+    def compiled(f, *, like):
+        # jit: called eagerly, each compiles once per form and shape rather than operation by operation.
+        def on_any_mesh(form, a, b):
+            return by_compiler(partial(f, form), like=like)(a, b)
+
+        return jax.custom_vjp(jax.jit(on_any_mesh, static_argnums=0, inline=True), nondiff_argnums=(0,))
+
+    conv, adjoint = compiled(conv, like=0), compiled(adjoint, like=0)
+    kernel_gradient = compiled(kernel_gradient, like=None)
 
     def bilinear(f, gradients):
         f.defvjp(lambda form, a, b: (f(form, a, b), (a, b)), lambda form, ab, c: gradients(form, *ab, c))
@@ -298,7 +306,8 @@ def _kernel_gradient_by_dots(form, x, y):
 def _sum_over_blocks(f, x, y, *, pixels):
     """Sum of f over blocks of images with about so many output pixels, few enough to stay in the core's cache."""
     blocks = [_blocks(a, images=pixels // (y.shape[1] * y.shape[2])) for a in (x, y)]
-    start = jnp.zeros_like(jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks)))
+    total = jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks))
+    (start,) = vary_alike(jnp.zeros(total.shape, total.dtype), like=blocks)
     return lax.scan(lambda total, block: (total + f(*block), None), start, blocks)[0]
 
 

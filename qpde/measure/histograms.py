@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
 from qpde import quantizers
+from qpde.devices import by_compiler
 
 __all__ = ["BINS", "Histogram", "clip_from", "histogram", "merge"]
 
@@ -37,12 +38,16 @@ def histogram(x: Num[Array | np.ndarray, "..."], *, signed: bool, bins: int = BI
     Returns:
       `Histogram`, float32; a NaN makes `largest` NaN.
     """
-    a = jnp.abs(x) if signed else jnp.maximum(x, 0)
-    a = a.ravel().astype(jnp.float32)
-    largest = a.max()
-    index = jnp.clip(jnp.ceil(a * (bins / _limit(largest))).astype(jnp.int32), 0, bins)
-    # Counted as integers: float32 would stop at 2^24 equal values.
-    return Histogram(jnp.zeros(1 + bins, jnp.int32).at[index].add(1).astype(jnp.float32), largest)
+
+    def counted(x):
+        a = jnp.abs(x) if signed else jnp.maximum(x, 0)
+        a = a.ravel().astype(jnp.float32)
+        largest = a.max()
+        index = jnp.clip(jnp.ceil(a * (bins / _limit(largest))).astype(jnp.int32), 0, bins)
+        # Counted as integers: float32 would stop at 2^24 equal values.
+        return Histogram(jnp.zeros(1 + bins, jnp.int32).at[index].add(1).astype(jnp.float32), largest)
+
+    return by_compiler(counted)(jnp.asarray(x))
 
 
 def merge(a: Histogram, b: Histogram) -> Histogram:

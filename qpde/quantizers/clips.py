@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from qpde.bits import EXACT_BITS
+from qpde.devices import by_compiler
 from qpde.quantizers.rounding import (
     ACTIVATION_CLIP,
     WEIGHT_CLIP,
@@ -87,15 +88,19 @@ def initial_clip(
         raise ValueError(f"no data to start a clip from: x has shape {x.shape}")
     if per_channel and x.ndim == 0:
         raise ValueError("per_channel=True needs an axis of channels, but x is a scalar")
+
+    def chosen(x, counts, traced_bits):
+        # One column for each group that shares a clip: every rule reduces the first axis.
+        columns = x.reshape(-1, x.shape[-1] if per_channel else 1)
+        counts = None if counts is None else counts.reshape(columns.shape)
+        options = _ClipOptions(grid, traced_bits, percentile, rms_factor, counts)
+        clip = _CLIP_RULES[method](columns, options)
+        clip = jnp.where(clip <= 0, _constant_clip(columns, options), clip)
+        return clip if per_channel else clip[0]
+
     x = jax.lax.stop_gradient(x.astype(compute_dtype(x)))
-    # One column for each group that shares a clip: every rule reduces the first axis.
-    columns = x.reshape(-1, x.shape[-1] if per_channel else 1)
-    if counts is not None:
-        counts = jnp.asarray(counts, x.dtype).reshape(columns.shape)
-    options = _ClipOptions(grid, traced_bits, percentile, rms_factor, counts)
-    clip = _CLIP_RULES[method](columns, options)
-    clip = jnp.where(clip <= 0, _constant_clip(columns, options), clip)
-    return clip if per_channel else clip[0]
+    counts = None if counts is None else jnp.asarray(counts, x.dtype)
+    return by_compiler(chosen)(x, counts, traced_bits)
 
 
 # Rules for the start of a clip: columns (n, groups) to one clip for each group.

@@ -13,6 +13,7 @@ The bits are `None` (identity), a Python number, or a traced value: then one com
 A quantizer also exists as integers: `encode_weight`, `encode_activation` and `dequantize`. Rounding is half-to-even.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int8, Int32, Num, UInt8
 
 from qpde.bits import EXACT_BITS
+from qpde.devices import by_compiler, vary_alike
 from qpde.quantizers.levels import INVERSE_STEPS, LEVEL_SETS, STEPS, look_up
 
 WEIGHT_CLIP = 3.0
@@ -84,7 +86,8 @@ def quantize_weight(
         return w
     if standardize:
         w = standardize_weight(w, per_channel=per_channel_statistics)
-    return fake_quantize(grid, *_operands(w, clip), traced_bits, jnp.asarray(gradient_scale))
+    gradient_scale = jnp.asarray(gradient_scale)
+    return fake_quantize(grid, *_operands(w, clip, traced_bits, gradient_scale), traced_bits, gradient_scale)
 
 
 def quantize_activation(
@@ -121,7 +124,8 @@ def quantize_activation(
     grid, traced_bits = resolve(levels, bits, signed=signed)
     if bits is None:
         return x
-    return fake_quantize(grid, *_operands(x, clip), traced_bits, jnp.asarray(gradient_scale))
+    gradient_scale = jnp.asarray(gradient_scale)
+    return fake_quantize(grid, *_operands(x, clip, traced_bits, gradient_scale), traced_bits, gradient_scale)
 
 
 def standardize_weight(w: Num[Array | np.ndarray, "*shape"], *, per_channel: bool = False) -> Num[Array, "*shape"]:
@@ -359,11 +363,15 @@ def _sum_for_clip(values: Array, shape: tuple[int, ...]) -> Array:
     # five times faster. The first axis stays, for it may be a batch over several devices.
     if values.ndim < 2:
         return jnp.sum(values) if shape == () else values
-    if shape == ():
-        rows = values.reshape(values.shape[0], -1)
-        return jnp.sum(jnp.dot(rows, jnp.ones(rows.shape[1], rows.dtype), precision="highest"))
-    rows = values.reshape(-1, values.shape[-1])
-    return jnp.dot(jnp.ones(rows.shape[0], rows.dtype), rows, precision="highest")
+
+    def total(values):
+        if shape == ():
+            rows = values.reshape(values.shape[0], math.prod(values.shape[1:]))
+            return jnp.sum(jnp.dot(rows, jnp.ones(rows.shape[1], rows.dtype), precision="highest"))
+        rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+        return jnp.dot(jnp.ones(rows.shape[0], rows.dtype), rows, precision="highest")
+
+    return by_compiler(total)(values)
 
 
 # Arguments.
@@ -396,14 +404,15 @@ def _require_bits(bits):
     return bits
 
 
-def _operands(x: ArrayLike, clip: ArrayLike) -> tuple[Array, Array]:
+def _operands(x: ArrayLike, clip: ArrayLike, *others: Array | None) -> tuple[Array, Array]:
+    """x and the clip, checked, and cast to vary over the devices as they and the others do."""
     x, clip = floating(x), _as_clip(clip)
     if clip.shape != () and clip.shape != x.shape[-1:]:
         raise ValueError(
             f"clip has shape {clip.shape}, but x of shape {x.shape} needs () or, one value for each channel, "
             f"{x.shape[-1:]}"
         )
-    return x, clip
+    return vary_alike(x, clip, like=others)
 
 
 def _as_clip(clip: ArrayLike) -> Array:
