@@ -13,7 +13,7 @@ works to any order and forward mode (`jax.jvp`) does not: J v is the vjp of the 
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -134,11 +134,15 @@ def _in_kernel_dtype(f, form, x, kernel):
     return f(form, images.astype(kernel.dtype), kernel).astype(x.dtype)
 
 
+Size: TypeAlias = Any
+"""A number of pixels: an int, or an expression of symbols while a program is exported for every size."""
+
+
 class _Form(NamedTuple):
     """What is static of T(x, k, y): the sizes of x, y and the kernel, and how the kernel steps over x."""
 
-    size: tuple[int, int]
-    size_out: tuple[int, int]
+    size: tuple[Size, Size]
+    size_out: tuple[Size, Size]
     taps: tuple[int, int]
     padding: tuple[int, int]
     stride: int
@@ -150,13 +154,13 @@ class _Form(NamedTuple):
         return _reach(self.taps, self.dilation)
 
     @property
-    def conv_padding(self) -> list[tuple[int, int]]:
+    def conv_padding(self) -> list[tuple[Size, Size]]:
         """Low and high padding of x per axis; a negative one crops what the last stride does not reach."""
         used = [self.stride * (m - 1) + r + 1 for m, r in zip(self.size_out, self.reach, strict=True)]
         return [(p, u - n - p) for p, u, n in zip(self.padding, used, self.size, strict=True)]
 
     @property
-    def adjoint_padding(self) -> list[tuple[int, int]]:
+    def adjoint_padding(self) -> list[tuple[Size, Size]]:
         """Low and high padding per axis of y, spread out by the stride."""
         return [(r - low, r - high) for r, (low, high) in zip(self.reach, self.conv_padding, strict=True)]
 
@@ -219,7 +223,8 @@ def _trilinear(conv, adjoint, kernel_gradient):
 
 
 def _full_conv(form, x, kernel):
-    return _correlate(x, kernel, form.conv_padding, stride=form.stride, dilation=form.dilation)
+    # Not `conv_padding`: what it crops does not change the sums, and where sizes are symbols it is one too.
+    return _correlate(x, kernel, [(p, p) for p in form.padding], stride=form.stride, dilation=form.dilation)
 
 
 def _full_adjoint(form, y, kernel):
@@ -234,6 +239,7 @@ def _full_kernel_gradient(form, x, y):
 
 def _correlate(x, kernel, padding, *, stride=1, spread=1, dilation=1):
     """The compiler's convolution; on CPUs several output pixels at a time where its product would be narrow."""
+    x, padding, spread = _numeric(x, padding, spread)
     taps, c_in, c_out = kernel.shape[1:]
     width = x.shape[2] + sum(padding[1]) - taps + 1
     pixels = next((q for q in (4, 2) if q * c_out <= 32 and width % q == 0), 1)
@@ -266,11 +272,12 @@ def _correlate(x, kernel, padding, *, stride=1, spread=1, dilation=1):
 
 def _kernel_gradient_by_conv(form, x, y):
     """The compiler's own: channels act as the batch, the batch as the channels, y as the kernel."""
+    x, padding, _ = _numeric(x, form.conv_padding)
     kernel = lax.conv_general_dilated(
         x,
         y,
         window_strides=(form.dilation,) * 2,
-        padding=form.conv_padding,
+        padding=padding,
         rhs_dilation=(form.stride,) * 2,
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         preferred_element_type=_wide(x),
@@ -305,7 +312,7 @@ def _kernel_gradient_by_dots(form, x, y):
 
 def _sum_over_blocks(f, x, y, *, pixels):
     """Sum of f over blocks of images with about so many output pixels, few enough to stay in the core's cache."""
-    blocks = [_blocks(a, images=pixels // (y.shape[1] * y.shape[2])) for a in (x, y)]
+    blocks = [_blocks(a, numbers=pixels, of_image=y.shape[1] * y.shape[2]) for a in (x, y)]
     total = jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks))
     (start,) = vary_alike(jnp.zeros(total.shape, total.dtype), like=blocks)
     return lax.scan(lambda total, block: (total + f(*block), None), start, blocks)[0]
@@ -315,10 +322,16 @@ _BLOCK = 2**19
 """Numbers in a block of images that a CPU takes at a time."""
 
 
-def _blocks(x, *, images):
-    """(N, ...) as (blocks, images, ...) of at most so many images, at least one."""
-    images = next((i for i in range(min(max(1, images), len(x)), 0, -1) if len(x) % i == 0), 1)
-    return x.reshape(len(x) // images, images, *x.shape[1:])
+def _blocks(x, *, numbers, of_image):
+    """(N, ...) as (blocks, images, ...), at most so many numbers in a block, but one image at least.
+
+    Where a program is exported for sizes that are symbols, every image is a block.
+    """
+    count, images = x.shape[0], 1
+    if isinstance(count, int) and isinstance(of_image, int):
+        limit = min(max(1, numbers // max(1, of_image)), count)
+        images = next((i for i in range(limit, 0, -1) if count % i == 0), 1)
+    return x.reshape(count // images, images, *x.shape[1:])
 
 
 def _depthwise_conv(form, x, kernel):
@@ -346,9 +359,9 @@ def _sum_of_products(windows, x, kernel):
         return sum(x.astype(wide) * k for x, k in zip(windows(x), weights, strict=True)).astype(kernel.dtype)
 
     def by_blocks(x, kernel):
-        blocks = _blocks(x, images=_BLOCK // max(1, math.prod(x.shape[1:])))
+        blocks = _blocks(x, numbers=_BLOCK, of_image=math.prod(x.shape[1:]))
         y = lax.map(lambda block: at_once(block, kernel), blocks)
-        return y.reshape(len(x), *y.shape[2:])
+        return y.reshape(x.shape[0], *y.shape[2:])
 
     return lax.platform_dependent(x, kernel, cpu=by_blocks, default=at_once)
 
@@ -387,6 +400,13 @@ def _windows(x, taps, size, stride=1, dilation=1):
         stop = [s + stride * (m - 1) + 1 for s, m in zip(start, size, strict=True)]
         windows.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[3]), (1, stride, stride, 1)))
     return windows
+
+
+def _numeric(x, padding, spread=1):
+    """The same with numbers as the compiler's convolution needs them: symbols pad x beforehand."""
+    if all(isinstance(p, int) for both in padding for p in both):
+        return x, padding, spread
+    return _pad(x, padding, between=spread - 1), [(0, 0)] * 2, 1
 
 
 def _pad(x, padding, between=0):

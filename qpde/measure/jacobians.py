@@ -65,7 +65,7 @@ def jacobian_spectrum(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"`x` has dtype {x.dtype}; it must be floating: x.astype(jnp.float32)")
     # Only f itself is in half precision, where x is.
-    y, pullback = jax.vjp(lambda wide: wide(f(wide.astype(x.dtype))), wide(x))
+    y, pullback = jax.vjp(lambda widened: wide(f(widened.astype(x.dtype))), wide(x))
     transposed = first_cotangent(pullback)
     square = y.shape == x.shape
     if method == "dense":

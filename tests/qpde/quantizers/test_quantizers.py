@@ -698,4 +698,4 @@ def test_bad_arguments_are_refused_by_name(run, message):
 
 
 def test_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(quantizers) == (0, 3)
+    assert doctest.testmod(rounding) == (0, 3)
