@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int8, Int32, Num, UInt8
 
 from qpde.bits import EXACT_BITS
-from qpde.devices import by_compiler, vary_alike
+from qpde.devices import by_compiler, known_value, vary_alike
 from qpde.quantizers.levels import INVERSE_STEPS, LEVEL_SETS, STEPS, look_up
 
 WEIGHT_CLIP = 3.0
@@ -63,7 +63,7 @@ def quantize_weight(
 
     Args:
       w: kernel (..., C), floating point; computed in float32 at least, returned in its own dtype.
-      clip: scalar or (C,), one for each output channel; > 0. A traced clip is not checked.
+      clip: scalar or (C,), one for each output channel; positive and finite. A traced clip is not checked.
       bits: None returns w unchanged; else 2..32. From 16 bits on the result is the clamp, not rounded. A traced
         value is rounded to an integer and limited to 2..16; it has no gradient. Batch it by `jax.vmap`.
       levels: "uniform"; "pot", {0} and 2^-i; "apot", sums of powers of two (Li, Dong and Wang, ICLR 2020, 2 bits in
@@ -76,7 +76,7 @@ def quantize_weight(
     Returns:
       Same shape and dtype as w. A NaN or an infinity stays what it is; with `standardize` it makes its group NaN.
     Raises:
-      ValueError: bits outside 2..32, an unknown level set, one with 9..15 bits, a clip <= 0 or of another shape.
+      ValueError: bits outside 2..32, an unknown level set, one with 9..15 bits, a clip that is not positive and finite, or of another shape.
 
     >>> quantize_weight(jnp.array([-2.0, -0.4, 0.1, 0.6]), 1.0, 2)
     Array([-1.,  0.,  0.,  1.], dtype=float32)
@@ -108,7 +108,7 @@ def quantize_activation(
 
     Args:
       x: (..., C), floating point; computed in float32 at least, returned in its own dtype.
-      clip: scalar or (C,); > 0. A traced clip is not checked.
+      clip: scalar or (C,); positive and finite. A traced clip is not checked.
       bits: None returns x unchanged; else as in `quantize_weight`.
       levels: "uniform", "pot" or "apot", as in `quantize_weight`; unsigned activations use the sets of `bits` bits.
       signed: for values of both signs (tanh, states of a graph).
@@ -194,7 +194,7 @@ def encode_weight(
       Codes: `codes` int8 in the shape of w, `scale` in the shape of the clip. An integer cannot be NaN: where a
       weight is not finite, the scale that it shares is NaN.
     Raises:
-      ValueError: bits None or outside 2..8; a clip <= 0 or of another shape.
+      ValueError: bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
     """
     if standardize:
         w = standardize_weight(w, per_channel=per_channel_statistics)
@@ -216,7 +216,7 @@ def encode_activation(
       Codes: `codes` in the shape of x, `scale` = clip / n in the shape of the clip. An integer cannot be NaN: where a
       value is not finite, the scale that it shares is NaN.
     Raises:
-      ValueError: bits None or outside 2..8; a clip <= 0 or of another shape.
+      ValueError: bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
 
     >>> encode_activation(jnp.array([0.0, 0.5, 7.0]), 1.5, 4).codes
     Array([ 0,  5, 15], dtype=uint8)
@@ -261,7 +261,7 @@ def level_index(
     Returns:
       int32 in the shape of x, from -LARGEST_LEVEL to LARGEST_LEVEL.
     Raises:
-      ValueError: bits None or outside 2..8, an unknown level set, a clip <= 0 or of another shape.
+      ValueError: bits None or outside 2..8, an unknown level set, a clip that is not positive and finite, or of another shape.
     """
     grid, traced_bits = resolve(levels, _require_bits(bits), signed=signed)
     if grid.bits is not None and grid.bits > _CODE_BITS:
@@ -416,9 +416,9 @@ def _operands(x: ArrayLike, clip: ArrayLike, *others: Array | None) -> tuple[Arr
 
 
 def _as_clip(clip: ArrayLike) -> Array:
-    # Only values on the host are checked: reading one from the device would stall it.
-    if not isinstance(clip, Array) and not np.all(np.asarray(clip) > 0):
-        raise ValueError(f"clip={clip} must be positive")
+    value = known_value(clip)
+    if value is not None and not np.all((value > 0) & (value < np.inf)):
+        raise ValueError(f"clip={clip} must be positive and finite; `initial_clip` reads one off the data")
     clip = jnp.asarray(clip)
     return clip if jnp.issubdtype(clip.dtype, jnp.floating) else clip.astype(jnp.float32)
 
