@@ -302,11 +302,11 @@ def _kernel_gradient_by_dots(form, x, y):
             y = _windows(_pad(y, [(0, 0), form.adjoint_padding[1]]), (1, kw), size, dilation=form.dilation)[::-1]
         else:
             x, y = _shifts(form, x), [y]
-        x, y = (jnp.concatenate(a, axis=-1).reshape(-1, c) for a, c in ((x, columns_x), (y, columns_y)))
+        x, y = (_rows(jnp.concatenate(a, axis=-1)) for a in (x, y))
         return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=_wide(x))
 
-    total = _sum_over_blocks(product, x, y, pixels=max(512, 200_000 // (columns_x + columns_y)))
-    by_tap = total.reshape(kh, -1, c_in, columns_y // c_out, c_out).swapaxes(2, 3)
+    total = _sum_over_blocks(product, x, y, pixels=max(512, 200_000 // max(1, columns_x + columns_y)))
+    by_tap = total.reshape(kh, 1 if split else kw, c_in, kw if split else 1, c_out).swapaxes(2, 3)
     return by_tap.reshape(kh, kw, c_in, c_out).astype(x.dtype)
 
 
@@ -355,7 +355,7 @@ def _sum_of_products(windows, x, kernel):
     wide = _wide(kernel)
 
     def at_once(x, kernel):
-        weights = kernel.astype(wide).reshape(-1, 1, 1, 1, kernel.shape[-1])
+        weights = kernel.astype(wide).reshape(math.prod(kernel.shape[:2]), 1, 1, 1, kernel.shape[-1])
         return sum(x.astype(wide) * k for x, k in zip(windows(x), weights, strict=True)).astype(kernel.dtype)
 
     def by_blocks(x, kernel):
@@ -377,11 +377,11 @@ def _depthwise_kernel_gradient(form, x, y):
 
     def by_dots(x, y):
         # A product with ones is the one sum over pixels that the compiler does at the speed of the cache.
-        ones = jnp.ones((1, y.size // c), wide)
-        return jnp.concatenate([ones @ p.reshape(-1, c) for p in products(x, y)])
+        ones = jnp.ones((1, math.prod(y.shape[:-1])), wide)
+        return jnp.concatenate([ones @ _rows(p) for p in products(x, y)])
 
     def by_blocks(x, y):
-        return _sum_over_blocks(by_dots, x, y, pixels=400_000 // c)
+        return _sum_over_blocks(by_dots, x, y, pixels=400_000 // max(1, c))
 
     kernel = lax.platform_dependent(x, y, cpu=by_blocks, default=by_sums)
     return kernel.reshape(*form.taps, 1, c).astype(x.dtype)
@@ -390,6 +390,11 @@ def _depthwise_kernel_gradient(form, x, y):
 def _shifts(form, x):
     """The pixels of x that each tap of the kernel meets, tap by tap."""
     return _windows(_pad(x, form.conv_padding), form.taps, form.size_out, form.stride, form.dilation)
+
+
+def _rows(x):
+    """(..., C) as (pixels, C)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _windows(x, taps, size, stride=1, dilation=1):

@@ -214,6 +214,9 @@ def implicit_step(
     wide = _wide(x)
     eps = _checked_eps(eps, wide)
     gamma2 = _checked_nonnegative(gamma2, wide)
+    _kind(kind), _border_masks(x, boundary)  # checked for an image without pixels too
+    if 0 in x.shape:
+        return x
     return _implicit_step(x.astype(wide), gamma2, eps, kind, boundary).astype(x.dtype)
 
 
@@ -369,7 +372,7 @@ def _differences(x: Array, boundary: str) -> tuple[Array, Array]:
 
 def _extended(x: Array, boundary: str, *, behind: bool = True) -> Array:
     """One more row and column before the first ones, and behind the last ones: of zeros, or what lies there."""
-    if boundary != "periodic":
+    if boundary != "periodic" or 0 in x.shape:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, int(behind))] * 2 + [(0, 0)])
     for axis in (x.ndim - 3, x.ndim - 2):
         size = x.shape[axis]

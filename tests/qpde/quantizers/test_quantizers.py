@@ -664,6 +664,17 @@ def test_starts_are_positive_finite_and_work_under_jit(method):
         assert jnp.isnan(nan) or method == "constant"
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,), (2, 3, 0, 4)])
+def test_a_tensor_of_no_numbers_has_codes_and_a_gradient_of_zero(shape):
+    x = jnp.zeros(shape)
+    for quantize, encode in ((quantize_weight, encode_weight), (quantize_activation, encode_activation)):
+        assert encode(x, 1.0, 4).codes.shape == shape
+        for clip in (jnp.float32(1.0), jnp.ones(shape[-1:])):
+            gradients = jax.grad(lambda x, c, quantize=quantize: quantize(x, c, 4).sum(), (0, 1))(x, clip)
+            for gradient, of in zip(gradients, (x, clip), strict=True):
+                np.testing.assert_array_equal(gradient, jnp.zeros_like(of))
+
+
 STARTS = ("absmax", "percentile", "rms", "mse", "entropy", "lsq")
 
 
