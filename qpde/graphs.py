@@ -28,6 +28,8 @@ from jax.experimental.sparse import BCOO
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
+from qpde.devices import by_compiler, vary_alike
+
 __all__ = [
     "BLOCK_SIZE",
     "KINDS",
@@ -215,10 +217,12 @@ def nonlinear_laplacian(
         weight = scale
     channels = math.prod(x.shape[1:])
     fluxes, closed_over = {}, []
+    ends = (graph.senders, graph.receivers)
+    x, weight = vary_alike(x, weight, like=ends)
     for rows in _block_rows(len(graph.senders), channels):
-        a_block = jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+        a_block = jax.eval_shape(lambda x, rows=rows: jnp.zeros_like(x, shape=(rows, *x.shape[1:])), x)
         fluxes[rows], closed_over = jax.closure_convert(flux, a_block)
-    total = _through_flux(fluxes.__getitem__, channels, (graph.senders, graph.receivers), weight, x, closed_over)
+    total = _through_flux(fluxes.__getitem__, channels, ends, weight, x, closed_over)
     return total * _along(scale, total) if kind == "normalized" else total
 
 
@@ -336,13 +340,18 @@ def max_stable_step(
 
 
 def _at(index, x):
-    return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
+    """The rows of x at the ends of edges."""
+    return by_compiler(lambda index, x: x.at[index].get(mode="promise_in_bounds"), like=0)(index, jnp.asarray(x))
 
 
 def _sum_at(index, p, graph):
     """Sums the rows of p by node."""
-    zeros = jnp.zeros((_num_nodes(graph), *p.shape[1:]), p.dtype)
-    return zeros.at[index].add(p, mode="promise_in_bounds")
+
+    def summed(index, p):
+        zeros = jnp.zeros((_num_nodes(graph), *p.shape[1:]), p.dtype)
+        return zeros.at[index].add(p, mode="promise_in_bounds")
+
+    return by_compiler(summed)(index, p)
 
 
 def fold_blocks(add, start, columns, *, channels):
@@ -413,8 +422,12 @@ def _add_adjoint(total, ends, p, weight):
     i, j = ends
     if weight is not None:
         p = p * _along(_at(i, weight) * _at(j, weight), p)
-    total = total.at[i].add(p, mode="promise_in_bounds")
-    return total.at[j].subtract(p, mode="promise_in_bounds")
+
+    def added(total, i, j, p):
+        total = total.at[i].add(p, mode="promise_in_bounds")
+        return total.at[j].subtract(p, mode="promise_in_bounds")
+
+    return by_compiler(added, like=0)(total, i, j, p)
 
 
 def _edge_weight(graph, scale):

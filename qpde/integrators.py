@@ -18,6 +18,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from qpde.devices import vary_alike
+
 State = TypeVar("State")
 Params = Any
 StepSize = int | Float[ArrayLike, ""]
@@ -45,8 +47,8 @@ def integrate(
     sees: "scan" compiles one step whatever the depth, "unroll" compiles all and may fuse across them.
 
     Args:
-      step: (state, params of one step, step size) -> state of the same structure, shapes and dtypes, or
-        (state, aux) if `has_aux`. The same function at every step: what varies goes into `params`.
+      step: (state, params of one step, step size) -> state of the same structure and shapes, or (state, aux) if
+        `has_aux`. The same function at every step: what varies goes into `params`.
       params: pytree of arrays, each stacking the L steps on its leading axis. It may be empty (`None`) if
         `step_size` says how many steps there are.
       state: x_0, any pytree of arrays.
@@ -56,10 +58,12 @@ def integrate(
       remat: recompute the intermediates of a step in the backward pass, so that only states are stored.
       has_aux: the step also returns an auxiliary pytree, for instance the state itself to record all of them.
     Returns:
-      x_L, or (x_L, aux) with the L auxiliary values stacked on a leading axis if `has_aux`.
+      x_L, or (x_L, aux) with the L auxiliary values stacked on a leading axis if `has_aux`. Each leaf of x_L has the
+        dtype of that of x_0: a step may compute in a wider one.
     Raises:
       ValueError: stacks of different lengths (all leaves are listed), a leaf without leading axis, no steps,
-        a `step_size` that is neither scalar nor (L,), an unknown `loop`.
+        a `step_size` that is neither scalar nor (L,), an unknown `loop`, a whole number in the state that a step
+        makes a fraction.
 
     >>> step = lambda x, k, h: x - h * k * x
     >>> print(integrate(step, jnp.array([1.0, 2.0]), jnp.array(8.0), step_size=0.25))
@@ -77,10 +81,12 @@ def integrate(
     def advance(state, inputs):
         params_j, step_size_j = inputs if per_step else (inputs, step_size)
         result = step(state, params_j, step_size_j)
-        return result if has_aux else (result, None)
+        new, aux = result if has_aux else (result, None)
+        return _in_dtypes_of(state, new), aux
 
     inputs = (params, step_size) if per_step else params
     if scanned:
+        state = _like_result(advance, state, inputs)
         state, aux = lax.scan(advance, state, inputs, length=length)
     else:
         records = []
@@ -101,7 +107,7 @@ def euler(f: Field, state: State, params: Params, step_size: StepSize) -> State:
       f: vector field (state, params) -> pytree like `state`.
       state: x_j.   params: theta_j.   step_size: h.
     Returns:
-      x_{j+1}, like `state`.
+      x_{j+1}, in the shapes and dtypes of `state`: it is computed in the widest dtype of the three and rounded once.
     """
     return _descend(state, step_size, f(state, params))
 
@@ -125,8 +131,9 @@ def rk4(f: Field, state: State, params: Params, step_size: StepSize) -> State:
     k2 = f(_descend(state, step_size / 2, k1), params)
     k3 = f(_descend(state, step_size / 2, k2), params)
     k4 = f(_descend(state, step_size, k3), params)
-    slope = jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, k1, k2, k3, k4)
-    return _descend(state, step_size, slope)
+    return jax.tree.map(
+        _keep_dtype(lambda x, a, b, c, d: x - step_size * ((a + 2 * b + 2 * c + d) / 6)), state, k1, k2, k3, k4
+    )
 
 
 def leapfrog(f: Field, state: tuple[State, State], params: Params, step_size: StepSize) -> tuple[State, State]:
@@ -147,10 +154,12 @@ def leapfrog(f: Field, state: tuple[State, State], params: Params, step_size: St
       (x_{j+1}, x_j).
     """
     x, before = state
-    after = jax.tree.map(
-        lambda x, before, slope: 2 * x - before - step_size * step_size * slope, x, before, f(x, params)
-    )
-    return after, x
+
+    @_keep_dtype
+    def after(x, before, slope):
+        return 2 * x - before - step_size * step_size * slope
+
+    return jax.tree.map(after, x, before, f(x, params)), x
 
 
 def hamiltonian(f: Field, g: Field, state: tuple[State, Any], params: Params, step_size: StepSize) -> tuple[State, Any]:
@@ -176,7 +185,40 @@ def hamiltonian(f: Field, g: Field, state: tuple[State, Any], params: Params, st
 
 
 def _descend(state: Any, step_size: Any, slope: Any) -> Any:
-    return jax.tree.map(lambda x, k: x - step_size * k, state, slope)
+    return jax.tree.map(_keep_dtype(lambda x, k: x - step_size * k), state, slope)
+
+
+def _keep_dtype(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A formula of one leaf x and others, computed in their widest dtype and rounded to that of x."""
+
+    def kept(x, *others):
+        # What is of several dtypes is promoted here, and only here, also where JAX was told to be strict.
+        with jax.numpy_dtype_promotion("standard"):
+            return _cast(x, formula(x, *others))
+
+    return kept
+
+
+def _in_dtypes_of(state: Any, new: Any) -> Any:
+    """The new state in the dtypes of the old; one of another structure as it is, for `lax.scan` to explain."""
+    same = jax.tree.structure(state) == jax.tree.structure(new)
+    return jax.tree.map(_cast, state, new) if same else new
+
+
+def _cast(x: Any, new: Any) -> Any:
+    wanted, found = jnp.result_type(x), jnp.result_type(new)
+    if wanted == found:
+        return new
+    if not jnp.issubdtype(wanted, jnp.inexact):
+        raise ValueError(f"a step makes {found} of a state of {wanted}: give the state as floating-point numbers")
+    return jnp.asarray(new).astype(wanted)
+
+
+def _like_result(advance: Callable, state: State, inputs: Any) -> State:
+    """The state, varying over the devices of `jax.shard_map` as it will after a step."""
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    new, _ = jax.eval_shape(advance, state, first)
+    return vary_alike(state, like=new)[0]
 
 
 def _count_steps(params: Params, step_size: Any) -> int:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-__all__ = ["LinearMap", "power_iteration_step", "spectral_norm"]
+from qpde.devices import vary_alike
+
+__all__ = ["LinearMap", "power_iteration_step", "power_iterations", "spectral_norm"]
 
 LinearMap = Callable[[Array], Array]
 
@@ -54,9 +56,29 @@ def spectral_norm(
         _, pullback = jax.vjp(linear_map, jnp.zeros(shape, jnp.float32))
         adjoint = first_cotangent(pullback)
     v = jax.random.normal(key, shape, jnp.float32)
-    v = lax.fori_loop(0, iterations - 1, lambda _, v: power_iteration_step(linear_map, adjoint, v)[1], v / two_norm(v))
-    sigma, _ = power_iteration_step(linear_map, adjoint, v)
-    return sigma
+    return power_iterations(linear_map, adjoint, v / two_norm(v), iterations)[0]
+
+
+def power_iterations(
+    linear_map: LinearMap, adjoint: LinearMap, v: Float[Array, "..."], iterations: int
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    """Several times `power_iteration_step`: the last sigma, through which gradients flow, and the last v'.
+
+    Args:
+      linear_map: A, x -> y.
+      adjoint: A^T, y -> x.
+      v: |v| = 1, the start.
+      iterations: how many steps, at least 1.
+    Returns:
+      sigma, a scalar, and v'.
+    """
+
+    def step(v):
+        return power_iteration_step(linear_map, adjoint, v)[1]
+
+    (v,) = vary_alike(lax.stop_gradient(v), like=jax.eval_shape(step, v))
+    v = lax.fori_loop(0, iterations - 1, lambda _, v: step(v), v)
+    return power_iteration_step(linear_map, adjoint, v)
 
 
 def power_iteration_step(

@@ -13,13 +13,15 @@ works to any order and forward mode (`jax.jvp`) does not: J v is the vjp of the 
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from qpde.devices import by_compiler, on_each_device, vary_alike
 
 
 def conv(
@@ -128,14 +130,19 @@ def _in_kernel_dtype(f, form, x, kernel):
     for name, dtype in (("images", x.dtype), ("kernel", kernel.dtype)):
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{name} of dtype {dtype} must be floating: convert by .astype(jnp.float32)")
-    return f(form, x.astype(kernel.dtype), kernel).astype(x.dtype)
+    images, kernel = vary_alike(on_each_device(x, batch=True), on_each_device(kernel))
+    return f(form, images.astype(kernel.dtype), kernel).astype(x.dtype)
+
+
+Size: TypeAlias = Any
+"""A number of pixels: an int, or an expression of symbols while a program is exported for every size."""
 
 
 class _Form(NamedTuple):
     """What is static of T(x, k, y): the sizes of x, y and the kernel, and how the kernel steps over x."""
 
-    size: tuple[int, int]
-    size_out: tuple[int, int]
+    size: tuple[Size, Size]
+    size_out: tuple[Size, Size]
     taps: tuple[int, int]
     padding: tuple[int, int]
     stride: int
@@ -147,13 +154,13 @@ class _Form(NamedTuple):
         return _reach(self.taps, self.dilation)
 
     @property
-    def conv_padding(self) -> list[tuple[int, int]]:
+    def conv_padding(self) -> list[tuple[Size, Size]]:
         """Low and high padding of x per axis; a negative one crops what the last stride does not reach."""
         used = [self.stride * (m - 1) + r + 1 for m, r in zip(self.size_out, self.reach, strict=True)]
         return [(p, u - n - p) for p, u, n in zip(self.padding, used, self.size, strict=True)]
 
     @property
-    def adjoint_padding(self) -> list[tuple[int, int]]:
+    def adjoint_padding(self) -> list[tuple[Size, Size]]:
         """Low and high padding per axis of y, spread out by the stride."""
         return [(r - low, r - high) for r, (low, high) in zip(self.reach, self.conv_padding, strict=True)]
 
@@ -195,11 +202,16 @@ def _adjoint_form(size_out, kernel, stride, padding, dilation, size) -> _Form:
 
 def _trilinear(conv, adjoint, kernel_gradient):
     """Ties three maps (form, a, b) -> c of one trilinear form together: each is the derivative of the others."""
-    # jit: called eagerly, each compiles once per form and shape rather than operation by operation.
-    conv, adjoint, kernel_gradient = (
-        jax.custom_vjp(jax.jit(f, static_argnums=0, inline=True), nondiff_argnums=(0,))
-        for f in (conv, adjoint, kernel_gradient)
-    )
+
+    def compiled(f, *, like):
+        # jit: called eagerly, each compiles once per form and shape rather than operation by operation.
+        def on_any_mesh(form, a, b):
+            return by_compiler(partial(f, form), like=like)(a, b)
+
+        return jax.custom_vjp(jax.jit(on_any_mesh, static_argnums=0, inline=True), nondiff_argnums=(0,))
+
+    conv, adjoint = compiled(conv, like=0), compiled(adjoint, like=0)
+    kernel_gradient = compiled(kernel_gradient, like=None)
 
     def bilinear(f, gradients):
         f.defvjp(lambda form, a, b: (f(form, a, b), (a, b)), lambda form, ab, c: gradients(form, *ab, c))
@@ -211,7 +223,8 @@ def _trilinear(conv, adjoint, kernel_gradient):
 
 
 def _full_conv(form, x, kernel):
-    return _correlate(x, kernel, form.conv_padding, stride=form.stride, dilation=form.dilation)
+    # Not `conv_padding`: what it crops does not change the sums, and where sizes are symbols it is one too.
+    return _correlate(x, kernel, [(p, p) for p in form.padding], stride=form.stride, dilation=form.dilation)
 
 
 def _full_adjoint(form, y, kernel):
@@ -226,6 +239,7 @@ def _full_kernel_gradient(form, x, y):
 
 def _correlate(x, kernel, padding, *, stride=1, spread=1, dilation=1):
     """The compiler's convolution; on CPUs several output pixels at a time where its product would be narrow."""
+    x, padding, spread = _numeric(x, padding, spread)
     taps, c_in, c_out = kernel.shape[1:]
     width = x.shape[2] + sum(padding[1]) - taps + 1
     pixels = next((q for q in (4, 2) if q * c_out <= 32 and width % q == 0), 1)
@@ -258,11 +272,12 @@ def _correlate(x, kernel, padding, *, stride=1, spread=1, dilation=1):
 
 def _kernel_gradient_by_conv(form, x, y):
     """The compiler's own: channels act as the batch, the batch as the channels, y as the kernel."""
+    x, padding, _ = _numeric(x, form.conv_padding)
     kernel = lax.conv_general_dilated(
         x,
         y,
         window_strides=(form.dilation,) * 2,
-        padding=form.conv_padding,
+        padding=padding,
         rhs_dilation=(form.stride,) * 2,
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         preferred_element_type=_wide(x),
@@ -287,18 +302,19 @@ def _kernel_gradient_by_dots(form, x, y):
             y = _windows(_pad(y, [(0, 0), form.adjoint_padding[1]]), (1, kw), size, dilation=form.dilation)[::-1]
         else:
             x, y = _shifts(form, x), [y]
-        x, y = (jnp.concatenate(a, axis=-1).reshape(-1, c) for a, c in ((x, columns_x), (y, columns_y)))
+        x, y = (_rows(jnp.concatenate(a, axis=-1)) for a in (x, y))
         return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=_wide(x))
 
-    total = _sum_over_blocks(product, x, y, pixels=max(512, 200_000 // (columns_x + columns_y)))
-    by_tap = total.reshape(kh, -1, c_in, columns_y // c_out, c_out).swapaxes(2, 3)
+    total = _sum_over_blocks(product, x, y, pixels=max(512, 200_000 // max(1, columns_x + columns_y)))
+    by_tap = total.reshape(kh, 1 if split else kw, c_in, kw if split else 1, c_out).swapaxes(2, 3)
     return by_tap.reshape(kh, kw, c_in, c_out).astype(x.dtype)
 
 
 def _sum_over_blocks(f, x, y, *, pixels):
     """Sum of f over blocks of images with about so many output pixels, few enough to stay in the core's cache."""
-    blocks = [_blocks(a, images=pixels // (y.shape[1] * y.shape[2])) for a in (x, y)]
-    start = jnp.zeros_like(jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks)))
+    blocks = [_blocks(a, numbers=pixels, of_image=y.shape[1] * y.shape[2]) for a in (x, y)]
+    total = jax.eval_shape(f, *(jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in blocks))
+    (start,) = vary_alike(jnp.zeros(total.shape, total.dtype), like=blocks)
     return lax.scan(lambda total, block: (total + f(*block), None), start, blocks)[0]
 
 
@@ -306,10 +322,16 @@ _BLOCK = 2**19
 """Numbers in a block of images that a CPU takes at a time."""
 
 
-def _blocks(x, *, images):
-    """(N, ...) as (blocks, images, ...) of at most so many images, at least one."""
-    images = next((i for i in range(min(max(1, images), len(x)), 0, -1) if len(x) % i == 0), 1)
-    return x.reshape(len(x) // images, images, *x.shape[1:])
+def _blocks(x, *, numbers, of_image):
+    """(N, ...) as (blocks, images, ...), at most so many numbers in a block, but one image at least.
+
+    Where a program is exported for sizes that are symbols, every image is a block.
+    """
+    count, images = x.shape[0], 1
+    if isinstance(count, int) and isinstance(of_image, int):
+        limit = min(max(1, numbers // max(1, of_image)), count)
+        images = next((i for i in range(limit, 0, -1) if count % i == 0), 1)
+    return x.reshape(count // images, images, *x.shape[1:])
 
 
 def _depthwise_conv(form, x, kernel):
@@ -333,13 +355,13 @@ def _sum_of_products(windows, x, kernel):
     wide = _wide(kernel)
 
     def at_once(x, kernel):
-        weights = kernel.astype(wide).reshape(-1, 1, 1, 1, kernel.shape[-1])
+        weights = kernel.astype(wide).reshape(math.prod(kernel.shape[:2]), 1, 1, 1, kernel.shape[-1])
         return sum(x.astype(wide) * k for x, k in zip(windows(x), weights, strict=True)).astype(kernel.dtype)
 
     def by_blocks(x, kernel):
-        blocks = _blocks(x, images=_BLOCK // max(1, math.prod(x.shape[1:])))
+        blocks = _blocks(x, numbers=_BLOCK, of_image=math.prod(x.shape[1:]))
         y = lax.map(lambda block: at_once(block, kernel), blocks)
-        return y.reshape(len(x), *y.shape[2:])
+        return y.reshape(x.shape[0], *y.shape[2:])
 
     return lax.platform_dependent(x, kernel, cpu=by_blocks, default=at_once)
 
@@ -355,11 +377,11 @@ def _depthwise_kernel_gradient(form, x, y):
 
     def by_dots(x, y):
         # A product with ones is the one sum over pixels that the compiler does at the speed of the cache.
-        ones = jnp.ones((1, y.size // c), wide)
-        return jnp.concatenate([ones @ p.reshape(-1, c) for p in products(x, y)])
+        ones = jnp.ones((1, math.prod(y.shape[:-1])), wide)
+        return jnp.concatenate([ones @ _rows(p) for p in products(x, y)])
 
     def by_blocks(x, y):
-        return _sum_over_blocks(by_dots, x, y, pixels=400_000 // c)
+        return _sum_over_blocks(by_dots, x, y, pixels=400_000 // max(1, c))
 
     kernel = lax.platform_dependent(x, y, cpu=by_blocks, default=by_sums)
     return kernel.reshape(*form.taps, 1, c).astype(x.dtype)
@@ -370,6 +392,11 @@ def _shifts(form, x):
     return _windows(_pad(x, form.conv_padding), form.taps, form.size_out, form.stride, form.dilation)
 
 
+def _rows(x):
+    """(..., C) as (pixels, C)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _windows(x, taps, size, stride=1, dilation=1):
     """For each tap the pixels of x it meets, `size` of them, when the first tap starts in the corner."""
     windows = []
@@ -378,6 +405,13 @@ def _windows(x, taps, size, stride=1, dilation=1):
         stop = [s + stride * (m - 1) + 1 for s, m in zip(start, size, strict=True)]
         windows.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[3]), (1, stride, stride, 1)))
     return windows
+
+
+def _numeric(x, padding, spread=1):
+    """The same with numbers as the compiler's convolution needs them: symbols pad x beforehand."""
+    if all(isinstance(p, int) for both in padding for p in both):
+        return x, padding, spread
+    return _pad(x, padding, between=spread - 1), [(0, 0)] * 2, 1
 
 
 def _pad(x, padding, between=0):

@@ -88,9 +88,7 @@ def divergence(p: VectorField, *, boundary: str = "neumann") -> Float[Array, "*b
         raise ValueError(f"`p` has shape {p.shape}; it must be (..., H, W, C, 2), as `gradient` returns it")
     along_h, along_w = (_checked_image(p[..., axis]) for axis in range(2))
     rows, columns = _border_masks(along_h, boundary)
-    before = [(0, 0)] * (along_h.ndim - 3) + [(1, 0), (1, 0), (0, 0)]
-    mode = "wrap" if boundary == "periodic" else "constant"
-    along_h, along_w = jnp.pad(along_h, before, mode=mode), jnp.pad(along_w, before, mode=mode)
+    along_h, along_w = (_extended(p, boundary, behind=False) for p in (along_h, along_w))
     return _divergence(along_h * rows, along_w * columns)
 
 
@@ -216,6 +214,9 @@ def implicit_step(
     wide = _wide(x)
     eps = _checked_eps(eps, wide)
     gamma2 = _checked_nonnegative(gamma2, wide)
+    _kind(kind), _border_masks(x, boundary)  # checked for an image without pixels too
+    if 0 in x.shape:
+        return x
     return _implicit_step(x.astype(wide), gamma2, eps, kind, boundary).astype(x.dtype)
 
 
@@ -364,10 +365,20 @@ def _implicit_step(x: Array, gamma2: Real, eps: Real, kind: str, boundary: str) 
 
 def _differences(x: Array, boundary: str) -> tuple[Array, Array]:
     rows, columns = _border_masks(x, boundary)
-    around = [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)]
-    x = jnp.pad(x, around, mode="wrap" if boundary == "periodic" else "constant")
+    x = _extended(x, boundary)
     here, below, right = x[..., :-1, :-1, :], x[..., 1:, :-1, :], x[..., :-1, 1:, :]
     return (below - here) * rows, (right - here) * columns
+
+
+def _extended(x: Array, boundary: str, *, behind: bool = True) -> Array:
+    """One more row and column before the first ones, and behind the last ones: of zeros, or what lies there."""
+    if boundary != "periodic" or 0 in x.shape:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, int(behind))] * 2 + [(0, 0)])
+    for axis in (x.ndim - 3, x.ndim - 2):
+        size = x.shape[axis]
+        ends = [lax.slice_in_dim(x, size - 1, size, axis=axis), lax.slice_in_dim(x, 0, 1, axis=axis)]
+        x = jnp.concatenate([ends[0], x, *ends[1 : 1 + behind]], axis=axis)
+    return x
 
 
 def _divergence(along_h: Array, along_w: Array) -> Array:
@@ -375,14 +386,15 @@ def _divergence(along_h: Array, along_w: Array) -> Array:
     return inner_h[..., 1:, :, :] - inner_h[..., :-1, :, :] + inner_w[..., 1:, :] - inner_w[..., :-1, :]
 
 
-def _border_masks(x: Array, boundary: str) -> tuple[np.ndarray, np.ndarray]:
+def _border_masks(x: Array, boundary: str) -> tuple[Array | np.ndarray, Array | np.ndarray]:
     """0 for the differences across a border that carry no flux, 1 for the others; they multiply the extended grid."""
 
-    def mask(size: int) -> np.ndarray:
-        kept = np.ones(size + 1, x.dtype)
-        kept[0] = boundary == "periodic"
-        kept[-1] = boundary != "neumann"
-        return kept
+    def mask(size) -> Array | np.ndarray:
+        # Constants, unless a program is exported for sizes that are symbols.
+        xp = np if isinstance(size, int) else jnp
+        index = xp.arange(size + 1)
+        first, last = x.dtype.type(boundary == "periodic"), x.dtype.type(boundary != "neumann")
+        return xp.where(index == 0, first, xp.where(index == size, last, x.dtype.type(1)))
 
     if boundary not in ("neumann", "periodic", "dirichlet"):
         raise ValueError(f"unknown boundary {boundary!r}; choose 'neumann', 'periodic' or 'dirichlet'")

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from qpde import quantizers
 from qpde.bits import Bits
 from qpde.measure.batches import Batch, split_batch
-from qpde.measure.histograms import histogram, merge
+from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
 from qpde.models.protocol import QuantizedNetwork
@@ -207,8 +207,8 @@ class _Total:
     def result(self, block: int, index: int, *, bits: int, deviations: float) -> Distribution:
         mean, second, _, fourth = self.moments
         std = float(np.sqrt(second / self.count))
-        edges, counts = _whole(self.above, self.below)
-        outside = (edges[:-1] >= mean + deviations * std) | (edges[1:] < mean - deviations * std)
+        ends, counts = _whole(self.above, self.below)
+        outside = (ends[:-1] >= mean + deviations * std) | (ends[1:] < mean - deviations * std)
         return Distribution(
             block=block,
             index=index,
@@ -222,7 +222,7 @@ class _Total:
             outliers=float(counts[outside].sum() / self.count),
             saturated=self.saturated / self.count,
             level_shares=self.levels[self.levels > 0] / self.count,
-            edges=edges,
+            edges=ends,
             counts=counts,
         )
 
@@ -247,9 +247,9 @@ def _merged_moments(n: int, a: np.ndarray, m: int, b: np.ndarray) -> np.ndarray:
 
 def _whole(above, below) -> tuple[np.ndarray, np.ndarray]:
     """One histogram of both signs, from two of magnitudes, each of which takes the other's values for zeros."""
-    # An empty side has bins of the other's width.
-    largest = (above.largest or below.largest, below.largest or above.largest)
-    up, down = (np.linspace(0, np.ldexp(1.0, np.frexp(value)[1]), len(above.counts)) for value in largest)
+    # An empty side has the other's bins.
+    filled = (above if above.largest else below, below if below.largest else above)
+    up, down = (np.asarray(edges(side), np.float64) for side in filled)
     more, less = (np.asarray(h.counts, np.float64) for h in (above, below))
     less[1] += max(more[0] - less[1:].sum(), 0)
     return np.concatenate([-down[::-1], up[1:]]), np.concatenate([less[:0:-1], more[1:]])

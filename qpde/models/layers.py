@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qpde.devices import by_compiler
+
 __all__ = [
     "NORM_EPSILON",
     "Mode",
@@ -135,5 +137,9 @@ def row(v: Float[Array, " c"]) -> Float[Array, "1 1 1 c"]:
 
 def average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h_half w_half c"]:
     """2x2 means of x (N, H, W, C) at stride 2; an odd last row or column is left out."""
-    n, h, w, c = x.shape
-    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+    def pooled(x):
+        n, h, w, c = x.shape
+        return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+    return by_compiler(pooled, like=0)(x)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from qpde.bits import EXACT_BITS
+from qpde.devices import by_compiler
 from qpde.quantizers.rounding import (
     ACTIVATION_CLIP,
     WEIGHT_CLIP,
@@ -46,7 +47,7 @@ def initial_clip(
         "percentile"  the given percentile of a, linearly interpolated
         "rms"         rms_factor * sqrt(mean a^2)
         "mse"         least sum (x - quantized x)^2, over i/64 of max a for i up to 80, and 14 more around the best
-        "entropy"     least divergence of the rounded from the exact distribution, over i/128 of max a
+        "entropy"     least divergence of the rounded from the exact distribution, over i/128 of r, up to i = 128
         "lsq"         the clip whose step clip / n is 2 mean(a) / sqrt(n) (Esser et al., LSQ, ICLR 2020, section 2.1)
 
     The squared error as a function of the clip has many local minima, hence a search over a grid rather than descent.
@@ -54,7 +55,12 @@ def initial_clip(
     of the data, what lies beyond the clip counted with its last level; Q is the share of what lies inside, of which
     only the levels are known, each spread evenly over the occupied bins that round to it. It minimises
     sum P log(P / Q). (TensorRT counts the outliers in one bin; where data are few, its chance occupation decides.)
+    The bins reach up to r, the least 2^-k max a that a thousandth of the data exceeds at most: up to max a, one far
+    outlier would leave all else to one bin.
     Zeros are left out: every clip represents them exactly, and after a ReLU they outweigh all else.
+
+    Every rule but the constant scales with the data, over the whole range of normal floats: the clip of s x is s times
+    that of x, no larger than the largest float. Smaller numbers count as zeros.
 
     Args:
       x: representative data (..., C): an activation, or the weight as it is rounded, so after `standardize_weight`
@@ -69,7 +75,7 @@ def initial_clip(
         the clip of the stream.
     Returns:
       The clip, () or (C,), in float32 (float64 for float64 data). It is positive: where the rule gives 0 (all a are 0)
-      it is the constant. It is NaN where the rule meets a NaN. No gradient flows to x.
+      it is the constant. It is NaN where the data of a rule hold a NaN or an infinity. No gradient flows to x.
     Raises:
       ValueError: an unknown method, no data, a parameter out of range, "lsq" with bits None.
     """
@@ -87,15 +93,27 @@ def initial_clip(
         raise ValueError(f"no data to start a clip from: x has shape {x.shape}")
     if per_channel and x.ndim == 0:
         raise ValueError("per_channel=True needs an axis of channels, but x is a scalar")
+
+    def chosen(x, counts, traced_bits):
+        # One column for each group that shares a clip: every rule reduces the first axis.
+        columns = x.reshape(-1, x.shape[-1] if per_channel else 1)
+        counts = None if counts is None else counts.reshape(columns.shape)
+        options = _ClipOptions(grid, traced_bits, percentile, rms_factor, counts)
+        constant = _constant_clip(columns, options)
+        if method == "constant":
+            clip = constant
+        else:
+            # Powers of two, so nothing is rounded: squares and sums are then floats whatever the scale of the data.
+            scale = _power_of_two(columns)
+            clip = _CLIP_RULES[method](columns / scale[None], options)
+            clip = jnp.minimum(jnp.where(clip <= 0, constant, clip * scale), jnp.finfo(clip.dtype).max)
+            present = True if counts is None else counts > 0
+            clip = jnp.where(jnp.any(present & ~jnp.isfinite(columns), axis=0), jnp.nan, clip)
+        return clip if per_channel else clip[0]
+
     x = jax.lax.stop_gradient(x.astype(compute_dtype(x)))
-    # One column for each group that shares a clip: every rule reduces the first axis.
-    columns = x.reshape(-1, x.shape[-1] if per_channel else 1)
-    if counts is not None:
-        counts = jnp.asarray(counts, x.dtype).reshape(columns.shape)
-    options = _ClipOptions(grid, traced_bits, percentile, rms_factor, counts)
-    clip = _CLIP_RULES[method](columns, options)
-    clip = jnp.where(clip <= 0, _constant_clip(columns, options), clip)
-    return clip if per_channel else clip[0]
+    counts = None if counts is None else jnp.asarray(counts, x.dtype)
+    return by_compiler(chosen)(x, counts, traced_bits)
 
 
 # Rules for the start of a clip: columns (n, groups) to one clip for each group.
@@ -110,6 +128,13 @@ class _ClipOptions(NamedTuple):
 
     def magnitude(self, x):
         return jnp.abs(x) if self.grid.signed else jnp.maximum(x, 0.0)
+
+
+def _power_of_two(x):
+    """That above the largest magnitude of each column, where it and its inverse are normal floats; 1 for zeros."""
+    limit = -jnp.finfo(x.dtype).minexp
+    largest = jnp.max(jnp.abs(x), axis=0)
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(jnp.frexp(largest)[1], -limit, limit))
 
 
 def _constant_clip(x, options):
@@ -176,8 +201,12 @@ def _entropy_clip(x, options):
 @partial(jax.jit, static_argnums=0)
 def _search_entropy(grid, a, counts, largest, traced_bits):
     bins, candidates = 2048, 128
-    bin_of = jnp.clip(jnp.ceil(a * (bins / largest)).astype(jnp.int32) - 1, 0, bins - 1)
-    histogram = jnp.zeros(bins, a.dtype).at[bin_of].add(jnp.where(a > 0, counts, 0.0))
+    counts = jnp.where(a > 0, counts, 0.0)
+    limits = largest * 2.0 ** -np.arange(48, dtype=a.dtype)
+    beyond = jax.lax.map(lambda limit: jnp.sum(jnp.where(a > limit, counts, 0.0)), limits)
+    limit = limits[jnp.maximum(jnp.sum(beyond <= 1e-3 * jnp.sum(counts)) - 1, 0)]
+    bin_of = jnp.ceil(jnp.minimum(a / limit, 2.0) * bins).astype(jnp.int32) - 1
+    histogram = jnp.zeros(bins, a.dtype).at[bin_of].add(counts, mode="drop")
     index = jnp.arange(bins)
     centres = (index.astype(a.dtype) + 0.5) / bins
 
@@ -190,14 +219,14 @@ def _search_entropy(grid, a, counts, largest, traced_bits):
         q = jnp.where(occupied, level / jnp.maximum(spread, 1.0), 0.0)
         last = jnp.where(cell == cell[end - 1], inside, 0.0)
         last = jnp.where(jnp.sum(last) > 0, last, jnp.where(index == end - 1, 1.0, 0.0))
-        p = inside + last * ((jnp.sum(histogram) - jnp.sum(inside)) / jnp.sum(last))
-        p, q = (v / jnp.maximum(jnp.sum(histogram), 1e-30) for v in (p, q))
+        p = inside + last * ((jnp.sum(counts) - jnp.sum(inside)) / jnp.sum(last))
+        p, q = (v / jnp.maximum(jnp.sum(counts), 1e-30) for v in (p, q))
         # The floor: outliers beyond an empty last level cost much, not infinitely much.
         return jnp.sum(jnp.where(p > 0, p * jnp.log(p / jnp.maximum(q, 1e-9)), 0.0))
 
     ends = jnp.arange(1, candidates + 1) * (bins // candidates)
     best = ends[jnp.argmin(jax.lax.map(divergence, ends))].astype(a.dtype) / bins
-    return unless_exact(bits_of(grid, traced_bits), lambda: best * largest, lambda: largest)
+    return unless_exact(bits_of(grid, traced_bits), lambda: best * limit, lambda: largest)
 
 
 def _lsq_clip(x, options):

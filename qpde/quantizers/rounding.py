@@ -13,6 +13,7 @@ The bits are `None` (identity), a Python number, or a traced value: then one com
 A quantizer also exists as integers: `encode_weight`, `encode_activation` and `dequantize`. Rounding is half-to-even.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int8, Int32, Num, UInt8
 
 from qpde.bits import EXACT_BITS
+from qpde.devices import by_compiler, known_value, vary_alike
 from qpde.quantizers.levels import INVERSE_STEPS, LEVEL_SETS, STEPS, look_up
 
 WEIGHT_CLIP = 3.0
@@ -61,7 +63,7 @@ def quantize_weight(
 
     Args:
       w: kernel (..., C), floating point; computed in float32 at least, returned in its own dtype.
-      clip: scalar or (C,), one for each output channel; > 0. A traced clip is not checked.
+      clip: scalar or (C,), one for each output channel; positive and finite. A traced clip is not checked.
       bits: None returns w unchanged; else 2..32. From 16 bits on the result is the clamp, not rounded. A traced
         value is rounded to an integer and limited to 2..16; it has no gradient. Batch it by `jax.vmap`.
       levels: "uniform"; "pot", {0} and 2^-i; "apot", sums of powers of two (Li, Dong and Wang, ICLR 2020, 2 bits in
@@ -74,7 +76,8 @@ def quantize_weight(
     Returns:
       Same shape and dtype as w. A NaN or an infinity stays what it is; with `standardize` it makes its group NaN.
     Raises:
-      ValueError: bits outside 2..32, an unknown level set, one with 9..15 bits, a clip <= 0 or of another shape.
+      ValueError: bits outside 2..32, an unknown level set, one with 9..15 bits, a clip that is not positive and
+        finite, or of another shape.
 
     >>> quantize_weight(jnp.array([-2.0, -0.4, 0.1, 0.6]), 1.0, 2)
     Array([-1.,  0.,  0.,  1.], dtype=float32)
@@ -84,7 +87,8 @@ def quantize_weight(
         return w
     if standardize:
         w = standardize_weight(w, per_channel=per_channel_statistics)
-    return fake_quantize(grid, *_operands(w, clip), traced_bits, jnp.asarray(gradient_scale))
+    gradient_scale = jnp.asarray(gradient_scale)
+    return fake_quantize(grid, *_operands(w, clip, traced_bits, gradient_scale), traced_bits, gradient_scale)
 
 
 def quantize_activation(
@@ -105,7 +109,7 @@ def quantize_activation(
 
     Args:
       x: (..., C), floating point; computed in float32 at least, returned in its own dtype.
-      clip: scalar or (C,); > 0. A traced clip is not checked.
+      clip: scalar or (C,); positive and finite. A traced clip is not checked.
       bits: None returns x unchanged; else as in `quantize_weight`.
       levels: "uniform", "pot" or "apot", as in `quantize_weight`; unsigned activations use the sets of `bits` bits.
       signed: for values of both signs (tanh, states of a graph).
@@ -121,7 +125,8 @@ def quantize_activation(
     grid, traced_bits = resolve(levels, bits, signed=signed)
     if bits is None:
         return x
-    return fake_quantize(grid, *_operands(x, clip), traced_bits, jnp.asarray(gradient_scale))
+    gradient_scale = jnp.asarray(gradient_scale)
+    return fake_quantize(grid, *_operands(x, clip, traced_bits, gradient_scale), traced_bits, gradient_scale)
 
 
 def standardize_weight(w: Num[Array | np.ndarray, "*shape"], *, per_channel: bool = False) -> Num[Array, "*shape"]:
@@ -190,7 +195,7 @@ def encode_weight(
       Codes: `codes` int8 in the shape of w, `scale` in the shape of the clip. An integer cannot be NaN: where a
       weight is not finite, the scale that it shares is NaN.
     Raises:
-      ValueError: bits None or outside 2..8; a clip <= 0 or of another shape.
+      ValueError: bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
     """
     if standardize:
         w = standardize_weight(w, per_channel=per_channel_statistics)
@@ -212,7 +217,7 @@ def encode_activation(
       Codes: `codes` in the shape of x, `scale` = clip / n in the shape of the clip. An integer cannot be NaN: where a
       value is not finite, the scale that it shares is NaN.
     Raises:
-      ValueError: bits None or outside 2..8; a clip <= 0 or of another shape.
+      ValueError: bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
 
     >>> encode_activation(jnp.array([0.0, 0.5, 7.0]), 1.5, 4).codes
     Array([ 0,  5, 15], dtype=uint8)
@@ -257,7 +262,8 @@ def level_index(
     Returns:
       int32 in the shape of x, from -LARGEST_LEVEL to LARGEST_LEVEL.
     Raises:
-      ValueError: bits None or outside 2..8, an unknown level set, a clip <= 0 or of another shape.
+      ValueError: bits None or outside 2..8, an unknown level set, a clip that is not positive and finite, or of
+        another shape.
     """
     grid, traced_bits = resolve(levels, _require_bits(bits), signed=signed)
     if grid.bits is not None and grid.bits > _CODE_BITS:
@@ -360,11 +366,15 @@ def _sum_for_clip(values: Array, shape: tuple[int, ...]) -> Array:
     # five times faster. The first axis stays, for it may be a batch over several devices.
     if values.ndim < 2:
         return jnp.sum(values) if shape == () else values
-    if shape == ():
-        rows = values.reshape(values.shape[0], -1)
-        return jnp.sum(jnp.dot(rows, jnp.ones(rows.shape[1], rows.dtype), precision="highest"))
-    rows = values.reshape(-1, values.shape[-1])
-    return jnp.dot(jnp.ones(rows.shape[0], rows.dtype), rows, precision="highest")
+
+    def total(values):
+        if shape == ():
+            rows = values.reshape(values.shape[0], math.prod(values.shape[1:]))
+            return jnp.sum(jnp.dot(rows, jnp.ones(rows.shape[1], rows.dtype), precision="highest"))
+        rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+        return jnp.dot(jnp.ones(rows.shape[0], rows.dtype), rows, precision="highest")
+
+    return by_compiler(total)(values)
 
 
 # Arguments.
@@ -397,20 +407,21 @@ def _require_bits(bits):
     return bits
 
 
-def _operands(x: ArrayLike, clip: ArrayLike) -> tuple[Array, Array]:
+def _operands(x: ArrayLike, clip: ArrayLike, *others: Array | None) -> tuple[Array, Array]:
+    """x and the clip, checked, and cast to vary over the devices as they and the others do."""
     x, clip = floating(x), _as_clip(clip)
     if clip.shape != () and clip.shape != x.shape[-1:]:
         raise ValueError(
             f"clip has shape {clip.shape}, but x of shape {x.shape} needs () or, one value for each channel, "
             f"{x.shape[-1:]}"
         )
-    return x, clip
+    return vary_alike(x, clip, like=others)
 
 
 def _as_clip(clip: ArrayLike) -> Array:
-    # Only values on the host are checked: reading one from the device would stall it.
-    if not isinstance(clip, Array) and not np.all(np.asarray(clip) > 0):
-        raise ValueError(f"clip={clip} must be positive")
+    value = known_value(clip)
+    if value is not None and not np.all((value > 0) & (value < np.inf)):
+        raise ValueError(f"clip={clip} must be positive and finite; `initial_clip` reads one off the data")
     clip = jnp.asarray(clip)
     return clip if jnp.issubdtype(clip.dtype, jnp.floating) else clip.astype(jnp.float32)
 

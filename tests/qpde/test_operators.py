@@ -315,3 +315,11 @@ IMAGE, KERNEL = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
 def test_bad_options_are_refused_by_name_and_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@kinds
+def test_images_without_channels_have_gradients_without_numbers(kind):
+    x, kernel = jnp.zeros((2, 4, 4, 0)), jnp.zeros((3, 3, 0, 5) if kind == "full" else (3, 3, 1, 0))
+    forward, _ = pair(Case(size=(4, 4)), kind)
+    gradients = jax.grad(lambda x, kernel: forward(x, kernel).sum(), (0, 1))(x, kernel)
+    assert [g.shape for g in gradients] == [x.shape, kernel.shape]

@@ -556,3 +556,13 @@ def test_float32_bound_of_a_float32_eps_is_accepted():
 
 def test_examples_in_the_docstrings_run():
     assert doctest.testmod(stencils).failed == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5, 2), (2, 0, 5, 2), (2, 6, 0, 2), (2, 6, 5, 0)])
+@pytest.mark.parametrize("boundary", ["neumann", "periodic", "dirichlet"])
+def test_an_image_without_pixels_stays_what_it_is(shape, boundary):
+    x, options = jnp.zeros(shape), {"eps": 0.1, "boundary": boundary}
+    assert stencils.smooth(x, gamma2=0.01, **options).shape == shape
+    assert stencils.implicit_step(x, gamma2=0.1, **options).shape == shape
+    assert stencils.divergence(stencils.gradient(x, boundary=boundary), boundary=boundary).shape == shape
+    np.testing.assert_array_equal(stencils.total_variation(x, **options) >= 0, np.ones((shape[0], shape[3]), bool))

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from train.config.images import Experiment
 from train.config.graphs import GraphExperiment
-from train.host.distributed import from_first, is_first
+from train.config.images import Experiment
 from train.config.serialize import from_json, to_json
+from train.host.distributed import from_first, is_first
 from train.runs.tensorboard import FOLDER, Board
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 
 from qpde.bits import Bits
+from train.config.images import Experiment, Model
+from train.runs.checkpoints import read_best
+from train.runs.directory import CHECKPOINTS, read_experiment
 from train.steps import twin_clips
 from train.steps.annealing import SMOOTHING
-from train.runs.checkpoints import read_best
-from train.config.images import Experiment, Model
 from train.steps.paths import path_name
-from train.runs.directory import CHECKPOINTS, read_experiment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,7 +174,7 @@ class Block(Part, BlockOptions):
         """Start (1, H, W, C) of the power iteration that is carried from step to step."""
         linear, adjoint = self.linear_pair(params)
         v = jax.random.normal(key, (1, height, width, self.width_in))
-        return _iterate(linear, adjoint, v / jnp.linalg.norm(v), 20)[1]
+        return norms.power_iterations(linear, adjoint, v / jnp.linalg.norm(v), 20)[1]
 
     @abc.abstractmethod
     def linear_pair(self, kernels: dict) -> tuple[Callable, Callable]:
@@ -583,8 +583,9 @@ class _Call:
     def spectral_norm(self, linear: Callable, adjoint: Callable, scale: jax.Array) -> jax.Array:
         """|D K| from the carried singular vector, differentiable in D and K; a floor keeps steps of D K = 0 finite."""
         d = row(scale)
-        iterations = self.mode.power_iterations
-        sigma, vector = _iterate(lambda v: d * linear(v), lambda u: adjoint(d * u), self.singular_vector, iterations)
+        sigma, vector = norms.power_iterations(
+            lambda v: d * linear(v), lambda u: adjoint(d * u), self.singular_vector, self.mode.power_iterations
+        )
         self.updates["spectral"] = vector
         return jnp.maximum(sigma, 1e-3)
 
@@ -603,11 +604,3 @@ def depthwise_bits(bits: Any) -> Any:
     if isinstance(bits, int):
         return bits if bits >= EXACT_BITS else 8
     return jnp.where(bits >= EXACT_BITS, bits, 8)
-
-
-def _iterate(linear: Callable, adjoint: Callable, v: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
-    """|A| and its singular vector after some power iterations from v."""
-    v = jax.lax.fori_loop(
-        0, iterations - 1, lambda _, u: norms.power_iteration_step(linear, adjoint, u)[1], jax.lax.stop_gradient(v)
-    )
-    return norms.power_iteration_step(linear, adjoint, v)

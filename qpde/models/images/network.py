@@ -454,7 +454,8 @@ class Network(nn.Module):
             raise ValueError(f"images must be (N, H, W, C); got shape {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"images of dtype {x.dtype} must be floating: x.astype(jnp.float32), and scale them")
-        if min(x.shape[1:3]) < (side := self.smallest_image):
+        side = self.smallest_image
+        if any(size < side for size in x.shape[1:3]):
             raise ValueError(
                 f"images of {x.shape[1]}x{x.shape[2]} are too small for {self.architecture.name}: "
                 f"pad or resize them to at least {side}x{side}"

@@ -60,9 +60,9 @@ def check(found, values, bits, *, signed, deviations):
         np.testing.assert_allclose(d.level_shares, shares, rtol=1e-12)
         assert d.used_levels == len(shares)
         np.testing.assert_allclose(d.entropy, -(shares * np.log2(shares)).sum(), atol=1e-12)
-        # A bin of the histogram is 1/2048 of the largest value at most.
+        # A bin of the histogram is 1/512 of its values at most.
         width = np.diff(d.edges).max()
-        assert width <= np.abs(x).max() / 2048
+        assert width <= np.abs(x).max() / 512
         limit = deviations * x.std()
         outer, inner = (np.mean(np.abs(x - x.mean()) > limit + shift) for shift in (1.01 * width, -1.01 * width))
         assert outer <= d.outliers <= inner

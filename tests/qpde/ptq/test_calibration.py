@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import qpde
 from qpde import Bits, graphs, models
 from qpde.measure import histograms
-from qpde.measure.histograms import clip_from, histogram, merge
+from qpde.measure.histograms import clip_from, edges, histogram, merge
 from qpde.models.images.blocks import is_depthwise
 from qpde.ptq.calibration import correct_bias, quantize
 from qpde.ptq.equalization import equalize
@@ -90,9 +90,13 @@ def test_a_histogram_counts_zeros_and_what_lies_in_each_bin(data, signed):
     counts, largest = histogram_of(x, signed)
     a = np.abs(np.asarray(x, np.float64)) if signed else np.maximum(np.asarray(x, np.float64), 0)
     assert largest == a.max()
-    top = 2.0 ** (np.floor(np.log2(a.max())) + 1) if a.max() > 0 else 1.0
-    expected = np.bincount(np.ceil(a / top * 64).astype(int), minlength=65)
-    np.testing.assert_array_equal(counts, expected)
+    ends = np.asarray(edges(histograms.Histogram(counts, largest)), np.float64)
+    np.testing.assert_array_equal(counts[1:], np.histogram(a[a > 0], ends)[0])
+    # Two bins an octave: from its power of two to 1.5 times that, and from there to the next.
+    if a.max() > 0:
+        np.testing.assert_array_equal(ends[3::2] / ends[2:-1:2], 1.5)
+        np.testing.assert_array_equal(ends[4::2] / ends[2:-1:2], 2.0)
+        assert ends[-3] <= a.max() < ends[-1]
     assert int(counts[0]) == (a == 0).sum()
 
 
@@ -111,15 +115,36 @@ def test_merged_parts_are_the_histogram_of_the_whole_in_any_order(parts, signed)
 def test_a_clip_of_a_histogram_is_that_of_the_data(bits, signed):
     x = draw(3, 100_000, 1.0, False)
     h = histogram(x, signed=signed)
-    bin_width = 2.0 ** np.ceil(np.log2(float(h.largest))) / histograms.BINS
     exact = {m: float(initial_clip(x, bits, signed=signed, method=m)) for m in METHODS}
     found = {m: float(clip_from(h, bits, signed=signed, method=m)) for m in METHODS}
     assert found["absmax"] == exact["absmax"]
-    assert abs(found["percentile"] - exact["percentile"]) <= bin_width
+    assert abs(found["percentile"] / exact["percentile"] - 1) <= 1 / 512
     # Two searches: their optima are equally good, not equal.
     assert squared_error(x, found["mse"], bits, signed) <= 1.01 * squared_error(x, exact["mse"], bits, signed)
     if bits == 3:  # at 8 the divergence is nearly flat
         assert abs(found["entropy"] - exact["entropy"]) <= 0.1 * exact["absmax"]
+
+
+@pytest.mark.parametrize("outlier", [1e4, 1e5, 1e6])
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_one_outlier_does_not_blur_the_clip_of_a_stream(method, outlier):
+    x = draw(4, 20_000, 1.0, False)
+    far = jnp.full(1, outlier, jnp.float32)
+    h = merge(histogram(x, signed=True), histogram(far, signed=True))
+    exact = float(initial_clip(jnp.concatenate([x, far]), 4, signed=True, method=method))
+    assert float(clip_from(h, 4, signed=True, method=method)) == pytest.approx(
+        exact, rel=1 / 512 if method == "percentile" else 0.1
+    )
+
+
+def test_a_histogram_of_nothing_changes_nothing():
+    x = draw(5, 40, 1.0, True)
+    nothing = histogram(jnp.zeros((0, 3)), signed=True)
+    assert float(nothing.counts.sum()) == nothing.largest == 0
+    for merged in (merge(nothing, histogram(x, signed=True)), merge(histogram(x, signed=True), nothing)):
+        np.testing.assert_array_equal(merged.counts, histogram(x, signed=True).counts)
+    with pytest.raises(ValueError, match="32 times a power of two"):
+        histogram(x, signed=True, bins=100)
 
 
 def squared_error(x, clip, bits, signed):
@@ -135,7 +160,7 @@ def test_the_mse_clip_of_a_stream_is_never_worse_than_its_maximum(seed, bits):
         squared_error(x, clip_from(h, jnp.int32(bits), signed=True, method=m), jnp.int32(bits), True)
         for m in ("mse", "absmax")
     )
-    # A value is known to half a bin of 4096.
+    # A value is known to half a bin.
     assert of_mse <= of_absmax * 1.01
 
 
@@ -241,7 +266,7 @@ def test_more_bits_are_closer_to_full_precision():
         any_width = model.with_bits(Bits())  # compiled once
         errors[bits] = relative_error(run(any_width, variables, x, bits=model.bits), exact)
     assert errors[8] < 0.5 * errors[6] < 0.5 * 0.5 * errors[4] < 0.5 * errors[3]
-    assert errors[8] < 0.04
+    assert errors[8] < 0.05
 
 
 def test_widths_may_be_numbers_of_numpy():
