@@ -23,15 +23,18 @@ from qpde import (
 from qpde.bits import Bits
 from qpde.models.protocol import QuantizedNetwork
 from qpde.nn import Rule, optimizer_labels, project, quantized
+from qpde.trained import TrainedNetwork, load, save
 
 __all__ = [
     "Bits",
     "QuantizedNetwork",
     "Rule",
+    "TrainedNetwork",
     "certify",
     "datasets",
     "graphs",
     "integrators",
+    "load",
     "measure",
     "models",
     "nn",
@@ -42,6 +45,7 @@ __all__ = [
     "ptq",
     "quantized",
     "quantizers",
+    "save",
     "stencils",
     "testing",
 ]

@@ -1,0 +1,334 @@
+"""A trained network in a folder of its own, which loads anywhere: no data, no training code, nothing that can execute.
+
+    network.json            architecture and options, classes, input shape, mean and std, and where it came from
+    weights.safetensors     parameters, clips, batch statistics as they were evaluated, spectral state
+
+`network.json` is written last and holds a digest of the weights: a folder that was cut short or altered is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array
+
+from qpde.bits import Bits
+from qpde.graphs import from_edges
+from qpde.models.graphs.layers import (
+    AttentionLayer,
+    ConvolutionLayer,
+    GraphSmoothing,
+    InitialResidualLayer,
+    PDELayer,
+)
+from qpde.models.graphs.networks import GraphNetwork
+from qpde.models.images.network import Architecture, Network
+from qpde.models.options import NetworkOptions, Smoothing
+from qpde.models.registry import BLOCKS, image_network
+
+__all__ = ["DESCRIPTION", "WEIGHTS", "TrainedNetwork", "load", "save"]
+
+DESCRIPTION, WEIGHTS = "network.json", "weights.safetensors"
+
+_FORMAT, _VERSION = "qpde network", 1
+_LAYERS = {
+    "pde": PDELayer,
+    "convolution": ConvolutionLayer,
+    "initial_residual": InitialResidualLayer,
+    "attention": AttentionLayer,
+}
+_LARGEST_BATCH = 256  # images that are computed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNetwork:
+    """A network with its weights and what is needed to use it.
+
+    Attributes:
+      model: Flax Linen module of `qpde.models`.
+      variables: Its collections.
+      classes: Names of the classes, in the order of the logits.
+      input_shape: (height, width, channels) of the images that it was trained on, or None.
+      mean: Mean of the training images by channel, a full pixel being 1, or None.
+      std: Standard deviation alike, or None.
+      about: Where it came from, as far as known: seed, command, versions, device, date, fingerprint of its data.
+    """
+
+    model: Network | GraphNetwork
+    variables: dict[str, Any]
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def normalize(self, images: Any) -> Array:
+        """The network's input: (x - mean) / std in float32.
+
+        Args:
+          images: (N, H, W, C), uint8 from 0 to 255, or floating from 0 to 1.
+        Raises:
+          ValueError: Images of another rank, dtype or number of channels.
+        """
+        x = jnp.asarray(images)
+        if x.ndim != 4:
+            raise ValueError(f"images must be (N, H, W, C); got shape {x.shape}: give one image as image[None]")
+        channels = self.variables["params"]["stem"]["kernel"].shape[2]
+        if x.shape[-1] != channels:
+            raise ValueError(f"images have {x.shape[-1]} channels, the network takes {channels}: got shape {x.shape}")
+        if x.dtype == jnp.uint8:
+            x = x.astype(jnp.float32) / 255
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"images of dtype {x.dtype} must be uint8 (0 to 255) or floating (0 to 1)")
+        x = x.astype(jnp.float32)
+        if self.mean is None or self.std is None:
+            return x
+        mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+    def logits(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
+        """Logits of images as `normalize` takes them, (N, classes), or of all nodes of a graph.
+
+        Args:
+          inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs.
+          bits: Bits of this call. Default: the network's own.
+        """
+        if isinstance(self.model, GraphNetwork):
+            return np.asarray(_apply(self.model, self.variables, inputs, bits))
+        if len(inputs) == 0:
+            return np.zeros((0, self.model.num_classes), np.float32)
+        # Batches of a power of two, so that few programs serve every number of images.
+        size = min(_LARGEST_BATCH, 1 << (len(inputs) - 1).bit_length())
+        found = []
+        for start in range(0, len(inputs), size):
+            x = self.normalize(inputs[start : start + size])
+            missing = size - len(x)
+            padded = jnp.pad(x, [(0, missing), (0, 0), (0, 0), (0, 0)])
+            found.append(np.asarray(_apply(self.model, self.variables, padded, bits))[: len(x)])
+        return np.concatenate(found)
+
+    def predict(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
+        """Index of the predicted class of every image, or node; names are in `classes`."""
+        return self.logits(inputs, bits=bits).argmax(-1)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(model, variables, x, bits):
+    return model.apply(variables, x, bits=bits)
+
+
+def save(
+    folder: str | Path,
+    model: Network | GraphNetwork,
+    variables: Mapping[str, Any],
+    *,
+    classes: Sequence[str] | None = None,
+    input_shape: Sequence[int] | None = None,
+    mean: Any = None,
+    std: Any = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a trained network to a folder, from which `load` reads it anywhere.
+
+    Args:
+      folder: Folder to write, made if need be. A network that is there is replaced.
+      model: Network of `qpde.models`.
+      variables: Its collections, as they are to be evaluated.
+      classes: Names of the classes. Default: their numbers.
+      input_shape: (height, width, channels) of the images.
+      mean: Mean of the training images by channel, a full pixel being 1. Default: images are used as they are.
+      std: Standard deviation alike.
+      about: What else is known of it, values of JSON.
+    Returns:
+      The folder.
+    Raises:
+      ValueError: Not a network of `qpde.models`, another number of classes, or variables of other shapes.
+    """
+    described = _described(model)
+    classes = [str(k) for k in range(model.num_classes)] if classes is None else [str(name) for name in classes]
+    if len(classes) != model.num_classes:
+        raise ValueError(f"`classes` names {len(classes)} classes, the network has {model.num_classes}")
+    tensors = _flat({k: v for k, v in variables.items() if k != "observed"})
+    _check_shapes(model, tensors, "variables")
+    weights = safetensors.numpy.save(tensors)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "network": described,
+        "classes": classes,
+        "input_shape": None if input_shape is None else [int(n) for n in input_shape],
+        "mean": None if mean is None else [float(v) for v in np.asarray(mean).reshape(-1)],
+        "std": None if std is None else [float(v) for v in np.asarray(std).reshape(-1)],
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "about": dict(about or {}),
+    }
+    (folder / DESCRIPTION).unlink(missing_ok=True)  # never a description beside weights that are not its own
+    _write(folder / WEIGHTS, weights)
+    _write(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    return folder
+
+
+def load(folder: str | Path) -> TrainedNetwork:
+    """Read a network that `save`, or a finished run, wrote.
+
+    Args:
+      folder: Folder with network.json and weights.safetensors.
+    Raises:
+      FileNotFoundError: One of them is missing.
+      ValueError: One of them is damaged, of another program or of an unknown version.
+    """
+    folder = Path(folder)
+    path, weights = folder / DESCRIPTION, folder / WEIGHTS
+    for file in (path, weights):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no trained network: it has no {file.name}")
+    try:
+        description = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise ValueError(f"{path} does not describe a network of qpde")
+    if description.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is of version {description.get('version')!r}; this qpde reads version {_VERSION}: install another"
+        )
+    content = weights.read_bytes()
+    if hashlib.sha256(content).hexdigest() != description.get("weights_sha256"):
+        raise ValueError(f"{weights} was cut short or altered: its digest is not the one that {path.name} holds")
+    try:
+        tensors = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{weights} is damaged: {error}") from None
+    try:
+        model = _built(description["network"])
+        classes = tuple(str(name) for name in description["classes"])
+        mean, std, shape = (
+            None if description[k] is None else tuple(description[k]) for k in ("mean", "std", "input_shape")
+        )
+        about = dict(description["about"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no network that this qpde knows: {error}") from None
+    if len(classes) != model.num_classes:
+        raise ValueError(f"{path} names {len(classes)} classes of a network that has {model.num_classes}")
+    _check_shapes(model, tensors, str(weights))
+    return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, about)
+
+
+def _described(model: Network | GraphNetwork) -> dict[str, Any]:
+    """The network as values of JSON."""
+    if isinstance(model, Network):
+        architecture = dataclasses.asdict(model.architecture)
+        kinds = {kind: name for name, kind in BLOCKS.items()}
+        if model.architecture.block not in kinds:
+            raise ValueError(
+                f"blocks of kind {model.architecture.block.__name__} have no name in qpde.models: add a row"
+            )
+        architecture["block"] = kinds[model.architecture.block]
+        return {
+            "kind": "image",
+            "architecture": architecture,
+            "num_classes": model.num_classes,
+            "options": dataclasses.asdict(model.options),
+        }
+    if isinstance(model, GraphNetwork):
+        (layer,) = [name for name, kind in _LAYERS.items() if type(model.layer) is kind]
+        names = ("depth", "num_classes", "dropout", "weight_bits", "act_bits", "loop", "remat")
+        described = {name: getattr(model, name) for name in names}
+        return {"kind": "graph", "layer": layer, "layer_options": dataclasses.asdict(model.layer), **described}
+    raise ValueError(
+        f"{type(model).__name__} is no network of qpde.models, whose architecture a file can hold: save its variables "
+        "with your own module's code"
+    )
+
+
+def _built(described: dict[str, Any]) -> Network | GraphNetwork:
+    """The network that `_described` described."""
+    described = dict(described)
+    kind = described.pop("kind")
+    if kind == "image":
+        architecture = dict(described["architecture"])
+        architecture["block"] = BLOCKS[architecture["block"]]
+        architecture["stages"] = tuple(tuple(int(n) for n in stage) for stage in architecture["stages"])
+        options = dict(described["options"])
+        if options.get("smoothing") is not None:
+            options["smoothing"] = _dataclass(Smoothing, options["smoothing"])
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        known = {field.name for field in dataclasses.fields(NetworkOptions)}
+        if set(options) != known:
+            raise ValueError(f"options {sorted(set(options) ^ known)} are unknown or missing")
+        return image_network(Architecture(**architecture), num_classes=described["num_classes"], **options)
+    if kind == "graph":
+        options = dict(described.pop("layer_options"))
+        if options.get("smoothing") is not None:
+            options["smoothing"] = _dataclass(GraphSmoothing, options["smoothing"])
+        return GraphNetwork(layer=_dataclass(_LAYERS[described.pop("layer")], options), **described)
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _dataclass(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays by "collection/a/b"."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+        for path, leaf in leaves
+    }
+
+
+def _nested(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in tensors.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = jnp.asarray(value)
+    return tree
+
+
+def _check_shapes(model: Network | GraphNetwork, tensors: dict[str, np.ndarray], where: str) -> None:
+    """ValueError where parameters are missing, left over, or of another shape than the network's."""
+    own = {name: value.shape for name, value in tensors.items() if name.startswith("params/")}
+    needed = _parameter_shapes(model, tensors)
+    for name in sorted(own.keys() | needed.keys()):
+        if own.get(name) != needed.get(name):
+            raise ValueError(f"{where}: {name} has shape {own.get(name)}, the network needs {needed.get(name)}")
+
+
+def _parameter_shapes(model: Network | GraphNetwork, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    stem = "params/stem/kernel" if isinstance(model, Network) else "params/stem_kernel"
+    if stem not in tensors or tensors[stem].ndim < 2:
+        raise ValueError(f"there is no {stem}, so these are no weights of {type(model).__name__}")
+    if isinstance(model, Network):
+        side = model.smallest_image
+        x: Any = jnp.zeros((1, side, side, tensors[stem].shape[2]))
+    else:
+        x = from_edges(
+            np.array([0]), np.array([1]), num_nodes=2, nodes=np.zeros((2, tensors[stem].shape[0]), np.float32)
+        )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    leaves = jax.tree_util.tree_leaves_with_path({"params": shapes})
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write the file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
