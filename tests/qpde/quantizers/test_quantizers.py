@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
+from qpde import quantizers
 from qpde.quantizers import (
     ACTIVATION_CLIP,
     LARGEST_LEVEL,
