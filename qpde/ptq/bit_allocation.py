@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, split_batch
+from qpde.measure.batches import Batch, read_batches
 from qpde.measure.bit_widths import BitsComparison, compare_bits
 from qpde.models.images.cost import summary
 from qpde.models.protocol import QuantizedNetwork
@@ -50,10 +50,10 @@ def sensitivity(
     """
     if any(np.ndim(width) for choice in choices for width in choice):
         raise ValueError("choices are widths of one block, two numbers each")
-    batches = iter(batches)
+    batches = read_batches(batches, variables)
     if (first := next(batches, None)) is None:
         raise ValueError("`batches` is empty: there is nothing to measure")
-    count = len(model.block_names(variables, split_batch(first, 0)[0]))
+    count = len(model.block_names(variables, first[0]))
     batches = itertools.chain([first], batches)
     rows = [block_bits([choice if i == j else FULL for i in range(count)]) for choice in choices for j in range(count)]
     references = [block_bits([FULL] * count)] * len(rows)
