@@ -22,7 +22,7 @@ LABELS = np.zeros(4, np.int32)
 def networks():
     """A network in full precision, one with quantizers, and the variables of each."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1),)))
+        patched.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture("tiny", BasicBlock, ((4, 4, 2, 1, 1),)))
         exact = models.create("tiny", num_classes=3)
         rounded = models.create("tiny", num_classes=3, weight_bits=4, act_bits=4, norm="tied", step_size="auto")
     return tuple((model, jax.jit(model.init)(jax.random.key(0), IMAGES)) for model in (exact, rounded))
@@ -123,7 +123,7 @@ def test_frozen_variables_are_those_of_a_dictionary(networks):
 
 
 def test_frozen_variables_can_be_specialised_to_a_width(monkeypatch):
-    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture(BasicBlock, ((4, 4, 1, 1, 1),)))
+    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", registry.Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),)))
     model = models.create("tiny", num_classes=3, weight_bits=4, act_bits=4, clip_bits=(2, 4))
     variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     ordinary, plain = model.at_bits(variables, BITS)

@@ -177,7 +177,7 @@ def test_a_symmetric_mobilenet_is_read_as_far_as_its_state_goes():
 @pytest.fixture
 def published(monkeypatch):
     """A network of one block, and a state with all its names."""
-    tiny = registry.Architecture(BasicBlock, ((4, 4, 1, 1, 1),))
+    tiny = registry.Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),))
     monkeypatch.setitem(registry.ARCHITECTURES, "tiny", tiny)
     names = {
         "conv1": (4, 3, 3, 3),
