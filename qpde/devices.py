@@ -17,10 +17,9 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["by_compiler", "known_value", "on_each_device", "vary_alike"]
+__all__ = ["by_compiler", "on_each_device", "vary_alike"]
 
 Result = TypeVar("Result")
 
@@ -85,13 +84,6 @@ def by_compiler(f: Callable[..., Result], *, like: int | None = None) -> Callabl
         return jax.sharding.auto_axes(f, axes=explicit, out_sharding=out)(*arrays)
 
     return on_any_mesh
-
-
-def known_value(x: Any) -> np.ndarray | None:
-    """The value of a number or an array where it is known: None for a traced array, or one of other processes."""
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-        return None
-    return np.asarray(x)
 
 
 def _varying(leaf: Any) -> frozenset:

@@ -28,6 +28,7 @@ from jax.experimental.sparse import BCOO
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
+from qpde.checks import known_value, scalar
 from qpde.devices import by_compiler, vary_alike
 
 __all__ = [
@@ -75,8 +76,8 @@ def from_edges(
     Args:
       senders, receivers: integers (edges,), in 0 .. num_nodes - 1; may be empty.
       num_nodes: at least 1.
-      nodes: features, floating point (num_nodes, ...), or a `jax.experimental.sparse.BCOO` matrix, which jraph can
-        batch or pad neither way; None stands for (num_nodes, 0).
+      nodes: features, floating point (num_nodes, ...), a list of them, or a `jax.experimental.sparse.BCOO` matrix,
+        which jraph can batch or pad neither way; None stands for (num_nodes, 0).
     Returns:
       GraphsTuple of one graph; `edges` and `globals` are None.
     Raises:
@@ -249,7 +250,7 @@ def total_variation(
     scale: Float[Array, " nodes"] | None = None,
 ) -> Float[Array, ""]:
     """TV_eps(x) = sum sqrt((G x)^2 + eps^2) over edges (not loops) and channels. Args as for `gradient`; eps > 0."""
-    _check_positive("eps", eps)
+    eps = _positive("eps", eps)
     lengths = jnp.sqrt(jnp.square(gradient(graph, x, kind=kind, scale=scale)) + _square(eps))
     return jnp.sum(lengths, where=_along(graph.senders != graph.receivers, lengths))
 
@@ -278,7 +279,7 @@ def tv_step(
       ValueError: a static gamma2 outside its bounds, a static eps <= 0, and as for `gradient`.
     """
     _check(graph, kind, x)
-    _check_positive("eps", eps)
+    eps, gamma2 = _positive("eps", eps), scalar("gamma2", gamma2)
     bound = 2 * eps / KINDS[kind]
     if _is_static(gamma2, eps):
         if not 0 <= gamma2 <= bound:
@@ -331,7 +332,7 @@ def max_stable_step(
     Raises:
       ValueError: a static lipschitz <= 0, an unknown kind.
     """
-    _check_positive("lipschitz", lipschitz)
+    lipschitz = _positive("lipschitz", lipschitz)
     return 2.0 / (jnp.asarray(lipschitz, jnp.float32) * largest_eigenvalue_bound(graph, kind=kind, scale=scale))
 
 
@@ -461,9 +462,12 @@ def _is_static(*values):
     return all(isinstance(v, int | float | np.number) for v in values)
 
 
-def _check_positive(name, value):
-    if _is_static(value) and not (value > 0 and math.isfinite(value)):
+def _positive(name, value):
+    """A positive number; a traced one is not checked."""
+    known = known_value(scalar(name, value))
+    if known is not None and not (known > 0 and np.isfinite(known)):
         raise ValueError(f"{name} (={value}) must be positive and finite")
+    return scalar(name, value)
 
 
 def _square(value):
@@ -485,6 +489,13 @@ def _checked_ends(name, ends, num_nodes):
 def _checked_nodes(nodes, num_nodes):
     if nodes is None:
         return jnp.zeros((num_nodes, 0))
+    if isinstance(nodes, list | tuple):
+        nodes = np.asarray(nodes, np.float32)
+    if not getattr(nodes, "shape", ()):
+        raise ValueError(
+            f"features are of type {type(nodes).__name__}: give an array (num_nodes, F), for instance by "
+            "np.concatenate of several kinds of features"
+        )
     if nodes.shape[0] != num_nodes:
         raise ValueError(f"nodes have {nodes.shape[0]} rows of features, but num_nodes is {num_nodes}")
     sparse = isinstance(nodes, BCOO)

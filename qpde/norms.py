@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qpde.checks import whole_number
 from qpde.devices import vary_alike
 
 __all__ = ["LinearMap", "power_iteration_step", "power_iterations", "spectral_norm"]
@@ -50,8 +51,7 @@ def spectral_norm(
     >>> round(float(norm), 4)
     3.0
     """
-    if iterations < 1:
-        raise ValueError(f"`iterations` (={iterations}) must be at least 1; 20 is enough for a step size")
+    iterations = whole_number("iterations", iterations, least=1)
     if adjoint is None:
         _, pullback = jax.vjp(linear_map, jnp.zeros(shape, jnp.float32))
         adjoint = first_cotangent(pullback)

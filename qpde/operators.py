@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from qpde.checks import whole_number
 from qpde.devices import by_compiler, on_each_device, vary_alike
 
 
@@ -173,10 +174,8 @@ def _form(size, kernel, stride, padding, dilation) -> _Form:
     taps = kernel.shape[:2]
     if any(k % 2 == 0 for k in taps):
         raise ValueError(f"`kernel` has even size {taps}; odd sizes are needed, pad it with a row or column of zeros")
-    if stride < 1 or dilation < 1:
-        raise ValueError(f"`stride` (={stride}) and `dilation` (={dilation}) must be at least 1")
-    if padding is not None and padding < 0:
-        raise ValueError(f"`padding` (={padding}) must be at least 0; crop the image instead")
+    stride, dilation = whole_number("stride", stride, least=1), whole_number("dilation", dilation, least=1)
+    padding = None if padding is None else whole_number("padding", padding, least=0)
     reach = _reach(taps, dilation)
     pads = tuple(r // 2 if padding is None else padding for r in reach)
     if any(n + 2 * p <= r for n, p, r in zip(size, pads, reach, strict=True)):

@@ -43,6 +43,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from qpde.checks import known_value, scalar, whole_number
+
 Boundary: TypeAlias = Literal["neumann", "periodic", "dirichlet"]
 Real: TypeAlias = int | float | np.floating | Float[Array | np.ndarray, ""]
 Image: TypeAlias = Float[Array | np.ndarray, "*batch height width channels"]
@@ -102,7 +104,7 @@ def total_variation(
 
     Args:
       x: (..., H, W, C), floating; computed in float32 at least.
-      eps: positive; a Python number, or a scalar array, which is not checked.
+      eps: positive; a Python number, or a scalar array; a traced one is not checked.
       kind: a key of `KINDS`.   boundary: as in `gradient`.
     Returns:
       (..., C), in float32 or wider.
@@ -157,7 +159,7 @@ def tv_step(
         and rounded once, which keeps the maximum principle.
       gamma2: step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
         clamped to that interval; its gradient is 0 outside, not at the ends, so project a learned one onto it.
-      eps: positive; a Python number, or a scalar array, which is not checked.
+      eps: positive; a Python number, or a scalar array; a traced one is not checked.
       kind: a key of `KINDS`.   boundary: as in `gradient`.
     Returns:
       The smoothed x, same shape and dtype.
@@ -181,14 +183,13 @@ def smooth(
     Args:
       steps: static, 0 (the identity) or more.
     Raises:
-      ValueError: as in `tv_step`; `steps` negative.
+      ValueError: as in `tv_step`; `steps` not a whole number of 0 or more.
     """
     x = _checked_image(x)
     wide = _wide(x)
     eps = _checked_eps(eps, wide)
     gamma2 = _checked_step(gamma2, eps, kind, wide)
-    if steps < 0:
-        raise ValueError(f"`steps` (={steps}) must be 0 or more")
+    steps = whole_number("steps", steps, least=0)
     return _explicit_steps(x.astype(wide), gamma2, eps, steps, kind, boundary).astype(x.dtype)
 
 
@@ -528,15 +529,17 @@ def _bound(row: Kind, eps: Array | float) -> Array | float:
 
 
 def _checked_eps(eps: Real, dtype: np.dtype | None = None) -> Array | float:
+    eps, value = scalar("eps", eps), known_value(eps)
+    # Its square must be a normal float32, or flat regions would divide 0 by 0.
+    if value is not None and not 1e-18 <= value <= 1e18:
+        raise ValueError(f"`eps` (={eps}) must be positive and finite, between 1e-18 and 1e18")
     if isinstance(eps, jax.Array):
         return eps if dtype is None else eps.astype(dtype)
-    # Its square must be a normal float32, or flat regions would divide 0 by 0.
-    if not 1e-18 <= eps <= 1e18:
-        raise ValueError(f"`eps` (={eps}) must be positive and finite, between 1e-18 and 1e18")
     return float(eps)
 
 
 def _checked_nonnegative(gamma2: Real, dtype: np.dtype) -> Array | float:
+    gamma2 = scalar("gamma2", gamma2)
     if isinstance(gamma2, jax.Array):
         gamma2 = gamma2.astype(dtype)
         return jnp.where(gamma2 < 0, jnp.zeros_like(gamma2), gamma2)

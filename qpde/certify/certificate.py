@@ -38,7 +38,9 @@ up as the Jacobians carry them.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +102,7 @@ class Certificate:
 
 def certify(
     model: Network,
-    variables: dict,
+    variables: Mapping[str, Any],
     x: Float[Array | np.ndarray, "n h w c"],
     bits: Bits,
     *,
@@ -151,7 +153,7 @@ def certify(
 
 
 def exact_twin(
-    model: Network, variables: dict, x: Float[Array | np.ndarray, "n h w c"], bits: Bits
+    model: Network, variables: Mapping[str, Any], x: Float[Array | np.ndarray, "n h w c"], bits: Bits
 ) -> Float[np.ndarray, "n classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -72,7 +73,7 @@ class StepBounds:
     bounds: tuple[StepBound, ...]
     proven_for: tuple[Network, tuple[int, int], str, str]
 
-    def check(self, model: Network, variables: dict, size: tuple[int, int], bits: Bits) -> None:
+    def check(self, model: Network, variables: Mapping[str, Any], size: tuple[int, int], bits: Bits) -> None:
         """ValueError where these are constants of something else than what is given; names it."""
         needed = _proven_for(model, variables, size, bits)
         for what, found, wanted in zip(
@@ -86,7 +87,7 @@ class StepBounds:
                 )
 
 
-def step_bounds(model: Network, variables: dict, size: tuple[int, int], bits: Bits) -> StepBounds:
+def step_bounds(model: Network, variables: Mapping[str, Any], size: tuple[int, int], bits: Bits) -> StepBounds:
     """Constants of every step, for images of that size; on the host, once for a network.
 
     Args:
@@ -136,7 +137,7 @@ def exact_factors(bound: BoundPart) -> Factors:
 
 def _proven_for(model, variables, size, bits):
     digest = hashlib.sha256()
-    collections = {k: v for k, v in variables.items() if k != "observed"}
+    collections = {k: v for k, v in unfreeze(variables).items() if k != "observed"}
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(collections), key=lambda pair: str(pair[0])):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

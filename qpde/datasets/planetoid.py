@@ -202,7 +202,7 @@ class _Array:
 
 
 class _Csr:
-    """Stands for scipy.sparse.csr_matrix: filled once its parts are known to fit together."""
+    """Stands for scipy.sparse.csr_matrix and csr_array: filled once its parts are known to fit together."""
 
     def __setstate__(self, state: dict) -> None:
         rows, columns = self.shape = state["_shape"]
@@ -230,17 +230,56 @@ def _reconstruct(subtype: type, _shape: Any, _code: Any) -> _Array:
     return _Array()
 
 
-# Python 2's names, which these files use, and those that a copy saved again by a present Python has.
+def _reconstructor(subtype: type, base: type, state: Any) -> _Csr:
+    """How the protocols 0 and 1 make an object, before its state is set."""
+    if subtype is not _Csr or base is not object or state is not None:
+        raise ValueError("only sparse matrices are admitted")
+    return _Csr()
+
+
+def _frombuffer(data: Any, dtype: _DType, shape: Any, order: str, axis_order: Any = None) -> _Array:
+    """How protocol 5 makes an array."""
+    if not isinstance(data, bytes | bytearray) or order not in ("C", "F") or axis_order is not None:
+        raise ValueError("only arrays of bytes in C or Fortran order are admitted")
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return array
+
+
+def _scalar(dtype: _DType, data: Any) -> int:
+    """A NumPy integer, as Python's."""
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if dtype.value.kind not in "iu" or len(data) != dtype.value.itemsize:
+        raise ValueError("only whole numbers are admitted")
+    return int(np.frombuffer(data, dtype.value)[0])
+
+
+def _encode(text: str, codec: str) -> bytes:
+    """How the protocols 0 to 2 write bytes."""
+    if not isinstance(text, str) or codec != "latin1":
+        raise ValueError("only bytes written as latin1 are admitted")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """How the protocols 0 to 2 write no bytes at all."""
+    return b""
+
+
+# Python 2's names, which these files use, and those that a copy saved again by a present Python has, in any protocol.
 _ADMITTED: dict[tuple[str, str], Any] = {
-    ("__builtin__", "list"): list,
-    ("builtins", "list"): list,
     ("collections", "defaultdict"): defaultdict,
+    ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("scipy.sparse.csr", "csr_matrix"): _Csr,
-    ("scipy.sparse._csr", "csr_matrix"): _Csr,
+    **{(module, "list"): list for module in ("__builtin__", "builtins")},
+    **{(module, "object"): object for module in ("__builtin__", "builtins")},
+    **{(module, "bytes"): _no_bytes for module in ("__builtin__", "builtins")},
+    **{(module, "_reconstructor"): _reconstructor for module in ("copy_reg", "copyreg")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+    **{(f"scipy.sparse.{csr}", name): _Csr for csr in ("csr", "_csr") for name in ("csr_matrix", "csr_array")},
 }
 
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from jaxtyping import Float
 
 from qpde.bits import Bits, stack_bits
@@ -81,6 +82,7 @@ class Elastic:
           variables: of the network.   bits: of `stack_bits`.
           statistics_batches: from these, batch statistics are estimated again for each width.
         """
+        variables = unfreeze(variables)
         count = len(jax.tree.leaves(bits)[0])
 
         def copies(leaf):
@@ -134,7 +136,7 @@ def compare_bits(
             raise ValueError(f"logits are NaN or infinite in batch {index}; look for NaN in the input, then in weights")
         return _differences(logits, high, low), logits.shape[-1]
 
-    samples, mean = mean_over(batches, measure)
+    samples, mean = mean_over(batches, variables, measure)
     return BitsComparison(
         samples=samples,
         accuracy=mean["accuracy"],

@@ -5,7 +5,7 @@ shows this quantizer by quantizer over a data set, for every network that follow
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from qpde import quantizers
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, split_batch
+from qpde.measure.batches import Batch, read_batches
 from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
@@ -68,7 +68,7 @@ class Distribution:
 
 def distributions(
     model: QuantizedNetwork,
-    variables: dict,
+    variables: Mapping[str, Any],
     batches: Iterable[Batch],
     bits: Bits,
     *,
@@ -95,8 +95,7 @@ def distributions(
     if not deviations > 0:
         raise ValueError(f"`deviations` (={deviations}) must be positive, such as 4")
     total: dict[tuple[int, int], _Total] = {}
-    for i, batch in enumerate(batches):
-        x, _ = split_batch(batch, i)
+    for i, (x, _) in enumerate(read_batches(batches, variables)):
         observed = jax.device_get(_seen(model, variables, x, bits))
         found = _by_block(model, observed, variables, x)
         for block, quantized in enumerate(found):

@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from jaxtyping import Array, Float
 
-from qpde.measure.batches import Batch, mean_over, split_batch
+from qpde.measure.batches import Batch, mean_over, read_batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ def compare(
         _check_finite(measured, index)
         return measured, exact[0].shape[-1]
 
-    samples, mean = mean_over(batches, measure)
+    samples, mean = mean_over(batches, variables, measure)
     layer_error, layer_rms = np.sqrt(mean["block_error"]), np.sqrt(mean["block_square"])
     return Faithfulness(
         samples=samples,
@@ -149,13 +150,13 @@ def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], 
     Returns:
       Variables with new "batch_stats"; the same ones if the network has none.
     Raises:
-      ValueError: an empty set.
+      ValueError: an empty set, a batch of another form.
     """
+    variables = unfreeze(variables)
     if "batch_stats" not in variables:
         return variables
     seen, mean = 0, None
-    for index, batch in enumerate(batches):
-        images, _ = split_batch(batch, index)
+    for images, _ in read_batches(batches, variables):
         seen += len(images)
         new = _batch_statistics(model, variables, jnp.asarray(images), bits)
         share = len(images) / seen

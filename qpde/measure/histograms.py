@@ -106,6 +106,7 @@ def _dropped(bins: int) -> int:
 
 
 def _first(largest: Array | np.ndarray | np.floating, bins: int) -> Array:
-    """Number of the bin before the first one: the last one ends with the octave of the largest value."""
-    octave = jax.lax.bitcast_convert_type(jnp.asarray(largest), jnp.int32) >> 23
+    """Number of the bin before the first one: the last one ends with the octave of the largest value, or of 1 for 0."""
+    largest = jnp.where(largest == 0, jnp.ones_like(largest), largest)
+    octave = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
     return (octave + 1 - OCTAVES) * (bins // OCTAVES) - 1

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 
 from qpde import quantizers
 from qpde.bits import Bits
@@ -20,7 +22,7 @@ __all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
 
 def calibrate_clips(
     model: QuantizedNetwork,
-    variables: dict,
+    variables: Mapping[str, Any],
     x: Any,
     *,
     method: str = "mse",
@@ -41,6 +43,7 @@ def calibrate_clips(
     Returns:
       `variables` with the new clips in "params".
     """
+    variables = unfreeze(variables)
     bits = model.bits if bits is None else bits
     if hasattr(model, "adopt"):
         variables = model.adopt(variables, x)
@@ -71,7 +74,7 @@ def _fitting_clips(model, variables, x, bits, *, method, train):
     return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=mutable)[1]["observed"]
 
 
-def converge_norms(model: QuantizedNetwork, variables: dict, x: Any, *, bits: Bits | None = None) -> dict:
+def converge_norms(model: QuantizedNetwork, variables: Mapping[str, Any], x: Any, *, bits: Bits | None = None) -> dict:
     """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
 
     In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step
@@ -83,6 +86,7 @@ def converge_norms(model: QuantizedNetwork, variables: dict, x: Any, *, bits: Bi
     Returns:
       `variables` with other singular vectors in "spectral"; the same ones if there are none.
     """
+    variables = unfreeze(variables)
     if "spectral" not in variables:
         return variables
     return {**variables, "spectral": _converged(model, variables, x, model.bits if bits is None else bits)}
@@ -93,7 +97,7 @@ def _converged(model, variables, x, bits):
     return model.apply(variables, x, bits=bits, power_iterations=200, mutable=["spectral"])[1]["spectral"]
 
 
-def replace_clips(variables: dict, observed: dict, *, row: int | None = None) -> dict:
+def replace_clips(variables: Mapping[str, Any], observed: dict, *, row: int | None = None) -> dict:
     """Variables with new clips.
 
     Args:
@@ -119,4 +123,5 @@ def replace_clips(variables: dict, observed: dict, *, row: int | None = None) ->
             return tree
         return packed(new) if row is None else tree.at[:, row].set(packed(new))
 
+    variables = unfreeze(variables)
     return {**variables, "params": replaced(variables["params"], observed)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +91,7 @@ def batch_moments(x: Float[Array, "*pixels c"]) -> tuple[Float[Array, " c"], Flo
 
 
 def moments(
-    x: Float[Array, "*pixels c"], running: dict, mode: Mode
+    x: Float[Array, "*pixels c"], running: Mapping[str, Array], mode: Mode
 ) -> tuple[Float[Array, " c"], Float[Array, " c"] | None, dict]:
     """What a norm of x (..., C) normalises by, and the running statistics after it.
 
@@ -118,7 +118,7 @@ def moved(running: Array, batch: Array, momentum: float) -> Array:
 
 
 def normalize(
-    x: Float[Array, "n h w c"], params: dict, mean: Float[Array, " c"], var: Float[Array, " c"]
+    x: Float[Array, "n h w c"], params: Mapping[str, Array], mean: Float[Array, " c"], var: Float[Array, " c"]
 ) -> Float[Array, "n h w c"]:
     """(x - mean) / sqrt(var + 1e-5) * scale + bias per channel, with params {"scale": (C,), "bias": (C,)}."""
     scale = params["scale"] * jax.lax.rsqrt(var + NORM_EPSILON)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, split_batch
+from qpde.measure.batches import Batch, read_batches
 from qpde.measure.bit_widths import BitsComparison, compare_bits
 from qpde.models.images.cost import summary
 from qpde.models.protocol import QuantizedNetwork
@@ -50,10 +50,10 @@ def sensitivity(
     """
     if any(np.ndim(width) for choice in choices for width in choice):
         raise ValueError("choices are widths of one block, two numbers each")
-    batches = iter(batches)
+    batches = read_batches(batches, variables)
     if (first := next(batches, None)) is None:
         raise ValueError("`batches` is empty: there is nothing to measure")
-    count = len(model.block_names(variables, split_batch(first, 0)[0]))
+    count = len(model.block_names(variables, first[0]))
     batches = itertools.chain([first], batches)
     rows = [block_bits([choice if i == j else FULL for i in range(count)]) for choice in choices for j in range(count)]
     references = [block_bits([FULL] * count)] * len(rows)
@@ -85,7 +85,7 @@ def block_costs(
 
 
 def allocate(
-    errors: Float[np.ndarray, "choices blocks"], costs: Int[np.ndarray, "_ _"], budget: int
+    errors: Float[np.ndarray, "choices blocks"] | list, costs: Int[np.ndarray, "_ _"] | list, budget: int | float
 ) -> tuple[int, ...]:
     """For each block a choice, such that the sum of errors is smallest among all whose sum of costs is within budget.
 
@@ -94,16 +94,25 @@ def allocate(
     alike.
 
     Args:
-      errors, costs: of each choice for each block; costs are whole numbers.   budget: in the unit of the costs.
+      errors: of each choice for each block, an array or nested lists.
+      costs: of each choice for each block, whole numbers.
+      budget: in the unit of the costs.
     Returns:
       The index of the choice, for each block; of equally good allocations the cheapest.
     Raises:
-      ValueError: arrays of different shapes, errors that are not finite, or a budget that no allocation keeps.
+      ValueError: arrays of different shapes, errors that are not finite, costs that are not whole numbers, or a
+        budget that is NaN or that no allocation keeps.
     """
-    if errors.shape != costs.shape or not errors.size:
+    errors, costs = np.asarray(errors, np.float64), np.asarray(costs)
+    if errors.ndim != 2 or errors.shape != costs.shape or not errors.size:
         raise ValueError(f"errors {errors.shape} and costs {costs.shape} must have the same shape, (choices, blocks)")
     if not np.isfinite(errors).all():
         raise ValueError("errors must be finite")
+    if not np.issubdtype(costs.dtype, np.integer):
+        raise ValueError(f"costs are {costs.dtype}: they must be whole numbers, such as those of `block_costs`")
+    if np.isnan(budget):
+        raise ValueError(f"budget (={budget}) must be a number, in the unit of the costs")
+    costs = costs.astype(np.int64)
     # What the blocks from each on cost at least: a partial allocation that leaves less is of no use.
     least = np.append(np.cumsum(costs.min(axis=0)[::-1])[::-1], 0)
     if least[0] > budget:

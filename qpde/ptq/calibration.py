@@ -10,15 +10,17 @@ predecessors, would take one pass a block.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 
 from qpde.bits import Bits
+from qpde.measure.batches import Batch, read_batches
 from qpde.measure.faithfulness import reestimate_statistics
 from qpde.measure.histograms import Histogram, clip_from, histogram, merge
 from qpde.models.clips import calibrate_clips, converge_norms, replace_clips
@@ -34,8 +36,8 @@ EXACT = Bits()
 
 def quantize(
     model: QuantizedNetwork,
-    variables: dict,
-    batches: Iterable[Any],
+    variables: Mapping[str, Any],
+    batches: Iterable[Batch],
     bits: Bits,
     *,
     weights: str = "mse",
@@ -49,8 +51,8 @@ def quantize(
     Args:
       model: a network of `qpde.models.create` with weight_bits=None and act_bits=None, or one of `qpde.quantized`.
       variables: its collections; for `qpde.quantized` those of the module itself will do.
-      batches: inputs without labels, (N, ...) such as images, or graphs; a list, as it is read several times. A few
-        hundred images are enough; equally long batches compile once.
+      batches: inputs, (N, ...) such as images, or graphs, or pairs of these and labels, which are not used; a list, as
+        it is read several times. A few hundred images are enough; equally long batches compile once.
       bits: widths of the new network, whole numbers from 2 to 32 or None for exact.
       weights, activations: how clips are chosen, methods of `qpde.quantizers.initial_clip`: "absmax", "percentile",
         "mse", "entropy".
@@ -64,7 +66,8 @@ def quantize(
       ValueError: a network that has quantizers already, no batches or batches that can be read only once, a width out
         of range, an unknown method, or activations that are not finite, naming the block.
     """
-    batches = _checked_batches(batches)
+    variables = unfreeze(variables)
+    batches = _read(batches, variables)
     bits = _checked_bits(bits)
     if isinstance(model, Network | GraphNetwork) and model.bits != EXACT:
         raise ValueError(
@@ -91,7 +94,14 @@ def quantize(
     return model.with_bits(bits), variables
 
 
-def correct_bias(model: QuantizedNetwork, variables: dict, batches: Iterable[Any], bits: Bits, *, exact: dict) -> dict:
+def correct_bias(
+    model: QuantizedNetwork,
+    variables: Mapping[str, Any],
+    batches: Iterable[Batch],
+    bits: Bits,
+    *,
+    exact: Mapping[str, Any],
+) -> dict:
     """A quantized network whose channels have the exact network's moments again, at every norm and at the logits.
 
     Rounding, and clipping above all, shifts the mean of a convolution's output and changes its variance. With m_q, v_q
@@ -102,12 +112,13 @@ def correct_bias(model: QuantizedNetwork, variables: dict, batches: Iterable[Any
 
     Args:
       model, variables: a network and its collections.
-      batches: of inputs; a list, as it is read several times.   bits: of the quantized network.
+      batches: as for `quantize`.   bits: of the quantized network.
       exact: collections of the exact network, which is run without any quantizer.
     Returns:
       `variables` with other batch statistics and another last bias.
     """
-    batches = _checked_batches(batches)
+    variables, exact = unfreeze(variables), unfreeze(exact)
+    batches = _read(batches, variables)
     if "batch_stats" in variables:
         before = reestimate_statistics(model, exact, batches, EXACT)["batch_stats"]
         after = reestimate_statistics(model, variables, batches, bits)["batch_stats"]
@@ -219,13 +230,14 @@ def _added(params, place, shift):
     return {**params, place[0]: _added(params[place[0]], place[1:], shift)}
 
 
-def _checked_batches(batches):
+def _read(batches, variables):
+    """The inputs of all batches, which are read several times."""
     if iter(batches) is batches:
         raise ValueError("`batches` is an iterator, which can be read only once: give a list of batches")
-    batches = list(batches)
-    if not batches:
+    inputs = [x for x, _ in read_batches(batches, variables)]
+    if not inputs:
         raise ValueError("`batches` is empty: give some inputs of the kind that the network was trained on")
-    return batches
+    return inputs
 
 
 def _checked_bits(bits):

@@ -16,15 +16,18 @@ Where each holds is a property of a block, `qpde.models.blocks.Block.scalings`:
 Everywhere else the scale is not free: a block's input is also its shortcut, and layers on graphs have no norms.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 from jaxtyping import Array
 
 from qpde.bits import Bits
+from qpde.measure.batches import Batch, read_batches
 from qpde.models.images.blocks import Block, is_depthwise
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, Quantizer
@@ -32,7 +35,7 @@ from qpde.models.layers import NORM_EPSILON, Quantizer
 __all__ = ["equalize"]
 
 
-def equalize(model: nn.Module, variables: dict, batches: Iterable[Array]) -> dict:
+def equalize(model: nn.Module, variables: Mapping[str, Any], batches: Iterable[Batch]) -> dict:
     """A network of the same function in full precision, whose channels have similar ranges.
 
     With r the largest |K| of a channel and r_z the largest value of its activation on the data, the free scales are
@@ -40,7 +43,8 @@ def equalize(model: nn.Module, variables: dict, batches: Iterable[Array]) -> dic
 
     Args:
       model: an image network.   variables: its collections.
-      batches: images (N, H, W, C), from which the activations' ranges are read in full precision.
+      batches: images (N, H, W, C), or pairs of these and labels, which are not used. The activations' ranges are read
+        from them in full precision.
     Returns:
       `variables` with other kernels and norms. Outputs in evaluation are the same up to float32 rounding.
     Raises:
@@ -48,8 +52,9 @@ def equalize(model: nn.Module, variables: dict, batches: Iterable[Array]) -> dic
     """
     if not isinstance(model, Network):
         raise ValueError(f"{type(model).__name__} has no norms to take up a scale: equalize image networks only")
+    variables = unfreeze(variables)
     ranges = None
-    for x in batches:
+    for x, _ in read_batches(batches, variables):
         new = _largest_activations(model, variables, jnp.asarray(x))
         ranges = new if ranges is None else jax.tree.map(jnp.maximum, ranges, new)
     if ranges is None:

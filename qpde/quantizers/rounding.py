@@ -26,7 +26,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int8, Int32, Num, UInt8
 
 from qpde.bits import EXACT_BITS
-from qpde.devices import by_compiler, known_value, vary_alike
+from qpde.checks import known_value
+from qpde.devices import by_compiler, vary_alike
 from qpde.quantizers.levels import INVERSE_STEPS, LEVEL_SETS, STEPS, look_up
 
 WEIGHT_CLIP = 3.0

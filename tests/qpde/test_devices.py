@@ -12,14 +12,15 @@ from jax.sharding import PartitionSpec as P
 from qpde import graphs, models, operators, quantizers
 from qpde.measure import histograms
 from qpde.models import registry
-from qpde.models.images.blocks import BasicBlock, InvertedBlock, Smoothing, StableBlock
+from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
+from qpde.models.options import Smoothing
 
 IMAGES, CLASSES = 8, 3
 
 SMALL = {
-    "resnet20": registry.Architecture(BasicBlock, ((4, 4, 2, 1, 1), (4, 8, 1, 2, 1))),
-    "stablenet20": registry.Architecture(StableBlock, ((4, 4, 1, 1, 1), (4, 8, 1, 2, 1))),
-    "mobilenetv2": registry.Architecture(InvertedBlock, ((4, 4, 2, 1, 2), (4, 6, 1, 2, 2)), neck_width=8),
+    "resnet20": registry.Architecture("tiny", BasicBlock, ((4, 4, 2, 1, 1), (4, 8, 1, 2, 1))),
+    "stablenet20": registry.Architecture("tiny", StableBlock, ((4, 4, 1, 1, 1), (4, 8, 1, 2, 1))),
+    "mobilenetv2": registry.Architecture("tiny", InvertedBlock, ((4, 4, 2, 1, 2), (4, 6, 1, 2, 2)), neck_width=8),
 }
 NETWORKS = {
     "resnet": ("resnet20", {}),

@@ -321,3 +321,49 @@ def test_a_step_size_of_higher_rank_is_refused():
 def test_an_unknown_loop_is_refused():
     with pytest.raises(ValueError, match="'while'"):
         run_euler(jnp.ones((3, 2)), loop="while")
+
+
+# ---- dtypes ------------------------------------------------------------------------------------------------
+
+
+def linear(x, _):
+    return jax.tree.map(lambda leaf: 0.5 * leaf, x)
+
+
+SCHEMES = {
+    "euler": (partial(euler, linear), False),
+    "midpoint": (partial(midpoint, linear), False),
+    "rk4": (partial(rk4, linear), False),
+    "leapfrog": (partial(leapfrog, linear), True),
+    "hamiltonian": (partial(hamiltonian, linear, linear), True),
+    "a wide field": (partial(euler, lambda x, _: x.astype(jnp.float32)), False),
+    "a step of one's own": (lambda x, _, h: x.astype(jnp.float32) * (1 - 0.5 * h), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_state_keeps_its_dtype_whatever_the_loop_and_the_step_size(scheme, dtype):
+    step, is_pair = SCHEMES[scheme]
+    x = jnp.arange(1.0, 4.0).astype(dtype)
+    state = (x, x) if is_pair else x
+    for step_size in (0.25, jnp.float32(0.25), jnp.full(4, 0.25), np.float32(0.25)):
+        for loop in ("scan", "unroll"):
+            found = integrate(step, jnp.zeros(4), state, step_size=step_size, loop=loop)
+            assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [dtype] * (1 + is_pair)
+    wide = integrate(step, jnp.zeros(4), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state), step_size=0.25)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_a_whole_number_in_the_state_stays_one_or_is_refused(loop):
+    def count(state, _, h):
+        x, steps = state
+        return x - h * x, steps + 1
+
+    _, steps = integrate(count, jnp.zeros(5), (jnp.ones(2), jnp.int32(0)), step_size=jnp.float32(0.1), loop=loop)
+    assert steps == 5
+    assert steps.dtype == jnp.int32
+    with pytest.raises(ValueError, match="a step makes float32 of a state of int32"):
+        integrate(partial(euler, lambda x, _: jnp.sin(x)), jnp.zeros(5), jnp.arange(3), step_size=0.1, loop=loop)

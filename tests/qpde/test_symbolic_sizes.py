@@ -11,7 +11,8 @@ from jax import export
 from qpde import models, operators, quantizers, stencils
 from qpde.measure import histograms
 from qpde.models import registry
-from qpde.models.images.blocks import BasicBlock, InvertedBlock, Smoothing, StableBlock
+from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
+from qpde.models.options import Smoothing
 
 FULL = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
 DEPTHWISE = jax.random.normal(jax.random.key(1), (3, 3, 1, 2))
@@ -64,9 +65,9 @@ def test_an_operator_is_exported_for_every_batch_height_and_width(name):
 
 
 NETWORKS = {
-    "resnet20": (registry.Architecture(BasicBlock, ((4, 8, 2, 2, 1),)), {}),
-    "stablenet20": (registry.Architecture(StableBlock, ((4, 8, 1, 2, 1),)), {"smoothing": Smoothing()}),
-    "mobilenetv2": (registry.Architecture(InvertedBlock, ((4, 4, 2, 1, 2),)), {"norm": "tied"}),
+    "resnet20": (registry.Architecture("tiny", BasicBlock, ((4, 8, 2, 2, 1),)), {}),
+    "stablenet20": (registry.Architecture("tiny", StableBlock, ((4, 8, 1, 2, 1),)), {"smoothing": Smoothing()}),
+    "mobilenetv2": (registry.Architecture("tiny", InvertedBlock, ((4, 4, 2, 1, 2),)), {"norm": "tied"}),
 }
 
 

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jraph
+from flax.core import unfreeze
 from jax.experimental.sparse import BCOO
 
 from qpde import graphs
@@ -138,6 +139,7 @@ class GraphNetwork(nn.Module):
     def _hidden(self, graph, bits, train, return_states, observe):
         layer, depth = self.layer, self.depth
         params = self.param("layers", lambda key: jax.vmap(layer.init)(jax.random.split(key, depth)))
+        params = unfreeze(params)
         shared = {name: self.param(name, nn.initializers.zeros, ()) for name in layer.shared_params}
         call = Call(graph, graphs.normalize(graph), graph.nodes, observe, shared)
         keys = impl = None

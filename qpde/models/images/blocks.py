@@ -170,11 +170,11 @@ class Block(Part, BlockOptions):
         ends = itertools.accumulate(shape[-1] for shape in self.kernel_shapes().values())
         return jnp.split(clips, list(ends)[:-1])
 
-    def initial_spectral(self, key: PRNGKeyArray, params: dict, height: int, width: int) -> Float[Array, "1 h w c"]:
-        """Start (1, H, W, C) of the power iteration that is carried from step to step."""
+    def initial_spectral(self, key: PRNGKeyArray, params: dict, height: int, width: int) -> dict[str, Array]:
+        """Start {"vector": (1, H, W, C)} of the power iteration that is carried from step to step."""
         linear, adjoint = self.linear_pair(params)
         v = jax.random.normal(key, (1, height, width, self.width_in))
-        return norms.power_iterations(linear, adjoint, v / jnp.linalg.norm(v), 20)[1]
+        return {"vector": norms.power_iterations(linear, adjoint, v / jnp.linalg.norm(v), 20)[1]}
 
     @abc.abstractmethod
     def linear_pair(self, kernels: dict) -> tuple[Callable, Callable]:
@@ -517,7 +517,7 @@ class _Call:
     def __init__(self, block: Block, variables: dict, bits: Bits, mode: Mode, gamma2: Any):
         self.block, self.bits, self.mode, self.gamma2 = block, bits, mode, gamma2
         self.params, self.stats = variables["params"], variables["batch_stats"]
-        self.singular_vector = variables.get("spectral")
+        self.singular_vector = variables.get("spectral", {}).get("vector")
         clips = block.clips_at(self.params, bits)
         self.clips = {
             "weight_clips": block.split_weight_clips(clips["weight_clips"]),
@@ -586,7 +586,7 @@ class _Call:
         sigma, vector = norms.power_iterations(
             lambda v: d * linear(v), lambda u: adjoint(d * u), self.singular_vector, self.mode.power_iterations
         )
-        self.updates["spectral"] = vector
+        self.updates["spectral"] = {"vector": vector}
         return jnp.maximum(sigma, 1e-3)
 
 

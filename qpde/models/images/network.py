@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from jaxtyping import Array
 
 from qpde import stencils
@@ -96,13 +98,15 @@ class Stage(nn.Module):
 
     def _integrate(self, block, count, name, first, x, bits, mode, strength, return_states):
         params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
+        params = unfreeze(params)
         held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
         if block.has_spectral_state:
             held["spectral"] = self.variable("spectral", name, self._spectral_start, block, count, params, x.shape)
             expected = (1, *x.shape[1:3], block.width_in)
-            if held["spectral"].value.shape[1:] != expected:
+            found = held["spectral"].value["vector"].shape[1:]
+            if found != expected:
                 raise ValueError(
-                    f"the spectral state of {self.name}/{name} is for maps of {held['spectral'].value.shape[2:4]}, "
+                    f"the spectral state of {self.name}/{name} is for maps of {found[1:3]}, "
                     f"this input makes them {x.shape[1:3]}; the norm of a convolution depends on the image size: "
                     "call model.init with images of this size"
                 )
@@ -118,7 +122,7 @@ class Stage(nn.Module):
             x, updates = block(variables, x, step_size, widths, mode, gamma2 if own is None else own)
             return x, (updates, x if return_states else None)
 
-        variables = {"params": params, **{k: v.value for k, v in held.items()}}
+        variables = {"params": params, **{k: unfreeze(v.value) for k, v in held.items()}}
         step_size = block.step_size if isinstance(block.step_size, float) else 1.0
         x, (updates, states) = integrate(
             step,
@@ -315,7 +319,7 @@ class Network(nn.Module):
             act_bits=bits.activations,
         )
 
-    def at_bits(self, variables: dict, bits: Bits) -> tuple[Network, dict]:
+    def at_bits(self, variables: Mapping[str, Any], bits: Bits) -> tuple[Network, dict]:
         """Of a network with clips for each width, the ordinary one at these widths: the same function, and its twin is
         that function without rounding.
 
@@ -324,6 +328,7 @@ class Network(nn.Module):
         Returns:
           The network, created with these widths and one clip for all, and its variables.
         """
+        variables = unfreeze(variables)
         params = dict(variables["params"])
         for stage, name, block, _ in self.stacks:
             own = params[stage][name]
@@ -331,13 +336,14 @@ class Network(nn.Module):
         model = self.with_options(clip_bits=None, weight_bits=bits.weights, act_bits=bits.activations)
         return model, {**variables, "params": params}
 
-    def bound_parts(self, variables: dict, bits: Bits | None = None) -> list[BoundPart]:
+    def bound_parts(self, variables: Mapping[str, Any], bits: Bits | None = None) -> list[BoundPart]:
         """The parts in order, each with its own variables and bits: called one after the other they are the network.
 
         Args:
           variables: Collections of this network.
           bits: Scalars, or one value for each block. Default: the network's own.
         """
+        variables = unfreeze(variables)
         bits = self.checked_bits(self.bits if bits is None else bits)
 
         def exact(part, name):
@@ -349,11 +355,12 @@ class Network(nn.Module):
         stem = self.stem(variables["params"]["stem"]["kernel"].shape[2])
         return [exact(stem, "stem"), *blocks, *neck, exact(self.head, "head")]
 
-    def steps(self, variables: dict) -> list[tuple[Block, dict, float, Any]]:
+    def steps(self, variables: Mapping[str, Any]) -> list[tuple[Block, dict, float, Any]]:
         """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with.
 
         One that is not chosen for smoothing comes without it, and its gamma2 is None.
         """
+        variables = unfreeze(variables)
         found, strength = [], variables.get("smoothing", {}).get("strength")
         for stage, name, block, count in self.stacks:
             step_size = block.step_size if isinstance(block.step_size, float) else 1.0
@@ -444,7 +451,7 @@ class Network(nn.Module):
         """The stem or the neck, with its variables."""
         params = self.param(name, lambda key: part.init(key)[0])
         held = {"batch_stats": self.variable("batch_stats", name, lambda: part.init(jax.random.key(0))[1])}
-        variables = {"params": params, "batch_stats": held["batch_stats"].value}
+        variables = unfreeze({"params": params, "batch_stats": held["batch_stats"].value})
         x, updates = part(variables, x, 1.0, Bits(), mode)
         _store(self, held, updates)
         return x

@@ -29,7 +29,8 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
     Returns:
       The module, and {"params", "batch_stats"}.
     Raises:
-      ValueError: an array is missing, left over, or of another shape than the network's.
+      ValueError: an array is missing (the names may have a prefix such as "module."), left over, of another shape than
+        the network's, NaN or infinite, a negative variance, or a clip that is not one positive number.
     """
     model = create(name, **options)
     side = model.smallest_image
@@ -41,11 +42,13 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
     def read(torch_name: str) -> np.ndarray:
         used.add(torch_name)
         if torch_name in state:
-            return np.asarray(state[torch_name])
+            return _checked(torch_name, np.asarray(state[torch_name]))
         if torch_name.endswith("alpha"):
             weight = "conv" in torch_name or "downsample" in torch_name
             return np.asarray(quantizers.WEIGHT_CLIP if weight else quantizers.ACTIVATION_CLIP, np.float32)
-        raise ValueError(f"the state lacks {torch_name!r}, which {name} with these options has")
+        raise ValueError(
+            f"the state lacks {torch_name!r}, which {name} with these options has{_hint(state, torch_name)}"
+        )
 
     variables = tree_from_torch(model, read)
     left = [k for k in state if k not in used and not k.endswith(("num_batches_tracked", "alpha"))]
@@ -59,6 +62,30 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
         return jnp.asarray(value, expected.dtype)
 
     return model, jax.tree_util.tree_map_with_path(check, template, variables)
+
+
+def _checked(torch_name: str, value: np.ndarray) -> np.ndarray:
+    """A published array of finite numbers; a clip as a scalar."""
+    if not np.isfinite(value).all():
+        raise ValueError(
+            f"{torch_name!r} of the state holds NaN or infinite numbers: the training diverged, or the file is damaged"
+        )
+    if torch_name.endswith("running_var") and (value < 0).any():
+        raise ValueError(f"{torch_name!r} of the state holds the negative variance {value.min()}")
+    if torch_name.endswith("alpha"):
+        if value.size != 1 or value.item() <= 0:
+            raise ValueError(f"{torch_name!r} of the state (={value.tolist()}) must be one positive number, a clip")
+        value = value.reshape(())
+    return value
+
+
+def _hint(state: Mapping[str, np.ndarray], torch_name: str) -> str:
+    """What to do where all names have the same prefix, as those of a wrapped module."""
+    prefixes = {k.removesuffix(torch_name) for k in state if k.endswith("." + torch_name)}
+    prefix = min(prefixes, key=len, default="")
+    if not prefix:
+        return ""
+    return f"; its names begin with {prefix!r}: pass {{k.removeprefix({prefix!r}): v for k, v in state.items()}}"
 
 
 def tree_from_torch(model: Network, read: Read, *, collections: tuple[str, ...] = ("params", "batch_stats")) -> dict:

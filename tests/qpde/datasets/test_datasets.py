@@ -1,8 +1,11 @@
 """Datasets: what is read equals what was written, splits are sound, and bad files are refused by name."""
 
+import codecs
+import copyreg
 import dataclasses
 import os
 import pickle
+from collections import defaultdict
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array, csr_matrix
 
 from qpde.datasets import (
     NodeGraph,
@@ -385,9 +388,9 @@ def planetoid_folder(tmp_path, planetoid_parts):
     return tmp_path
 
 
-def write_part(folder, part, value):
+def write_part(folder, part, value, protocol=4):
     path = folder / f"ind.cora.{part}"
-    path.write_bytes(pickle.dumps(value, protocol=4))
+    path.write_bytes(pickle.dumps(value, protocol=protocol))
     return path
 
 
@@ -403,6 +406,76 @@ def test_planetoid_puts_every_row_on_its_node(planetoid_folder, planetoid_parts)
     np.testing.assert_array_equal(np.stack([graph.senders, graph.receivers], 1), [(0, 1), (0, 2), (2, 559)])
     full = load_planetoid("cora", planetoid_folder, split="full")
     np.testing.assert_array_equal(full.train, np.concatenate([np.arange(20), np.arange(520, 530)]))
+
+
+def saved_again(value, form):
+    """What people make of a part before they save it again."""
+    if isinstance(value, dict) and form == "numpy":
+        return {np.int64(node): [np.int32(other) for other in others] for node, others in value.items()}
+    if isinstance(value, dict) and form == "default":
+        return defaultdict(list, value)
+    if isinstance(value, csr_matrix):
+        return csr_array(value) if form == "numpy" else value.astype(np.float64)
+    if isinstance(value, np.ndarray):
+        return np.asfortranarray(value) if form == "numpy" else value.astype(np.int64)
+    return value
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("form", ["numpy", "default"])
+def test_files_saved_again_by_any_protocol_are_the_same_graph(planetoid_folder, planetoid_parts, protocol, form):
+    expected = load_planetoid("cora", planetoid_folder)
+    parts = planetoid_parts[0] | {"tx": planetoid_parts[0]["tx"].copy()}
+    for part, value in parts.items():
+        write_part(planetoid_folder, part, saved_again(value, form), protocol)
+    found = load_planetoid("cora", planetoid_folder)
+    for name in ("senders", "receivers", "labels", "train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_array_equal(found.dense_features(), expected.dense_features())
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_matrix_without_entries_is_read_in_every_protocol(planetoid_folder, planetoid_parts, protocol):
+    write_part(planetoid_folder, "tx", csr_matrix(planetoid_parts[0]["tx"].shape, dtype=np.float32), protocol)
+    assert not load_planetoid("cora", planetoid_folder).dense_features()[-1].any()
+
+
+class Reduced:
+    """Pickles as one call, of a function that is admitted by name, with arguments that are not."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Reduced(codecs.encode, "text", "hex"),
+        Reduced(codecs.encode, "text", "utf-8"),
+        Reduced(copyreg._reconstructor, list, object, None),
+        Reduced(copyreg._reconstructor, object, object, None),
+        Reduced(np.array(0).__reduce__()[0], list, (0,), b"b"),
+        Reduced(np._core.multiarray.scalar, np.dtype("f8"), b"12345678"),
+        Reduced(np._core.numeric._frombuffer, b"12345678", np.dtype("f8"), (2,), "C"),
+        Reduced(np._core.numeric._frombuffer, b"12345678", np.dtype("f8"), (1,), "K"),
+        Reduced(np._core.numeric._frombuffer, b"12345678", np.dtype("O"), (1,), "C"),
+        Reduced(np._core.multiarray.scalar, np.dtype("i8"), b"123"),
+        Reduced(bytes, 2**40),
+        Reduced(object),
+    ],
+    ids=lambda call: f"{call.call[0].__name__} {call.call[1]}",
+)
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_what_is_admitted_does_nothing_but_what_the_files_need(planetoid_folder, call, protocol):
+    for part in ("allx", "ally", "graph"):
+        original = (planetoid_folder / f"ind.cora.{part}").read_bytes()
+        path = write_part(planetoid_folder, part, call, protocol)
+        with pytest.raises(ValueError, match=str(path)):
+            load_planetoid("cora", planetoid_folder)
+        path.write_bytes(original)
 
 
 def test_normalized_features_sum_to_one_on_every_node_that_has_some(planetoid_folder):

@@ -71,12 +71,20 @@ def test_deep_networks_of_equal_blocks_are_allocated():
         (np.ones((2, 3)), np.ones((2, 2), np.int64), 9, "must have the same shape"),
         (np.ones((0, 3)), np.ones((0, 3), np.int64), 9, "must have the same shape"),
         (np.full((1, 2), np.nan), np.ones((1, 2), np.int64), 9, "must be finite"),
+        (np.ones((2, 2)), [[1.0, 1.0], [1.0, 1.0]], 9, "costs are float64: they must be whole numbers"),
+        ([[1.0, 2.0], [2.0, 1.0]], [[1, 2], [2, 1]], float("nan"), r"budget \(=nan\) must be a number"),
+        ([1.0, 2.0], [1, 2], 9, r"must have the same shape, \(choices, blocks\)"),
         (np.ones((2, 2)), np.array([[5, 6], [7, 4]]), 8, r"budget \(=8\) is below .* 9"),
     ],
 )
 def test_bad_input_is_named(errors, costs, budget, message):
     with pytest.raises(ValueError, match=message):
         allocate(errors, costs, budget)
+
+
+def test_lists_are_allocated_as_arrays():
+    errors, costs = [[3.0, 1.0], [0.5, 0.2]], [[1, 1], [4, 4]]
+    assert allocate(errors, costs, 5) == allocate(np.array(errors), np.array(costs), 5.0) == (1, 0)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import qpde
@@ -236,7 +237,7 @@ def test_steps_with_a_bounded_norm_are_non_expansive(name, norm):
         return block(variables, x, 0.1, qpde.Bits(), models.layers.Mode(power_iterations=100))
 
     # The direction that a step which is too long stretches first is the singular vector.
-    worst = step(jnp.zeros(size))[1]["spectral"]
+    worst = step(jnp.zeros(size))[1]["spectral"]["vector"]
     for seed in range(4):
         x, random = (jax.random.normal(jax.random.key(10 * seed + i), size) for i in (0, 1))
         for change in (random, worst, -worst):
@@ -256,12 +257,18 @@ def test_a_step_that_finds_its_own_size_keeps_to_its_bound(name, norm, step_size
     start = block.initial_spectral(jax.random.key(4), params, 8, 8)
     mode = models.layers.Mode(power_iterations=300)
     at_zero = {"params": params, "batch_stats": stats, "spectral": start}
-    carried = jax.jit(lambda x: block(at_zero, x, 0.1, qpde.Bits(), mode)[1]["spectral"])(jnp.zeros_like(start))
+    carried = jax.jit(lambda x: block(at_zero, x, 0.1, qpde.Bits(), mode)[1]["spectral"])(
+        jnp.zeros_like(start["vector"])
+    )
     kernels, scales, h = block.factors({**at_zero, "spectral": carried}, 0.1, qpde.Bits())
     linear, adjoint = block.linear_pair(kernels)
     d = models.layers.row(scales["norm1"])
     norm_of_step = qpde.norms.spectral_norm(
-        lambda x: d * linear(x), start.shape, adjoint=lambda y: adjoint(d * y), iterations=300, key=jax.random.key(5)
+        lambda x: d * linear(x),
+        start["vector"].shape,
+        adjoint=lambda y: adjoint(d * y),
+        iterations=300,
+        key=jax.random.key(5),
     )
     np.testing.assert_allclose(h * norm_of_step**2, bound.get("lipschitz_target", 1.9), rtol=1e-3)
 
@@ -492,3 +499,23 @@ def _equations(jaxpr):
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
             yield from _equations(inner)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "tied", "step_size": "auto"}, {"norm": "spectral"}], ids=str)
+def test_a_network_works_as_a_module_of_nnx(options):
+    model = shortened(**options)
+    x = images(2)
+    bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), x)
+    logits = bridged(x)
+    assert logits.shape == (2, 10)
+    assert bool(jnp.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "spectral"}], ids=str)
+def test_every_collection_holds_dictionaries_down_to_its_arrays(options):
+    """Tools that walk over variables, of Flax among them, expect what params look like."""
+    variables = jax.eval_shape(shortened(**options).init, jax.random.key(0), images(1))
+    for name in variables.keys() - {"params"}:
+        for stage, holds in variables[name].items():
+            if stage.startswith("stage"):
+                assert all(isinstance(own, dict) for own in holds.values()), f"{name}/{stage}"

@@ -10,6 +10,8 @@ import pytest
 
 import qpde
 from qpde import models
+from qpde.models import registry
+from qpde.models.images.blocks import BasicBlock
 from qpde.models.images.torch_weights import tree_from_torch
 
 FULL_PRECISION = ["resnet20_fp32", "stablenet20_fp32"]
@@ -170,3 +172,62 @@ def test_missing_extra_and_misshapen_arrays_are_refused_by_name(small_golden_dir
 def test_a_symmetric_mobilenet_is_read_as_far_as_its_state_goes():
     with pytest.raises(ValueError, match="the state lacks"):  # its smallest image is larger than its strides
         models.from_torch_state("mobilenetv2", {}, num_classes=10, symmetric=True)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A network of one block, and a state with all its names."""
+    tiny = registry.Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),))
+    monkeypatch.setitem(registry.ARCHITECTURES, "tiny", tiny)
+    names = {
+        "conv1": (4, 3, 3, 3),
+        **{f"layers.0.0.{conv}_weight": (4, 4, 3, 3) for conv in ("conv1", "conv2")},
+        **{f"layers.0.0.{q}_quantizer.alpha": () for q in ("conv1", "conv2", "act1", "act2")},
+        **{f"{at}.{part}": (4,) for at in ("bn1", "layers.0.0.bn1", "layers.0.0.bn2") for part in NORM_PARTS},
+        "dense_output.weight": (3, 4),
+        "dense_output.bias": (3,),
+    }
+    options = {"num_classes": 3, "weight_bits": 4, "act_bits": 4, "symmetric": False}
+    state = {name: np.ones(shape, np.float32) for name, shape in names.items()}
+    return state, lambda state: models.from_torch_state("tiny", state, **options)[1]
+
+
+NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.module."])
+def test_a_prefix_of_all_names_is_named_with_its_remedy(published, prefix):
+    state, load = published
+    with pytest.raises(ValueError, match=rf"lacks 'conv1'.*begin with '{prefix}': pass \{{k.removeprefix"):
+        load({prefix + name: value for name, value in state.items()})
+
+
+def test_a_clip_of_one_number_is_a_clip_whatever_its_shape(published):
+    state, load = published
+    plain = load(state)
+    boxed = load({k: v.reshape(1) if k.endswith("alpha") else v for k, v in state.items()})
+    jax.tree.map(np.testing.assert_array_equal, plain, boxed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("conv1", np.nan, "'conv1' of the state holds NaN or infinite"),
+        ("layers.0.0.conv1_weight", np.inf, "'layers.0.0.conv1_weight' .* NaN or infinite"),
+        ("layers.0.0.bn1.running_mean", np.nan, "running_mean' .* NaN or infinite"),
+        ("bn1.running_var", -1.0, r"'bn1.running_var' .* negative variance -1"),
+        ("layers.0.0.act1_quantizer.alpha", -2.0, r"act1_quantizer.alpha' .*\(=-2.0\) must be one positive number"),
+        ("layers.0.0.conv1_quantizer.alpha", 0.0, r"\(=0.0\) must be one positive number"),
+        ("layers.0.0.act2_quantizer.alpha", np.nan, "NaN or infinite"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused_by_name(published, name, value, message):
+    state, load = published
+    with pytest.raises(ValueError, match=message):
+        load(state | {name: np.full_like(state[name], value)})
+
+
+def test_several_clips_for_one_quantizer_are_refused(published):
+    state, load = published
+    with pytest.raises(ValueError, match=r"alpha' of the state \(=\[1.0, 2.0\]\) must be one positive number"):
+        load(state | {"layers.0.0.act1_quantizer.alpha": np.float32([1, 2])})
