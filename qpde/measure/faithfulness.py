@@ -204,6 +204,14 @@ def _batch_statistics(model, variables, images, bits):
 def _difference(exact, quantized):
     """What differs between two outputs, per input: float32 means stay short, padding is cut off later."""
     (logits, states), (logits_q, states_q) = exact, quantized
+    if not states:
+        raise ValueError("the network has no block that is quantized: there is nothing to compare")
+    for i, state in enumerate(states):
+        if state.shape[:1] != logits.shape[:1]:
+            raise ValueError(
+                f"the output of block {i} has shape {state.shape}, not {len(logits)} first, one for each input: leave "
+                "that layer alone by a rule of its own"
+            )
     return logit_difference(logits, logits_q) | {
         "block_error": jnp.stack([_mean_of_squares(a - a_q) for a, a_q in zip(states, states_q, strict=True)], axis=1),
         "block_square": jnp.stack([_mean_of_squares(a) for a in states], axis=1),

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import scope as flax_scope
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 
 from qpde.bits import LARGEST_BITS, Bits
@@ -114,6 +115,10 @@ class QuantizedModule(nn.Module):
     def setup(self):
         nn.share_scope(self, self.module)
 
+    def __hash__(self):
+        # Without the module, whose fields may be lists: networks are static arguments of compiled functions.
+        return hash((type(self.module), self.rules, self.own_bits, self.signs))
+
     def __call__(
         self,
         *args: Any,
@@ -204,13 +209,16 @@ class QuantizedModule(nn.Module):
           ValueError: no batches.
         """
         signs: dict[str, bool] = {}
+        empty = True
         for x in batches:
-            observed = jax.device_get(_negative(self, variables, x))
-            names = self.block_names(variables, x)
-            for path, records in zip(names, self.activation_records(observed, variables, x), strict=True):
-                signs[path] = signs.get(path, False) or any(bool(np.any(negative)) for negative in records)
-        if not signs:
-            raise ValueError("`batches` is empty, or no rule quantizes a layer: there are no signs to decide")
+            empty, observed = False, jax.device_get(_negative(self, variables, x))
+            layers = [layer for layer in self.layers(variables, x).values() if layer.settings is not None]
+            for layer, records in zip(layers, self.activation_records(observed, variables, x), strict=True):
+                if layer.settings.signed == "auto":
+                    negative = any(bool(np.any(record)) for record in records)
+                    signs[layer.path] = signs.get(layer.path, False) or negative
+        if empty:
+            raise ValueError("`batches` is empty: the signs of inputs are read off data")
         return self.clone(signs=tuple(sorted(signs.items())))
 
     @nn.nowrap
@@ -221,7 +229,7 @@ class QuantizedModule(nn.Module):
           variables: Of the module, for instance from a checkpoint, or of this network.
           x: An input.
         """
-        return _adopted(self, dict(variables), x)
+        return _adopted(self, unfreeze(variables), x)
 
     @nn.nowrap
     def layers(self, variables: Any, x: Any) -> dict[str, Layer]:
@@ -255,7 +263,7 @@ class QuantizedModule(nn.Module):
     @nn.nowrap
     def activation_records(self, observed: dict, variables: Any, x: Any) -> list[list[Any]]:
         """Records of an `observe` for every quantized layer's activations, in order; inside scans they are stacked."""
-        found = flatten_dict(dict(observed), is_leaf=lambda _, node: not isinstance(node, dict))
+        found = flatten_dict(unfreeze(observed), is_leaf=lambda _, node: not isinstance(node, Mapping))
         blocks = []
         for place in map(_place, self.block_names(variables, x)):
             own = [p for p in found if p[: len(place)] == place and p[-1].endswith("clips") and p[-1].startswith("act")]
@@ -283,7 +291,7 @@ class QuantizedModule(nn.Module):
             variables = jax.eval_shape(lambda x: self.init(jax.random.key(0), x, **options), x)
         else:
             jax.eval_shape(lambda variables, x: self.apply(variables, x, **options), variables, x)
-        return found[-1], dict(variables["params"])
+        return found[-1], unfreeze(variables["params"])
 
     def _training(self, train: bool | None, given: dict) -> dict[str, bool]:
         """`train` by the names that the module's call has for it."""
@@ -446,7 +454,7 @@ class _Call:
 
     def finish(self, output):
         """Checks that need to know all layers, and where the output comes from."""
-        params = flatten_dict(dict(self.model.variables.get("params", {})))
+        params = flatten_dict(unfreeze(self.model.variables.get("params", {})))
         others = {"/".join(place[:-1]) for place in params if place[-1] == "kernel"} - self.visited
         check_rules(self.model.rules, [*self.layers, *sorted(others)])
         count = sum(layer.settings is not None for layer in self.layers.values())
@@ -459,7 +467,7 @@ class _Call:
         if self.last is not None and output is self.last[1]:
             self.layers.output = self.last[0]
         if self.momentum is not None:
-            statistics = flatten_dict(dict(self.model.variables.get("batch_stats", {})))
+            statistics = flatten_dict(unfreeze(self.model.variables.get("batch_stats", {})))
             for place in statistics:
                 parents = {"/".join(place[:i]) for i in range(len(place))}
                 if not parents & self.norms:
@@ -469,7 +477,7 @@ class _Call:
 
     def states(self) -> tuple[jax.Array, ...]:
         """Outputs of the quantized layers, in order."""
-        found = flatten_dict(dict(self.model.variables.get(STATES, {})))
+        found = flatten_dict(unfreeze(self.model.variables.get(STATES, {})))
         states = []
         for path, names in self.state_names.items():
             for name, shape in names:

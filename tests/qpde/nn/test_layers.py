@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from qpde import operators, stencils, testing
 from qpde.bits import Bits
 from qpde.models import Smoothing
+from qpde.models.images.parts import Factors
 from qpde.nn import QuantActivation, QuantConv, QuantDense, QuantDepthwise, SymmetricStep, TVSmoothing
 from qpde.norms import spectral_norm
 from qpde.quantizers import quantize_activation, quantize_weight
@@ -267,3 +268,31 @@ def test_bits_are_traced():
             at(jnp.int32(width)), layer.apply(variables, X, bits=Bits(width, width)), rtol=1e-5, atol=1e-6
         )
     assert at._cache_size() == 1
+
+
+# --- As a part of an image network ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["rounded", "precise"])
+def test_without_a_kernel_a_step_rounds_or_clips_its_input_as_the_residual_says(residual):
+    layer = SymmetricStep(norm="tied", activations=3, residual=residual)
+    variables = layer.init(jax.random.key(0), X)
+    variables["params"]["block0"]["kernel1"] *= 0
+    expected = quantize_activation(X, 6.0, 3 if residual == "rounded" else 32, signed=True)
+    np.testing.assert_allclose(layer.apply(variables, X), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", ["rounded", "precise"])
+def test_the_part_of_a_step_has_proven_constants_that_hold(residual):
+    """A user's own chain of parts is certified from these: Lipschitz constant and error of rounding."""
+    layer = SymmetricStep(hidden=5, weights=4, activations=4, residual=residual)
+    variables = settled(layer)
+    part, bits = layer.block(3), Bits(4, 4)
+    own = {name: jax.tree.map(lambda leaf: leaf[0], tree["block0"]) for name, tree in variables.items()}
+    kernels, scales, step_size = jax.device_get(part.factors(own, 1.0, bits))
+    bound = part.step_bound(Factors(kernels, scales, step_size, own["params"]["act_clips"]), bits, (8, 8))
+    assert bound.lipschitz == pytest.approx(1)
+    apply = jax.jit(layer.apply)
+    low, twin = apply(variables, X, bits=bits), apply(variables, X, bits=Bits(4, 32))
+    errors = jnp.linalg.norm((low - twin).reshape(4, -1), axis=1)
+    assert 0 < errors.max() < bound.injected

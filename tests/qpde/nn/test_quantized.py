@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
@@ -432,6 +433,36 @@ def test_nnx_trains_it_through_the_bridge():
     np.testing.assert_allclose(exact, SEQUENCE @ kernel + bias[None, None], rtol=1e-5)
 
 
+class OfLists(nn.Module):
+    features: list[int]
+
+    @nn.compact
+    def __call__(self, x):
+        for features in self.features:
+            x = nn.Dense(features)(x)
+        return x
+
+
+def test_frozen_variables_and_modules_with_lists_are_taken():
+    model = quantized(OfLists([4, 3]), [Rule("", weights=4, activations=4)])
+    own = OfLists([4, 3]).init(jax.random.key(0), SEQUENCE)
+    model = model.with_signs(freeze(own), [SEQUENCE])
+    variables = models.calibrate_clips(model, own, SEQUENCE)
+    assert jax.tree.structure(model.adopt(freeze(own), SEQUENCE)) == jax.tree.structure(variables)
+    np.testing.assert_array_equal(model.apply(freeze(variables), SEQUENCE), model.apply(variables, SEQUENCE))
+    assert model.block_names(freeze(variables), SEQUENCE) == ["Dense_0", "Dense_1"]
+    assert measure.compare(model, variables, [SEQUENCE[:, 0]], Bits(4, 4)).layer_error.shape == (2,)
+    assert len(measure.distributions(model, variables, [SEQUENCE], Bits(4, 4))) == 2
+    assert hash(model) == hash(model.clone())
+    assert model != quantized(OfLists([4, 4]), model.rules)
+
+
+def test_it_is_exported_as_it_is(cnn):
+    _, _, model, variables = cnn
+    exported = jax.export.export(jax.jit(lambda x: model.apply(variables, x)))(IMAGES)
+    np.testing.assert_allclose(exported.call(IMAGES), model.apply(variables, IMAGES), rtol=1e-5, atol=1e-6)
+
+
 # --- Clips ------------------------------------------------------------------------------------------------------------
 
 
@@ -451,10 +482,10 @@ def test_an_own_checkpoint_loads_and_lacks_only_clips(cnn):
 
 def test_signs_that_are_open_are_decided_by_data(cnn):
     module, own, model, _ = cnn
-    assert dict(model.signs) == {"stem": True, "depthwise": False}
+    assert dict(model.signs) == {"depthwise": False}  # the stem's rule says it
     with pytest.raises(ValueError, match=r"'depthwise' can be negative is open.*with_signs"):
         models.calibrate_clips(quantized(module, CNN_RULES), own, IMAGES)
-    with pytest.raises(ValueError, match="no signs to decide"):
+    with pytest.raises(ValueError, match="`batches` is empty"):
         quantized(module, CNN_RULES).with_signs(own, [])
 
 
@@ -554,6 +585,20 @@ def test_a_summary_counts_every_layer_and_all_parameters(cnn):
     assert rows["depthwise"].weight_bytes == 72 * 4 // 8 + 4 * 8
     assert (rows["head"].weight_bits, rows["head"].macs) == (32, 40)
     assert "other parameters" in str(summary)
+
+
+def test_layers_whose_outputs_are_not_one_for_each_input_are_named():
+    class Positions(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return (x + nn.Dense(4)(jnp.ones((1, 6, 4)))[:1]).mean(1)
+
+    model = quantized(Positions(), ALL)
+    variables = model.init(jax.random.key(0), SEQUENCE)
+    with pytest.raises(ValueError, match=r"the output of block 0 has shape \(1, 6, 4\), not 2 first"):
+        measure.compare(model, variables, [SEQUENCE], Bits(4, 4))
+    with pytest.raises(ValueError, match="no block"):
+        measure.compare(quantized(Positions()), variables, [SEQUENCE], Bits(4, 4))
 
 
 @pytest.mark.parametrize("name", [name for name in SINGLE if name != "local conv"])
