@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qpde.bits import Bits
-from qpde.deploy.c import save_c
-from qpde.deploy.files import save_packed
+from qpde.deploy.c import c_source
+from qpde.deploy.files import packed_bytes, write_whole
 from qpde.deploy.folded import Folded, fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
-from qpde.deploy.onnx import require, save_onnx
+from qpde.deploy.onnx import onnx_model, require
 from qpde.deploy.settle import settle as settled
-from qpde.deploy.stablehlo import save_stablehlo
+from qpde.deploy.stablehlo import stablehlo_bytes
 from qpde.models.graphs.networks import GraphNetwork
 
 __all__ = ["FORMATS", "export"]
@@ -69,13 +69,14 @@ def export(
     else:
         folded = fold(network.model, network.variables, bits=bits, outer_bits=outer_bits)
         folded = settled(folded) if settle else folded
-    writers: dict[str, Callable[[Path], Path]] = {
-        "packed": lambda path: save_packed(path, folded),
-        "onnx": lambda path: save_onnx(path, folded, image_size=image_size),
-        "stablehlo": lambda path: save_stablehlo(path, folded, image_size=image_size, graph_size=graph_size),
-        "c": lambda path: save_c(path, folded, image_size=image_size),
+    makers: dict[str, Callable[[], bytes]] = {
+        "packed": lambda: packed_bytes(folded),
+        "onnx": lambda: onnx_model(folded, image_size=image_size).SerializeToString(),
+        "stablehlo": lambda: stablehlo_bytes(folded, image_size=image_size, graph_size=graph_size),
+        "c": lambda: c_source(folded, image_size=image_size).encode(),
     }
-    return [writers[name](Path(folder) / FORMATS[name]) for name in formats]
+    contents = {name: makers[name]() for name in formats}
+    return [write_whole(Path(folder) / FORMATS[name], content) for name, content in contents.items()]
 
 
 def _check(formats, is_graph, image_size, graph_size):

@@ -30,7 +30,7 @@ from qpde.deploy.folded import Folded, Note
 from qpde.deploy.graphs import FoldedGraph
 from qpde.deploy.packing import PACKED_BITS, pack, packed_size, unpack
 
-__all__ = ["load_packed", "save_packed", "write_whole"]
+__all__ = ["load_packed", "packed_bytes", "save_packed", "write_whole"]
 
 FORMAT = "qpde packed network 1"
 _LARGEST_PROGRAM = 2**26  # bytes, inflated
@@ -66,12 +66,17 @@ def save_packed(path: str | Path, folded: Folded | FoldedGraph) -> Path:
     Returns:
       The path.
     """
+    return write_whole(path, packed_bytes(folded))
+
+
+def packed_bytes(folded: Folded | FoldedGraph) -> bytes:
+    """Content of the packed file of a folded network."""
     arrays = _Arrays()
     description = {"kind": type(folded).__name__, "network": _described(folded, arrays)}
     text = json.dumps(description, separators=(",", ":")).encode()
     tensors = {"program": np.frombuffer(zlib.compress(text, 9), np.uint8), **arrays.tensors()}
     metadata = {"format": FORMAT, "sha256": _digest(tensors)}
-    return write_whole(path, safetensors.numpy.save(tensors, metadata))
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def load_packed(path: str | Path) -> Folded | FoldedGraph:

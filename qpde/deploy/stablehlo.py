@@ -24,7 +24,7 @@ from qpde.deploy.integer import evaluate
 from qpde.deploy.packing import pack, unpack_traced
 from qpde.deploy.program import Program
 
-__all__ = ["PLATFORMS", "export_graph", "export_images", "save_stablehlo"]
+__all__ = ["PLATFORMS", "export_graph", "export_images", "save_stablehlo", "stablehlo_bytes"]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -48,13 +48,23 @@ def save_stablehlo(
     Raises:
       ValueError: The size is missing.
     """
+    return write_whole(path, stablehlo_bytes(folded, image_size=image_size, graph_size=graph_size))
+
+
+def stablehlo_bytes(
+    folded: Folded | FoldedGraph,
+    *,
+    image_size: tuple[int, int] | None = None,
+    graph_size: tuple[int, int] | None = None,
+) -> bytes:
+    """Content of the file of `save_stablehlo`, which documents the arguments."""
     if isinstance(folded, FoldedGraph):
         if graph_size is None:
             raise ValueError("a graph network is exported for one size: give graph_size=(nodes, edges)")
-        return write_whole(path, bytes(export_graph(folded, *graph_size).serialize()))
+        return bytes(export_graph(folded, *graph_size).serialize())
     if image_size is None:
         raise ValueError("an image network is exported for one size: give image_size=(height, width)")
-    return write_whole(path, bytes(export_images(folded, image_size).serialize()))
+    return bytes(export_images(folded, image_size).serialize())
 
 
 def export_images(folded: Folded, image_size: tuple[int, int]) -> export.Exported:
