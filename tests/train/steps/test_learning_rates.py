@@ -1,11 +1,15 @@
 """Learning rates: the closed forms, at every step of runs of any length."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from train.steps.learning_rates import SCHEDULES
+from train.steps.learning_rates import SCHEDULES, cosine, one_cycle
 
 
 def _half_cosine(start, end, part):
@@ -32,3 +36,31 @@ def test_every_rate_is_the_closed_form_to_float32(name, steps):
     rates = jax.jit(SCHEDULES[name](0.1, steps))(jnp.asarray(step))
     assert rates.dtype == jnp.float32
     np.testing.assert_allclose(rates, CLOSED_FORMS[name](0.1, step / steps), rtol=0, atol=5e-8)
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "cosine"])
+@given(steps=st.integers(1, 2000), peak=st.floats(1e-3, 10.0))
+def test_a_schedule_stays_between_zero_and_its_peak_and_ends_near_zero(name, steps, peak):
+    schedule = SCHEDULES[name](peak, steps)
+    rates = np.asarray(schedule(jnp.array([0, steps // 10, 3 * steps // 10, steps // 2, steps, steps + 1])))
+    assert np.all(rates >= -1e-6 * peak)  # float32 rounding of a cosine
+    assert np.all(rates <= peak * (1 + 1e-6))
+    assert np.all(np.abs(rates[-2:]) <= 1e-5 * peak)
+
+
+def test_a_constant_rate_is_its_peak_throughout():
+    np.testing.assert_array_equal(SCHEDULES["constant"](0.1, 5)(jnp.arange(7)), np.float32(0.1))
+
+
+def test_cosine_is_the_published_formula():
+    schedule = cosine(0.1, 200)
+    for t in (0, 50, 100, 150, 200):
+        assert schedule(jnp.int32(t)) == pytest.approx(0.05 * (1 + math.cos(math.pi * t / 200)), abs=1e-8)
+
+
+def test_one_cycle_rises_to_its_peak_at_three_tenths_and_then_falls():
+    rates = np.asarray(one_cycle(1.0, 100)(jnp.arange(101)))
+    assert np.argmax(rates) == 30
+    assert rates[0] == pytest.approx(1 / 25)
+    assert np.all(np.diff(rates[:31]) > 0)
+    assert np.all(np.diff(rates[30:]) < 0)

@@ -14,7 +14,7 @@ from qpde.models.images.blocks import BasicBlock
 from train.config.images import Loss
 from train.data.augment import mixup
 from train.steps import twin_clips
-from train.steps.losses import LOSSES, Outputs, cross_entropy, similarity
+from train.steps.losses import IGNORED, LOSSES, Outputs, classification_sums, cross_entropy, similarity
 from train.steps.state import create_state
 from train.steps.train_step import make_loss, make_train_step
 
@@ -190,3 +190,17 @@ def test_averages_follow_their_formula_and_are_what_is_evaluated():
         assert float(state.averaged.variables["batch_stats"][0]) == pytest.approx(-average, rel=1e-6)
     without = state.replace(averages=None)
     assert without.averaged is without
+
+
+@given(fill=st.integers(0, 3), seed=st.integers(0, 100))
+def test_ignored_examples_change_no_sum(fill, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(6, 3)).astype(np.float32), rng.integers(0, 3, 6).astype(np.int32)
+    kept = 6 - fill
+    labels[kept:] = IGNORED
+    sums = classification_sums(jnp.asarray(logits), jnp.asarray(labels))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    right = probabilities[np.arange(kept), labels[:kept]]
+    assert sums["loss"] == pytest.approx(-np.log(right).sum(), rel=1e-5)
+    assert float(sums["correct"]) == (logits.argmax(1) == labels)[:kept].sum()
+    assert float(sums["count"]) == kept
