@@ -134,7 +134,7 @@ def test_bad_arguments_are_refused():
     model, variables, images = network()
     with pytest.raises(ValueError, match="outer_bits=4 must be 8"):
         deploy.fold(model, variables, outer_bits=4)
-    with pytest.raises(ValueError, match="not GraphNetwork: see qpde.deploy.fold_graph"):
+    with pytest.raises(ValueError, match=r"not GraphNetwork: see qpde.deploy.fold_graph"):
         deploy.fold(models.create("gcn", num_classes=2), {})
     folded = deploy.fold(model, variables)
     for run in (deploy.run(folded), lambda x: deploy.run_reference(folded, x)):
