@@ -256,7 +256,7 @@ POINTS = {"W$4$": (1.0, 1.0)}
 NAMED = {
     "curves": lambda a, b: layer_error_figure({a: [1.0, 2.0], b: [2.0, 1.0]}, relative={a: [1.0]}, title=a),
     "depth": lambda a, b: along_depth_figure({a: [1.0, 2.0], b: [2.0]}, heading=a, unit=b),
-    "smoothing": lambda a, b: over_smoothing_figure(dict.fromkeys((a, b), {2: ([0.5, 0.2], [0.8])}), title=a),
+    "smoothing": lambda a, b: over_smoothing_figure({key: {2: ([0.5, 0.2], [0.8])} for key in (a, b)}, title=a),
     "bits": lambda a, b: against_bits_figure({a: {a: POINTS, b: POINTS}}, x=b),
     "bits below": lambda a, b: against_bits_figure({a: {a: POINTS}, b: {b: POINTS}}, legend_below=True),
     "histogram": lambda a, b: histogram_figure({a: {a: (EDGES, COUNTS)}, b: {b: (EDGES, COUNTS)}}, x=b),
