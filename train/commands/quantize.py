@@ -11,7 +11,7 @@ from rich.console import Console
 import qpde.models
 from qpde.bits import Bits, distinct_bits
 from train.config.images import Annealing, Calibration, Experiment, Model, Variant
-from train.runs.directory import read_experiment, unfinished
+from train.runs.directory import read_experiment, read_results, unfinished
 from train.tasks.job import prepare_job
 
 
@@ -43,14 +43,15 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
     """The job, everything about it checked.
 
     Raises:
-      ValueError, OSError: the folder holds no full-precision run of images, an option is unusable, or a folder to write
-        holds a run of another experiment.
+      ValueError, OSError: the folder holds no finished full-precision run of images, an option is unusable, or a
+        folder to write holds a run of another experiment, or one made from another state.
     """
     source = read_experiment(options.run)
     if not isinstance(source, Experiment):
         raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
     if not options.bits:
         raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
+    read_results(options.run)  # a state in the middle of its training is not to be measured
     experiments = [_quantized(source, bits, options) for bits in distinct_bits(options.bits)]
     missing = experiments
     if not options.overwrite:

@@ -11,7 +11,15 @@ import tyro
 from rich.console import Console
 
 from train.runs.checkpoints import read_best
-from train.runs.directory import CHECKPOINTS, METRICS, SUMMARY, read_experiment, read_lines, read_results
+from train.runs.directory import (
+    CHECKPOINTS,
+    METRICS,
+    SUMMARY,
+    read_experiment,
+    read_lines,
+    read_results,
+    start_changes,
+)
 from train.tasks.job import prepare_job
 
 _CLOCK = ("seconds", "training_seconds")
@@ -42,12 +50,14 @@ def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:
     """The repetition, everything about it checked.
 
     Raises:
-      ValueError, OSError: the folder holds no finished run, one of its files is damaged, or its configuration cannot be
-        run here.
+      ValueError, OSError: the folder holds no finished run, one of its files is damaged, its configuration cannot be
+        run here, or the run that it started from has changed.
     """
     for read in _COMPARED.values():
         read(options.run)
     experiment = read_experiment(options.run)
+    for what, (then, now) in start_changes(options.run, experiment).items():
+        raise ValueError(f"{options.run} cannot be repeated: {what} was {then!r} then and is {now!r} now")
     if options.into.resolve() == options.run.resolve().parent:
         raise ValueError(f"--into (={options.into}) is where the run itself lies: choose another folder")
     job = prepare_job(

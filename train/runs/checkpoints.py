@@ -102,6 +102,20 @@ class Checkpoints:
             seal(folder)
 
 
+def best_identity(directory: Path) -> str | None:
+    """What tells the best state of another run from any other: its step and a digest; None where there is none."""
+    if not any(path.name.isdigit() for path in directory.glob("*")):
+        return None
+    options = ocp.CheckpointManagerOptions(best_fn=_quality, create=False)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        best = manager.best_step()
+    if best is None:
+        return None
+    sums = directory / str(best) / _SUMS
+    digest = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else "unsealed"
+    return f"step {best}, {digest[:12]}"
+
+
 def read_best(directory: Path):
     """The best state of another run, as plain dictionaries and arrays on one device, whichever it was saved from.
 

@@ -1,6 +1,7 @@
 """The folder of a run: created once, gone on with after an interruption, never overwritten silently.
 
 config.json           the experiment, as given
+start.json            of a run that starts from another one: the states it starts from
 config_history.jsonl  what --resume-changed changed in it, and after how many lines of metrics
 metrics.jsonl         one line an epoch and variant
 checkpoints/          the last two and the best state of each variant
@@ -9,20 +10,29 @@ summary.json          the results; its presence says that the run is finished
 tensorboard/          the metrics once more, with --tensorboard
 """
 
-import fcntl
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
+
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.serialize import from_json, to_json
 from train.host.distributed import from_first, is_first
+from train.runs.checkpoints import best_identity
 from train.runs.tensorboard import FOLDER, Board
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
+
+_START, _LOCK, _PART = "start.json", ".lock", ".part"
+
+_BEGUN = {_LOCK, CONFIG + _PART, _START, _START + _PART}
+"""What there is of a run before it has a config.json."""
 
 
 class RunDirectory:
@@ -44,7 +54,7 @@ class RunDirectory:
         if self._board:
             self._board.close()
         for lock in self._locks:
-            lock.close()
+            lock.release()
 
     def checkpoints(self, variant: str) -> Path:
         """Where the states of a variant are kept."""
@@ -88,7 +98,7 @@ def open_run(
 
     Args:
       runs_dir, experiment: the folder is `runs_dir / experiment.name`.
-      overwrite: delete what a run's folder holds.
+      overwrite: delete what a run's folder holds; of a link, the link alone.
       resume_changed: take up an unfinished run though its configuration differs, as far as its steps stay the same
         steps; config_history.jsonl records the change.
       tensorboard: also write the metrics as TensorBoard's events (`train.tensorboard`).
@@ -134,14 +144,16 @@ def _claim(
 ):
     """The folder, the lock on it and what changed."""
     path, advice = runs_dir / experiment.name, f"choose another {elsewhere}, or --overwrite to delete it"
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is not a folder: choose another {elsewhere}")
+    _check_place(path if overwrite else path / CHECKPOINTS, elsewhere)
+    held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if CONFIG not in held and not held <= _BEGUN:
+        if not held & _BEGUN:
+            raise FileExistsError(f"{path} holds something that is not a run: choose another {elsewhere}")
+        if not overwrite:
+            raise FileExistsError(f"{path} holds what is left of a run, without its {CONFIG}: {advice}")
     changed: dict[str, tuple[Any, Any]] = {}
-    is_run = (path / CONFIG).is_file()
-    if path.is_dir() and not is_run and any(entry.name != _LOCK for entry in path.iterdir()):
-        raise FileExistsError(f"{path} holds something that is not a run: choose another {elsewhere}")
-    if is_run and not overwrite:
-        if (path / SUMMARY).exists():
+    if CONFIG in held and not overwrite:
+        if SUMMARY in held:
             raise FileExistsError(f"{path} holds a finished run: {advice}")
         changed = _differences(path, experiment, advice)
         shown = "; ".join(_describe(changed))
@@ -152,21 +164,45 @@ def _claim(
             )
         if any(field.startswith(_MEANING_OF_A_STEP) for field in changed):
             raise FileExistsError(f"{path} cannot be resumed with other steps ({shown}): {advice}")
+        read_lines(path)  # a damaged one is found now
 
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path, elsewhere)
-    if is_run and overwrite:
-        for entry in path.iterdir():
-            if entry.name != _LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if overwrite:
+        _clear(path)
     if changed:
         lines = len(read_lines(path))
         change = {field: {"before": before, "now": now} for field, (before, now) in changed.items()}
         with open(path / "config_history.jsonl", "a") as file:
             file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
     if changed or not (path / CONFIG).exists():
+        if start := _states_of_start(experiment):
+            _write(path / _START, json.dumps(start, indent=2) + "\n")
         _write(path / CONFIG, to_json(experiment))
     return path, lock, _describe(changed)
+
+
+def _check_place(path: Path, elsewhere: str) -> None:
+    """FileExistsError where a file, or a link to nothing, is in the way of a folder."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise FileExistsError(
+                f"{place} is a link to {os.readlink(place)}, which is not there: make that folder, remove the link, or "
+                f"choose another {elsewhere}"
+            )
+        if place.exists():
+            if not place.is_dir():
+                raise FileExistsError(f"{place} is not a folder: choose another {elsewhere}")
+            return
+
+
+def _clear(path: Path) -> None:
+    """Empties a run's folder but for its lock; at every moment it can be told from a folder that is no run's."""
+    if (path / CONFIG).exists():
+        (path / CONFIG).replace(path / (CONFIG + _PART))
+    for entry in list(path.iterdir()):
+        if entry.name not in (_LOCK, CONFIG + _PART):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def read_experiment(path: Path) -> Experiment | GraphExperiment:
@@ -192,9 +228,14 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     if not (path / SUMMARY).is_file():
         raise FileNotFoundError(f"{path} holds no finished run: it has no {SUMMARY}")
     try:
-        return json.loads((path / SUMMARY).read_text())["variants"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / SUMMARY} is unreadable: {error!r}") from error
+        found = json.loads((path / SUMMARY).read_text())["variants"]
+        if not isinstance(found, dict) or not all(isinstance(result, dict) for result in found.values()):
+            raise TypeError("it holds no results by variant")
+        return found
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / SUMMARY} is unreadable ({error!r}): delete it, and the command that made the run writes it again"
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -205,41 +246,73 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     file = path / METRICS
     found = []
-    for number, line in enumerate(file.read_text().splitlines(keepends=True) if file.exists() else [], 1):
-        if line.endswith("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise OSError(f"{file}, line {number}, is damaged ({error}): delete that line") from error
+    # What follows the last end of a line is one that was cut short.
+    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
+        try:
+            line = json.loads(text.decode())
+            if not (isinstance(line, dict) and isinstance(line.get("variant"), str) and _is_count(line.get("epoch"))):
+                raise ValueError('it has no "variant" or no "epoch"')
+        except (RecursionError, ValueError) as error:
+            raise OSError(f"{file}, line {number}, is damaged ({error}): delete that line") from error
+        found.append(line)
     return found
 
 
-_LOCK = ".lock"
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 _MEANING_OF_A_STEP = ("kind", "data.", "batch_size")
 """Fields without which a number of steps does not say where a run stands."""
 
 
-def _lock(path: Path, elsewhere: str):
-    """An open file that no other process can lock meanwhile; the system lets go of it when this one ends."""
-    file = open(path / _LOCK, "w")  # noqa: SIM115 (held open as long as the run directory)
+def _lock(path: Path, elsewhere: str) -> FileLock:
+    """A lock that no other process can have meanwhile; the system lets go of it when this one ends."""
+    lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
+        lock.acquire()
+    except Timeout as error:
         raise FileExistsError(f"another process works in {path}: wait, or choose another {elsewhere}") from error
-    return file
+    return lock
 
 
 def _differences(path: Path, experiment: Experiment | GraphExperiment, advice: str) -> dict[str, tuple[Any, Any]]:
-    """The fields in which the stored experiment and `experiment` differ, with both values."""
+    """The fields in which the stored experiment and `experiment` differ, or the states they start from; both values."""
     try:
         stored = _flat(json.loads(to_json(from_json((path / CONFIG).read_text()))))
     except ValueError as error:
         raise FileExistsError(f"{path} holds a run whose config.json is unreadable ({error}): {advice}") from error
     given = _flat(json.loads(to_json(experiment)))
     fields = sorted(stored.keys() | given.keys())
-    return {f: (stored.get(f), given.get(f)) for f in fields if stored.get(f) != given.get(f)}
+    changed = {f: (stored.get(f), given.get(f)) for f in fields if stored.get(f) != given.get(f)}
+    return changed | ({} if "start_from" in changed else start_changes(path, experiment))
+
+
+def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[str, str]]:
+    """What has become of the states that the run in a folder started from: by variant, the one then and the one now.
+
+    Args:
+      path: The run's folder. Where it does not say, as in older versions, nothing has changed.
+      experiment: The run's. A state that is no longer there has not changed either.
+    """
+    recorded = {}
+    with contextlib.suppress(OSError, RecursionError, ValueError):
+        recorded = json.loads((path / _START).read_text())
+    now = _states_of_start(experiment) if isinstance(recorded, dict) and recorded else {}
+    return {
+        f"state of {name} in {experiment.start_from}": (recorded[name], now[name])
+        for name in now
+        if name in recorded and recorded[name] != now[name]
+    }
+
+
+def _states_of_start(experiment: Experiment | GraphExperiment) -> dict[str, str]:
+    """By variant, what tells the state that it starts from; nothing where it starts anew."""
+    if getattr(experiment, "start_from", None) is None:
+        return {}
+    folder = Path(experiment.start_from) / CHECKPOINTS
+    found = {variant.name: best_identity(folder / variant.name) for variant in experiment.chosen}
+    return {name: identity for name, identity in found.items() if identity is not None}
 
 
 def _describe(changed: dict[str, tuple[Any, Any]]) -> list[str]:
@@ -256,6 +329,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     """Writes the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + _PART)
     part.write_text(text)
     part.replace(path)

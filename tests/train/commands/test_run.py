@@ -281,6 +281,7 @@ def quantized(tmp_path, monkeypatch):
     run = tmp_path / "full"
     run.mkdir()
     (run / "config.json").write_text(to_json(full))
+    (run / "summary.json").write_text('{"variants": {"plain": {}}}')
     started = []
 
     def prepare(experiment, *, runs_dir, overwrite, **_):
