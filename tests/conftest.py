@@ -67,6 +67,15 @@ def golden_dir(data_dir) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Drops compiled programs at the end of each file: a process has room for about 65,000 mappings of memory, each
+    program takes some, and XLA crashes where there are none left.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """Runs of the same network share their compiled programs: compiling is nearly all that these tests do."""
