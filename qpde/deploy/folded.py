@@ -41,6 +41,7 @@ from qpde.deploy.program import (
     accumulator_bound,
     consumers,
 )
+from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock, depthwise_bits, is_depthwise
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, TINY
@@ -124,7 +125,7 @@ class Folded(Program):
 
 
 def fold(
-    model: Network,
+    model: Network | GraphNetwork,
     variables: dict,
     *,
     bits: Bits | None = None,
@@ -146,8 +147,8 @@ def fold(
     Raises:
       ValueError: `outer_bits` other than 8; bit-widths that are traced; a kind of block without a rule.
     """
-    if not isinstance(model, Network):
-        raise ValueError(f"fold takes an image network, not {type(model).__name__}: see qpde.deploy.fold_graph")
+    if isinstance(model, GraphNetwork):
+        raise ValueError("fold takes an image network, not a graph network: use qpde.deploy.fold_graph")
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
     bits = model.checked_bits(model.bits if bits is None else bits)
@@ -222,7 +223,7 @@ class _Part:
             return clip / float(_table(self.block.levels, bits - self.signed(index))[-1])
         return clip / _steps(bits, self.signed(index))
 
-    def kernel(self, name: str) -> tuple[Kernel, np.ndarray]:
+    def kernel(self, name: str) -> tuple[Kernel, np.ndarray | np.floating]:
         """The kernel and its scale, () or (C_out,)."""
         index = list(self.block.kernel_shapes()).index(name)
         w, clip = self.params[name], self.clips()["weights"][index]
@@ -492,7 +493,7 @@ def _inverted(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
 # Stem, neck and head.
 
 
-def _outer_kernel(w: np.ndarray, outer_bits: int | None) -> tuple[Kernel, Any]:
+def _outer_kernel(w: np.ndarray, outer_bits: int | None) -> tuple[Kernel, np.ndarray | np.floating]:
     if outer_bits is None:
         return Kernel(w.astype(np.float32), None), np.float64(1)
     top = _steps(outer_bits, signed=True)
