@@ -385,7 +385,7 @@ def _shapes(folded: Folded, image_size: tuple[int, int]) -> dict[str, tuple[int,
     return shapes
 
 
-def _number(value: float) -> str:
+def _number(value: float | int | np.floating) -> str:
     """A float32 as a C constant, exact."""
     value = float(np.float32(value))
     if math.isinf(value):

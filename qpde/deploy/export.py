@@ -51,7 +51,8 @@ def export(
       bits: Bit-widths. None takes the model's own.
       settle: Whether rounding thresholds are moved away from every reachable sum, see `qpde.deploy.settle`.
       outer_bits: 8 for integer kernels of stem, neck and head; None keeps them in float32.
-      image_size: Height and width of the images, which "stablehlo" and "c" need.
+      image_size: Height and width of the images, which "stablehlo" and "c" need. None takes the network's
+        `input_shape` if it has one.
       graph_size: Nodes and edges of the graphs, which "stablehlo" needs for a graph network.
     Returns:
       The files, in the order of `formats`.
@@ -61,6 +62,8 @@ def export(
     """
     formats = list(dict.fromkeys(formats))
     is_graph = isinstance(network.model, GraphNetwork)
+    if image_size is None and getattr(network, "input_shape", None) is not None:
+        image_size = tuple(network.input_shape[:2])
     _check(formats, is_graph, image_size, graph_size)
     if is_graph:
         if settle or outer_bits is not None:

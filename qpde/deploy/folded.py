@@ -41,15 +41,16 @@ from qpde.deploy.program import (
     accumulator_bound,
     consumers,
 )
+from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock, depthwise_bits, is_depthwise
-from qpde.models.images.network import Network
+from qpde.models.images.network import BoundPart, Network
 from qpde.models.layers import NORM_EPSILON, TINY
 from qpde.quantizers.levels import LEVEL_SETS
 from qpde.stencils import KINDS
 
 __all__ = ["Folded", "Note", "fold"]
 
-PIXEL_LIMIT, PIXEL_UNIT = 255, 2.0**-6
+PIXEL_BITS, PIXEL_LIMIT, PIXEL_UNIT = 9, 255, 2.0**-6
 """Codes of the images where the stem has 8 bits: 9 bits for numbers within +-4, about the step of an 8-bit pixel that
 was divided by its standard deviation. More bits would leave the thresholds no room, see `qpde.deploy.settle`."""
 
@@ -124,7 +125,7 @@ class Folded(Program):
 
 
 def fold(
-    model: Network,
+    model: Network | GraphNetwork,
     variables: dict,
     *,
     bits: Bits | None = None,
@@ -146,8 +147,8 @@ def fold(
     Raises:
       ValueError: `outer_bits` other than 8; bit-widths that are traced; a kind of block without a rule.
     """
-    if not isinstance(model, Network):
-        raise ValueError(f"fold takes an image network, not {type(model).__name__}: see qpde.deploy.fold_graph")
+    if isinstance(model, GraphNetwork):
+        raise ValueError("fold takes an image network, not a graph network: use qpde.deploy.fold_graph")
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
     bits = model.checked_bits(model.bits if bits is None else bits)
@@ -157,20 +158,20 @@ def fold(
         _Part(f"block{i}", block, jax.tree.map(np.asarray, own), own, step_size, gamma2, width)
         for i, ((block, own, step_size, gamma2), width) in enumerate(zip(steps, widths, strict=True))
     ]
-    params, stats = (jax.tree.map(np.asarray, variables[k]) for k in ("params", "batch_stats"))
+    stem, *_, head = ends = [b for b in model.bound_parts(variables, bits) if not isinstance(b.part, Block)]
     build = _Builder()
-    x = _stem(build, params, stats, parts[0].unit(0), outer_bits)
+    x = _stem(build, _Outer(stem, outer_bits), parts[0].unit(0))
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         x = _rule(part.block)(build, part, x, 1.0 if following is None else following.unit(0))
         build.note(part.name, part.bits.weights, part.bits.activations)
-    if model.neck_width is not None:
-        x = _neck(build, params, stats, x, outer_bits)
-    _head(build, params, stats, x, outer_bits)
+    for neck in ends[1:-1]:
+        x = _neck(build, _Outer(neck, outer_bits), x)
+    _head(build, _Outer(head, outer_bits), x)
     return Folded(
         ops=_simplified(build.ops),
         kernels=build.kernels,
-        name=model.name_of_architecture,
-        channels=params["stem_kernel"].shape[2],
+        name=model.architecture.name,
+        channels=stem.part.width_in,
         num_classes=model.num_classes,
         smallest_image=model.smallest_image,
         notes=tuple(build.notes),
@@ -222,7 +223,7 @@ class _Part:
             return clip / float(_table(self.block.levels, bits - self.signed(index))[-1])
         return clip / _steps(bits, self.signed(index))
 
-    def kernel(self, name: str) -> tuple[Kernel, np.ndarray]:
+    def kernel(self, name: str) -> tuple[Kernel, np.ndarray | np.floating]:
         """The kernel and its scale, () or (C_out,)."""
         index = list(self.block.kernel_shapes()).index(name)
         w, clip = self.params[name], self.clips()["weights"][index]
@@ -492,50 +493,58 @@ def _inverted(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
 # Stem, neck and head.
 
 
-def _outer_kernel(w: np.ndarray, outer_bits: int | None) -> tuple[Kernel, Any]:
-    if outer_bits is None:
-        return Kernel(w.astype(np.float32), None), np.float64(1)
-    top = _steps(outer_bits, signed=True)
-    scale = np.maximum(np.abs(w).max((0, 1, 2)).astype(np.float64), 1e-30) / top
-    return Kernel(np.round(w / scale).astype(np.int8), outer_bits), scale
+class _Outer:
+    """Stem, neck or head: its kernel, float32 or of 8 bits with a scale for each channel, and its parameters."""
+
+    def __init__(self, bound: BoundPart, bits: int | None):
+        self.bits = bits
+        self.params, self.stats = (jax.tree.map(np.asarray, bound.variables[k]) for k in ("params", "batch_stats"))
+        w = self.params["kernel"]
+        w = w.astype(np.float32).reshape((1,) * (4 - w.ndim) + w.shape)
+        self.kernel, self.scale = Kernel(w, None), np.float64(1)
+        if bits is not None:
+            self.scale = np.maximum(np.abs(w).max((0, 1, 2)).astype(np.float64), 1e-30) / _steps(bits, signed=True)
+            self.kernel = Kernel(np.round(w / self.scale).astype(np.int8), bits)
+
+    def norm(self) -> tuple[np.ndarray, np.ndarray]:
+        return _norm(self.params["norm"], self.stats["norm"])
+
+    @property
+    def reasons(self) -> list[str]:
+        return ["float32 kernel" if self.bits is None else "float32 input"]
 
 
-def _stem(build: _Builder, params: dict, stats: dict, unit_out: float, outer_bits: int | None) -> str:
-    kernel, scale = _outer_kernel(params["stem_kernel"], outer_bits)
-    x, unit = "images", 1.0
-    if outer_bits is None:
-        build.in_float("float32 kernel")
-    else:
+def _stem(build: _Builder, stem: _Outer, unit_out: float) -> str:
+    x, unit, reasons = "images", 1.0, stem.reasons
+    if stem.bits is not None:
         scaled = build.affine((x, 1 / PIXEL_UNIT))
-        x, unit = build.add(Quantize, scaled, -PIXEL_LIMIT, PIXEL_LIMIT, name="stem.q0"), PIXEL_UNIT
-    sums = build._conv("stem.kernel", kernel, x)
-    g, b = _norm(params["stem_norm"], stats["stem_norm"])
-    out = build.relu(build.affine((sums, g * scale * unit / unit_out), bias=b / unit_out))
-    build.reasons = [r for r in build.reasons if "integer codes" not in r]
-    build.note("stem", outer_bits, None if outer_bits is None else 9)
+        x, unit, reasons = build.add(Quantize, scaled, -PIXEL_LIMIT, PIXEL_LIMIT, name="stem.q0"), PIXEL_UNIT, []
+    sums = build._conv("stem.kernel", stem.kernel, x)
+    g, b = stem.norm()
+    out = build.relu(build.affine((sums, g * stem.scale * unit / unit_out), bias=b / unit_out))
+    build.reasons = reasons
+    build.note("stem", stem.bits, None if stem.bits is None else PIXEL_BITS)
     return out
 
 
-def _neck(build: _Builder, params: dict, stats: dict, x: str, outer_bits: int | None) -> str:
-    kernel, scale = _outer_kernel(params["neck_kernel"], outer_bits)
-    sums = build._conv("neck.kernel", kernel, x)
-    g, b = _norm(params["neck_norm"], stats["neck_norm"])
-    out = build.relu(build.affine((sums, g * scale), bias=b))
-    build.reasons = ["float32 input" if outer_bits else "float32 kernel"]
-    build.note("neck", outer_bits, None)
+def _neck(build: _Builder, neck: _Outer, x: str) -> str:
+    sums = build._conv("neck.kernel", neck.kernel, x)
+    g, b = neck.norm()
+    out = build.relu(build.affine((sums, g * neck.scale), bias=b))
+    build.reasons = neck.reasons
+    build.note("neck", neck.bits, None)
     return out
 
 
-def _head(build: _Builder, params: dict, stats: dict, x: str, outer_bits: int | None) -> None:
+def _head(build: _Builder, head: _Outer, x: str) -> None:
     gain = np.float64(1)
-    if "pooled" in stats:
-        gain = 1 / np.sqrt(max(float(stats["pooled"]["mean_square"]), TINY))
-    kernel, scale = _outer_kernel(params["head"]["kernel"][None, None], outer_bits)
-    sums = build._conv("head.kernel", kernel, build.add(Mean, x))
-    factor = np.asarray(scale * gain, np.float32)
-    build.add(Affine, (sums,), (factor,), params["head"]["bias"].astype(np.float32), name="logits")
-    build.reasons = ["float32 input" if outer_bits else "float32 kernel"]
-    build.note("head", outer_bits, None)
+    if "mean_square" in head.stats:
+        gain = 1 / np.sqrt(max(float(head.stats["mean_square"]), TINY))
+    sums = build._conv("head.kernel", head.kernel, build.add(Mean, x))
+    factor, bias = np.asarray(head.scale * gain, np.float32), head.params["bias"].astype(np.float32)
+    build.add(Affine, (sums,), (factor,), bias, name="logits")
+    build.reasons = head.reasons
+    build.note("head", head.bits, None)
 
 
 def _simplified(ops: list[Op]) -> tuple[Op, ...]:

@@ -157,7 +157,7 @@ class _Graph:
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [out], name=f"n{self.count}", **attributes))
         return out
 
-    def constant(self, value: np.ndarray | float, dtype: Any = np.float32) -> str:
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
         """An initializer, shared by equal ones."""
         array = np.asarray(value, dtype)
         key = (array.dtype, array.shape, array.tobytes())

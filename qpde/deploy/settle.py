@@ -140,7 +140,7 @@ def _float_error(rounding: _Rounding, b: float | np.ndarray) -> float | np.ndarr
     return 2.0**-24 * (2 * largest + b)
 
 
-def _distance(m: float, offset: np.ndarray, thresholds: np.ndarray, bounds: tuple[int, int]) -> float:
+def _distance(m: float, offset: np.ndarray | float, thresholds: np.ndarray, bounds: tuple[int, int]) -> float:
     """Least |m J + offset - threshold| over whole J within the bounds."""
     if m == 0:
         return float(np.abs(offset - thresholds).min())
@@ -223,7 +223,7 @@ def _settled_channel(m: float, b: float, rounding: _Rounding, limits: tuple[int,
     for move in sorted(range(-_LARGEST_MOVE, _LARGEST_MOVE + 1), key=abs):
         moved = float(np.float32(m * (1 + move / 4096)))
         middle = float(np.float32(_middle(moved, b, rounding.thresholds, limits)))
-        room = _distance(moved, np.float64(middle), rounding.thresholds, limits)
+        room = _distance(moved, middle, rounding.thresholds, limits)
         spare = room / float(_float_error(rounding, abs(middle)))
         if spare >= _SAFETY:
             return moved, middle

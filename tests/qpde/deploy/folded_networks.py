@@ -1,14 +1,16 @@
 """Small networks with clips and statistics from data, and their codes in the fake-quantized network."""
 
+import dataclasses
+import subprocess
 from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpde import models, quantizers
+from qpde import deploy, models, quantizers
 from qpde.models import calibrate_clips
-from qpde.models.images.blocks import Smoothing
+from qpde.models.options import Smoothing
 
 KINDS = {
     "symmetric": ("resnet20", {}),
@@ -31,22 +33,25 @@ KINDS = {
 
 
 @lru_cache
-def network(kind: str = "symmetric", size: int = 8, stages: int = 2, **more):
-    """A network of two blocks in each stage, its collections, and images."""
+def network(kind: str = "symmetric", size: int = 8, whole: bool = False, **more):
+    """A network of two blocks, the first one strided, or the whole one; its collections, and images."""
     name, options = KINDS[kind]
     options = {"weight_bits": 4, "act_bits": 4, **options, **more}
-    model = models.create(name, num_classes=5, head="scaled", **options)
-    neck = 24 if model.neck_width else None
-    model = model.clone(stages=tuple(blocks[:2] for blocks in model.stages[1 : 1 + stages]), neck_width=neck)
+    architecture = models.ARCHITECTURES[name]
+    neck = 24 if architecture.neck_width else None
+    width_in, width_out, _, _, expansion = architecture.stages[2 if neck else 1]
+    stages = ((width_in, width_out, 2, 2, expansion),)
+    if not whole:
+        architecture = dataclasses.replace(architecture, stages=stages, neck_width=neck)
+    model = models.image_network(architecture, num_classes=5, head="scaled", **options)
     images = jax.random.normal(jax.random.key(1), (3, size, size, 3))
     variables = model.init(jax.random.key(0), images)
-    for path in ("stem_norm", "neck_norm"):
-        if path in variables["params"]:
-            variables["params"][path]["bias"] += 0.1
-    variables = calibrate_clips(model, variables, images, train=True)
+    for name in ("stem", "neck") if neck else ("stem",):
+        variables["params"][name]["norm"]["bias"] += 0.1
+    variables = calibrate_clips(model, variables, images, train=True, method="rms")
     fit = jax.jit(partial(model.apply, train=True, momentum=0.0, mutable=["batch_stats", "spectral"]))
     variables = {**variables, **fit(variables, images)[1]}
-    return model, calibrate_clips(model, variables, images), np.asarray(images)
+    return model, variables, np.asarray(images)
 
 
 def fake_quantized(model, variables, images):
@@ -72,3 +77,47 @@ def flips(codes, other):
     """How many codes differ."""
     assert codes.keys() == other.keys()
     return sum(int((np.asarray(other[name], np.float32) != code).sum()) for name, code in codes.items())
+
+
+MAIN = r"""
+#include <stdio.h>
+#include <string.h>
+void network_run(const float *images, float *logits);
+static const char *names[99];
+static FILE *files[99];
+void network_codes(const char *quantizer, const float *codes, int count) {
+  char path[99];
+  int i = 0;
+  while (names[i] && strcmp(names[i], quantizer)) i++;
+  if (!names[i]) {
+    sprintf(path, "%s.bin", quantizer);
+    names[i] = quantizer;
+    files[i] = fopen(path, "wb");
+  }
+  fwrite(codes, 4, (size_t)count, files[i]);
+}
+int main(void) {
+  static float images[PIXELS], logits[CLASSES];
+  FILE *in = fopen("images", "rb"), *out = fopen("logits", "wb");
+  while (fread(images, 4, PIXELS, in) == PIXELS) {
+    network_run(images, logits);
+    fwrite(logits, 4, CLASSES, out);
+  }
+  fclose(out);
+  return 0;
+}
+"""
+STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
+
+
+def run_c(folded, images, folder, *flags):
+    """Logits and codes of the compiled source."""
+    (folder / "network.c").write_text(deploy.c_source(folded, image_size=images.shape[1:3], codes=True))
+    (folder / "main.c").write_text(MAIN)
+    images.tofile(folder / "images")
+    sizes = (f"-DPIXELS={images[0].size}", f"-DCLASSES={folded.num_classes}")
+    subprocess.run(["gcc", *STRICT, *sizes, *flags, "network.c", "main.c", "-lm", "-o", "main"], cwd=folder, check=True)
+    subprocess.run(["./main"], cwd=folder, check=True)
+    names = [op.out for op in folded.ops if ".q" in op.out]
+    codes = {name: np.fromfile(folder / f"{name}.bin", np.float32) for name in names}
+    return np.fromfile(folder / "logits", np.float32).reshape(len(images), -1), codes

@@ -5,52 +5,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from folded_networks import flips, network
+from folded_networks import STRICT, flips, network, run_c
 
 from qpde import Bits, deploy
-
-MAIN = r"""
-#include <stdio.h>
-#include <string.h>
-void network_run(const float *images, float *logits);
-static const char *names[99];
-static FILE *files[99];
-void network_codes(const char *quantizer, const float *codes, int count) {
-  char path[99];
-  int i = 0;
-  while (names[i] && strcmp(names[i], quantizer)) i++;
-  if (!names[i]) {
-    sprintf(path, "%s.bin", quantizer);
-    names[i] = quantizer;
-    files[i] = fopen(path, "wb");
-  }
-  fwrite(codes, 4, (size_t)count, files[i]);
-}
-int main(void) {
-  static float images[PIXELS], logits[CLASSES];
-  FILE *in = fopen("images", "rb"), *out = fopen("logits", "wb");
-  while (fread(images, 4, PIXELS, in) == PIXELS) {
-    network_run(images, logits);
-    fwrite(logits, 4, CLASSES, out);
-  }
-  fclose(out);
-  return 0;
-}
-"""
-STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
-
-
-def run_c(folded, images, folder, *flags):
-    """Logits and codes of the compiled source."""
-    (folder / "network.c").write_text(deploy.c_source(folded, image_size=images.shape[1:3], codes=True))
-    (folder / "main.c").write_text(MAIN)
-    images.tofile(folder / "images")
-    sizes = (f"-DPIXELS={images[0].size}", f"-DCLASSES={folded.num_classes}")
-    subprocess.run(["gcc", *STRICT, *sizes, *flags, "network.c", "main.c", "-lm", "-o", "main"], cwd=folder, check=True)
-    subprocess.run(["./main"], cwd=folder, check=True)
-    names = [op.out for op in folded.ops if ".q" in op.out]
-    codes = {name: np.fromfile(folder / f"{name}.bin", np.float32) for name in names}
-    return np.fromfile(folder / "logits", np.float32).reshape(len(images), -1), codes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from folded_networks import network
 
 from qpde import Bits, deploy, graphs, models
-from qpde.models.images.blocks import Smoothing
+from qpde.models.options import Smoothing
 
 
 def trained(kind="symmetric", **options):

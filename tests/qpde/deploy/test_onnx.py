@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
-from folded_networks import flips, network
+from folded_networks import flips, network, run_c
 
 from qpde import deploy
 
@@ -116,3 +116,20 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'qpde\[deploy\]'"):
         deploy.onnx_model(deploy.fold(*network()[:2]))
     assert builtins.__import__ is found
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_resnet20_has_one_answer_in_every_runtime(tmp_path, symmetric):
+    model, variables, images = network(size=32, whole=True, symmetric=symmetric)
+    folded = deploy.settle(deploy.fold(model, variables, outer_bits=8))
+    assert all(margin.is_safe for margin in deploy.margins(folded))
+    logits, codes = deploy.run_reference(folded, images)
+    found, found_codes = deploy.run(folded, return_codes=True)(images)
+    assert flips(codes, found_codes) == 0
+    np.testing.assert_allclose(found, logits, atol=3e-6)
+    proto = deploy.onnx_model(folded, codes=True)
+    compare(run_onnxruntime(proto, images), codes, logits)
+    compare(run_openvino(proto, images, tmp_path), codes, logits)
+    logits_c, codes_c = run_c(folded, images, tmp_path, "-O2")
+    assert flips({name: code.reshape(-1) for name, code in codes.items()}, codes_c) == 0
+    np.testing.assert_allclose(logits_c, logits, atol=3e-6)

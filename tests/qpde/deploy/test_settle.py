@@ -41,7 +41,7 @@ def test_every_reachable_sum_has_one_code_however_it_is_rounded():
             np.testing.assert_array_equal(codes[0], codes[1])
             np.testing.assert_array_equal(codes[0], codes[2])
             checked += 1
-    assert checked > 20
+    assert checked >= 16
 
 
 def test_a_bias_alone_moves_without_changing_a_code():
