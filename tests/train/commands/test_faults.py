@@ -17,7 +17,7 @@ from qpde.models.images.blocks import BasicBlock
 from train.config import Data, Experiment, Model, Variant
 from train.host.console import Display
 
-registry.ARCHITECTURES["tiny"] = registry.Architecture(BasicBlock, ((8, 8, 2, 1, 1),))
+registry.ARCHITECTURES["tiny"] = registry.Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
 recipes = {"fast": Experiment(
     name="tiny",
     variants=(Variant("plain", {"symmetric": False}),),
