@@ -1,4 +1,4 @@
-"""The folder of a run: whatever the program can leave behind, it takes up or overwrites, and it touches nothing else."""
+"""The folder of a run: what the program can leave behind, it takes up or overwrites; nothing else is touched."""
 
 import dataclasses
 import json
