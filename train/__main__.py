@@ -1,11 +1,26 @@
 """`python -m train`: the process is set up before JAX is used, then the command line takes over."""
 
-from train.host.allocator import keep_freed_memory
-from train.host.compilation_cache import keep_compiled_programs
+from train.host.interrupt import end_at_once
 
 if __name__ == "__main__":
+    end_at_once()  # before the imports that take seconds
+
+    import contextlib
+    import os
+    import sys
+
+    from train.host.allocator import keep_freed_memory
+    from train.host.compilation_cache import keep_compiled_programs
+
     keep_freed_memory()
     keep_compiled_programs()
     from train.commands.cli import main
 
-    raise SystemExit(main())
+    status = main()
+    if status == 1:
+        # Where a checkpoint could not be written, threads of orbax wait for many minutes for a folder that will not be.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)

@@ -23,6 +23,7 @@ from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
 from train.config.suggestions import did_you_mean
 from train.data.tfds_records import DataError
+from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
 from train.runs.checkpoints import CheckpointError
@@ -206,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0 done, 1 training broke down, a file could not be read or written, or a reproduction differs,
       2 bad input, 130 interrupted by Ctrl-C, 143 by SIGTERM.
     """
+    quiet_libraries()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())

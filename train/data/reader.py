@@ -6,7 +6,10 @@ Nothing here needs JAX, because whatever it imports each worker process imports 
 import contextlib
 import dataclasses
 import math
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -99,17 +102,35 @@ def read_ahead(source: Batches, *, first: int = 0, workers: int = 0) -> Iterator
     """The batches of a source from number `first` on, in order, read ahead by threads or by worker processes."""
     import grain
 
-    threads = 1 if workers else min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    threads = 1 if workers else min(_MOST_THREADS, _processors())
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
     dataset = grain.MapDataset.source(source)[first:].to_iter_dataset(read)
     if workers:
         _allow_workers()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-        dataset = dataset.mp_prefetch(options)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
     with contextlib.closing(iter(dataset)) as batches:
         for batch in batches:
             # A worker's arrays lie in shared memory, which JAX would go on using without a copy where it can.
             yield tuple(np.array(part) for part in batch) if workers else batch
+
+
+def _processors() -> int:
+    """Those that this process may use, where the system says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """A worker leaves Ctrl-C to the process that started it, and ends when that one ends, however it does."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _allow_workers() -> None:

@@ -1,10 +1,24 @@
-"""SIGINT (Ctrl-C) and SIGTERM become a request that the training loop answers after its current step."""
+"""SIGINT (Ctrl-C) and SIGTERM become a request that the training loop answers after its current step.
+
+Outside the loop, and after the first one, they end the process at once, as SIGKILL does: every file is written whole
+or not at all, so there is nothing to clean up, and an exception in the midst of an import or of a compilation would
+leave by pages of traceback.
+"""
 
 import signal
 import threading
 from typing import Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def end_at_once() -> None:
+    """Lets Ctrl-C end the process quietly, as SIGTERM does, instead of raising KeyboardInterrupt.
+
+    For a program, never for a library: it is for the whole process. A SIGINT that is ignored stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Interrupted(Exception):

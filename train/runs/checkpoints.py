@@ -7,7 +7,11 @@ differ from it, is damaged.  Opening the folder sets damaged ones aside, and wha
 been.  Of several processes each writes a part; when all have, the first one adds the file.
 """
 
+import contextlib
 import hashlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -49,8 +53,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except CheckpointError:
+            if error is None:  # otherwise the first error says it all
+                raise
 
     @property
     def last_step(self) -> int:
@@ -60,7 +69,8 @@ class Checkpoints:
     @property
     def best_step(self) -> int:
         """The step of the best state that was saved with a validation, 0 when there is none."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         best = self._manager.best_step()
         return best if best and self._manager.metrics(best)["validated"] else 0
 
@@ -73,9 +83,12 @@ class Checkpoints:
           step: from 1 on, increasing.
           state: stays usable.
           validation: "accuracy" and "loss" on the validation images; without them the state is no candidate.
+        Raises:
+          CheckpointError: it could not be written, or the one before it, whose writing this call waits for.
         """
         scores = {"validated": validation is not None} | (validation or {"accuracy": 0.0, "loss": 0.0})
-        self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=scores)
+        with self._writing():  # of this state, or of the one before
+            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=scores)
 
     def load(self, step: int, like: Tree) -> Tree:
         """The state saved after `step`, in the shapes and types of `like`.
@@ -83,7 +96,8 @@ class Checkpoints:
         Raises:
           CheckpointError: it was saved from something of other shapes or other parts.
         """
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(like))
         try:
             stored = self._manager.restore(step, args=ocp.args.StandardRestore(template))
@@ -93,6 +107,17 @@ class Checkpoints:
                 f"configuration or version; choose another --name ({error})"
             ) from error
         return jax.tree.map(_typed_like, like, stored)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what orbax's threads raise, which is of any class, into an error of one line."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"a state could not be written to {self._directory}: {_reason(error)}. What was saved before stays: "
+                "when that is mended, the same command goes on from there"
+            ) from error
 
     def _seal(self) -> None:
         """Called in the first process, in the thread that writes, when all files are complete, of every process, and
@@ -142,7 +167,7 @@ def read_best(directory: Path):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is intact and not the one that is needed."""
+    """A checkpoint that is intact and not the one that is needed, or one that cannot be written."""
 
 
 def seal(folder: Path) -> None:
@@ -184,6 +209,15 @@ def _set_aside_damaged(directory: Path) -> list[Path]:
                 aside, count = path.with_name(f"{path.name}{_DAMAGED}{count}"), count + 1
             moved.append(path.rename(aside))
     return moved
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where it can be found: tensorstore hides its number in a page of text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    return " ".join(str(error).split())[:200]
 
 
 def _quality(scores: dict[str, float]) -> tuple[float, float, float]:

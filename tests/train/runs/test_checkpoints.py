@@ -1,11 +1,15 @@
 """Checkpoints: which are kept, which are refused, and what a damaged one costs."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_training import problem, train
 
+from train.host.console import quiet_libraries
+from train.runs import checkpoints as checkpoints_module
 from train.runs.checkpoints import CheckpointError, Checkpoints
 
 
@@ -80,3 +84,73 @@ def test_a_state_of_another_network_is_refused_and_stays(tmp_path, like):
         with pytest.raises(CheckpointError, match="does not fit this network"):
             checkpoints.load(1, like)
         assert checkpoints.last_step == 1
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """The disk is full from the second state on, which a thread of orbax notices."""
+    seal, calls = checkpoints_module.seal, []
+
+    def fail(folder):
+        calls.append(folder)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        seal(folder)
+
+    monkeypatch.setattr(checkpoints_module, "seal", fail)
+
+
+SAVED = {"a": jnp.arange(1000.0)}
+
+
+@pytest.mark.parametrize("notices", ["the next save", "the end", "the best step", "a load"])
+def test_a_full_disk_is_one_line_and_what_was_saved_before_stays(tmp_path, full, notices, capfd):
+    quiet_libraries()
+    checkpoints = Checkpoints(tmp_path / "states")
+
+    def act():
+        with checkpoints:
+            checkpoints.save(1, SAVED, {"accuracy": 0.5, "loss": 1.0})
+            checkpoints.save(2, SAVED)
+            if notices == "the next save":
+                checkpoints.save(3, SAVED)
+            if notices == "the best step":
+                assert checkpoints.best_step
+            if notices == "a load":
+                checkpoints.load(1, SAVED)
+
+    with pytest.raises(CheckpointError) as caught:
+        act()
+    assert str(caught.value) == (
+        f"a state could not be written to {tmp_path / 'states'}: No space left on device. What was saved before stays: "
+        "when that is mended, the same command goes on from there"
+    )
+    assert capfd.readouterr().err == ""
+    with Checkpoints(tmp_path / "states") as again:
+        assert (again.last_step, again.best_step, again.damaged) == (1, 1, [])
+        np.testing.assert_array_equal(again.load(1, SAVED)["a"], SAVED["a"])
+
+
+def test_an_error_in_training_is_not_hidden_by_one_in_writing(tmp_path, full):
+    def act():
+        with Checkpoints(tmp_path / "states") as checkpoints:
+            checkpoints.save(1, SAVED)
+            checkpoints.save(2, SAVED)
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        act()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied", "file"), "Permission denied"),
+        (ValueError("OUT_OF_RANGE: Failed to write [os_error_code='28'] [source='x']"), "No space left on device"),
+        (ValueError("a page\n" * 100), "a page a page"),
+    ],
+)
+def test_the_reason_is_what_the_system_said(error, reason):
+    found = checkpoints_module._reason(error)
+    assert found.startswith(reason)
+    assert len(found) <= 200
