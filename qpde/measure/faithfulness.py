@@ -152,9 +152,9 @@ def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], 
     Raises:
       ValueError: an empty set, a batch of another form.
     """
-    variables = unfreeze(variables)
     if "batch_stats" not in variables:
         return variables
+    variables = unfreeze(variables)
     seen, mean = 0, None
     for images, _ in read_batches(batches, variables):
         seen += len(images)

@@ -237,12 +237,12 @@ class Network(nn.Module):
             for name, block, _, count in groups(blocks, first)
         ]
 
-    def stem(self, channels: int = 3) -> ExactConv:
+    def stem_part(self, channels: int = 3) -> ExactConv:
         """The first convolution, for images of that many channels."""
         return ExactConv(channels, self.stages[0][0].width_in, 3, "conv1", "bn1")
 
     @property
-    def neck(self) -> ExactConv | None:
+    def neck_part(self) -> ExactConv | None:
         """The 1x1 convolution before the pooling, if there is one."""
         width = self.architecture.neck_width
         if width is None:
@@ -250,7 +250,7 @@ class Network(nn.Module):
         return ExactConv(self.blocks[-1].width_out, width, 1, "layers.7.0.0.weight", "layers.7.0.1")
 
     @property
-    def head(self) -> Head:
+    def head_part(self) -> Head:
         """Pooling and dense layer."""
         width = self.architecture.neck_width or self.blocks[-1].width_out
         return Head(width, self.num_classes, self.options.head)
@@ -261,8 +261,8 @@ class Network(nn.Module):
         stacked = [(stage, block) for stage, _, block, count in self.stacks for _ in range(count)]
         numbers = [b for own in self.stages for b in range(len(own))]
         blocks = [(f"{stage}.block{b}", block) for (stage, block), b in zip(stacked, numbers, strict=True)]
-        neck = [("neck", self.neck)] if self.neck else []
-        return [("stem", self.stem(channels)), *blocks, *neck, ("head", self.head)]
+        neck = [("neck", self.neck_part)] if self.neck_part else []
+        return [("stem", self.stem_part(channels)), *blocks, *neck, ("head", self.head_part)]
 
     @property
     def clip_bits(self) -> tuple[int, ...] | None:
@@ -351,9 +351,9 @@ class Network(nn.Module):
             return BoundPart(part, own, 1.0, None, Bits())
 
         blocks = [BoundPart(*step, bits_of_block(bits, i)) for i, step in enumerate(self.steps(variables))]
-        neck = [exact(self.neck, "neck")] if self.neck else []
-        stem = self.stem(variables["params"]["stem"]["kernel"].shape[2])
-        return [exact(stem, "stem"), *blocks, *neck, exact(self.head, "head")]
+        neck = [exact(self.neck_part, "neck")] if self.neck_part else []
+        stem = self.stem_part(variables["params"]["stem"]["kernel"].shape[2])
+        return [exact(stem, "stem"), *blocks, *neck, exact(self.head_part, "head")]
 
     def steps(self, variables: Mapping[str, Any]) -> list[tuple[Block, dict, float, Any]]:
         """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with.
@@ -436,15 +436,15 @@ class Network(nn.Module):
         bits = self.checked_bits(self.bits if bits is None else bits)
         mode = Mode(train, momentum, observe, power_iterations, self.options.compute_dtype)
 
-        x = self._exact("stem", self.stem(x.shape[-1]), x, mode)
+        x = self._exact("stem", self.stem_part(x.shape[-1]), x, mode)
         states, first, strength = [], 0, self.get_variable("smoothing", "strength")
         for i, blocks in enumerate(self.stages):
             stage = Stage(blocks, first, self.options.loop, self.options.remat, name=f"stage{i}")
             x, new = stage(x, bits, mode, strength, return_states)
             states, first = states + new, first + len(blocks)
-        if self.neck:
-            x = self._exact("neck", self.neck, x, mode)
-        logits = Pooled(self.head, name="head")(x, mode)
+        if self.neck_part:
+            x = self._exact("neck", self.neck_part, x, mode)
+        logits = Pooled(self.head_part, name="head")(x, mode)
         return (logits, tuple(states)) if return_states else logits
 
     def _exact(self, name: str, part: ExactConv, x: jax.Array, mode: Mode) -> jax.Array:

@@ -346,8 +346,8 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(graph_run, capsys
     ("file", "text", "message"),
     [
         ("config.json", "{", "config.json is unreadable: Expecting property name"),
-        ("summary.json", "{", "summary.json is unreadable: JSONDecodeError('Expecting property name"),
-        ("summary.json", "{}", "summary.json is unreadable: KeyError('variants')"),
+        ("summary.json", "{", "summary.json is unreadable (JSONDecodeError('Expecting property name"),
+        ("summary.json", "{}", "summary.json is unreadable (KeyError('variants'))"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(graph_run, command, file, text, message, capsys):
