@@ -19,6 +19,9 @@ FONT_LIST = None
 if "MPLCONFIGDIR" not in os.environ:
     FONT_LIST = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="qpde_fonts_")
 
+# OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
+os.environ.setdefault("CI", "true")
+
 import jax
 import pytest
 from hypothesis import settings
