@@ -6,7 +6,7 @@ from folded_networks import flips, network
 
 from qpde import deploy
 from qpde.deploy.program import Affine, Conv
-from qpde.deploy.settle import _roundings
+from qpde.deploy.settle import _middle, _roundings
 
 
 def safe(folded):
@@ -73,3 +73,10 @@ def test_8_bits_have_no_room_and_say_so():
     assert not all(safe(folded).values())
     real = {m.name: m.reason for m in deploy.margins(deploy.fold(*network("precise")[:2]))}
     assert real["block1.q0"] == "real numbers arrive"
+
+
+def test_a_bias_moves_to_the_middle_of_its_interval():
+    # Thresholds at 4.7 and 14.7: the codes stay while they are between 4 and 5, and 14 and 15.
+    assert _middle(0.1, 0.03, np.array([0.5, 1.5]), (-100, 100)) == pytest.approx(0.05)
+    # One that no sum reaches does not count: only 4.7 does.
+    assert _middle(0.1, 0.03, np.array([0.5, 1.58]), (-8, 8)) == pytest.approx(0.05)
