@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,7 +154,9 @@ def check_choices(options: dict[str, Any]) -> None:
 def check_known(what: str, value: Any, valid: Any) -> None:
     """ValueError for a value that is none of the valid ones; lists them."""
     if value not in valid:
-        raise ValueError(f"unknown {what} {value!r}; valid: {', '.join(valid)}")
+        near = difflib.get_close_matches(str(value), list(valid), n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {what} {value!r}; {meant}valid: {', '.join(valid)}")
 
 
 def _checked_clip_bits(bits, weight_bits, act_bits):

@@ -14,6 +14,7 @@ from train.commands.budget import Budget, prepare_budget
 from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
+from train.commands.options import filled, parse
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -89,11 +90,11 @@ def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
     if command is Sweep and not isinstance(experiment, Experiment):
         raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and widths in one run: use {_PROGRAM} run")
     kind = Run[type(experiment)] if command is Run else command
-    return tyro.cli(
+    return parse(
         kind,
-        default=command(experiment=experiment, recipe=recipe),
-        args=list(arguments[1:]),
+        arguments[1:],
         prog=f"{_PROGRAM} {name} {paths[0]}",
+        default=command(experiment=experiment, recipe=recipe),
         config=(tyro.conf.SuppressFixed,),
     )
 
@@ -129,7 +130,7 @@ def command_of(name: str, options: type, prepare: Callable) -> Callable[[Sequenc
     Args:
       name: of the command.   options: the dataclass.   prepare: options -> the job, everything about it checked.
     """
-    return lambda arguments: prepare(tyro.cli(options, args=list(arguments), prog=f"{_PROGRAM} {name}"))
+    return lambda arguments: prepare(parse(options, arguments, prog=f"{_PROGRAM} {name}"))
 
 
 @dataclass(frozen=True)
@@ -243,24 +244,26 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {command.usage:40}{command.summary}" for command in COMMANDS.values())
+    """In lines of at most 80 characters."""
+    commands = "\n".join(f"  {command.usage}\n      {command.summary}" for command in COMMANDS.values())
+    closing = (
+        f"`{_PROGRAM} run configs/digits.py` is the place to start: it needs no data and takes minutes. "
+        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults.",
+        "Compiled programs are kept in the user's cache: JAX_COMPILATION_CACHE_DIR moves them, "
+        "JAX_ENABLE_COMPILATION_CACHE=false turns that off.",
+    )
     return (
         f"usage: {_PROGRAM} COMMAND ...\n\n"
-        "Trains the quantized networks of qpde and reports how faithful they stay in few bits.\n\n"
-        f"commands:\n{commands}\n\n"
-        f"`{_PROGRAM} run configs/digits.py` is the place to start: it needs no data and takes minutes.\n"
-        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults.\n"
-        "Compiled programs are kept in the user's cache: JAX_COMPILATION_CACHE_DIR moves them,\n"
-        "JAX_ENABLE_COMPILATION_CACHE=false turns that off."
+        f"{filled('Trains the quantized networks of qpde and reports how faithful they stay in few bits.')}\n\n"
+        f"commands:\n{commands}\n\n" + "\n".join(map(filled, closing))
     )
 
 
 def _help_of(command: Command) -> str:
     options, words = command.help
-    return (
-        f"usage: {_PROGRAM} {command.usage}\n\n{inspect.getdoc(options)}\n\n"
-        f"`{_PROGRAM} {words} --help` lists the options with their defaults."
-    )
+    paragraphs = inspect.getdoc(options).split("\n\n")
+    paragraphs.append(f"`{_PROGRAM} {words} --help` lists the options with their defaults.")
+    return "\n\n".join((f"usage: {_PROGRAM} {command.usage}", *map(filled, paragraphs)))
 
 
 def _fail(message: str, *, status: int = 2) -> int:

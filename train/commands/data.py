@@ -10,6 +10,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from train.commands.options import parse
+from train.config.suggestions import did_you_mean
 from train.data.resident import data_root
 from train.data.tfds_records import PREFIX, find_builder
 
@@ -39,9 +41,11 @@ def parse_data(arguments: Sequence[str]) -> Callable[[Console], int | None]:
       ImportError: what preparation needs is not installed.
     """
     if list(arguments[:1]) != ["prepare"]:
-        found = f"{arguments[0]!r} is nothing to do with data" if arguments else "say what to do with data"
-        raise ValueError(f"{found}: python -m train data prepare NAME [--data-dir FOLDER]")
-    options = tyro.cli(Prepare, args=list(arguments[1:]), prog="python -m train data prepare")
+        word = arguments[0] if arguments else ""
+        found = f"{word!r} is nothing to do with data" if arguments else "say what to do with data"
+        meant = did_you_mean(word, ["prepare"])
+        raise ValueError(f"{found}: {meant}python -m train data prepare NAME [--data-dir FOLDER]")
+    options = parse(Prepare, arguments[1:], prog="python -m train data prepare")
     root = data_root(options.name, options.data_dir)
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
