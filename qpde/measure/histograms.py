@@ -62,7 +62,12 @@ def histogram(x: Num[Array | np.ndarray, "..."], *, signed: bool, bins: int = BI
 
 
 def merge(a: Histogram, b: Histogram) -> Histogram:
-    """The histogram of both data together; associative and commutative, up to float32 sums beyond 2^24."""
+    """The histogram of both data together; associative and commutative, up to float32 sums beyond 2^24.
+
+    Args:
+      a: Histogram of some data.
+      b: Histogram of other data, with equally many bins.
+    """
     largest = jnp.maximum(a.largest, b.largest)
     bins = len(a.counts) - 1
     index = jnp.arange(1, 1 + bins)
