@@ -82,7 +82,15 @@ def merge(a: Histogram, b: Histogram) -> Histogram:
 def clip_from(
     histogram: Histogram, bits: ArrayLike | None, *, signed: bool, method: str = "mse", levels: str = "uniform"
 ) -> Float[Array, ""]:
-    """`qpde.quantizers.initial_clip` of the data in a histogram, each value taken for the middle of its bin."""
+    """`qpde.quantizers.initial_clip` of the data in a histogram, each value taken for the middle of its bin.
+
+    Args:
+      histogram: Of the data.
+      bits: Bits of the quantizer, or None where it does not round.
+      signed: Whether the quantizer is signed, as the histogram is.
+      method: How the clip is found, as for `initial_clip`.
+      levels: Levels of the quantizer.
+    """
     ends = edges(histogram)
     middles = jnp.concatenate([jnp.zeros(1), ends[:-1] + (ends[1:] - ends[:-1]) / 2])
     of_largest = jnp.concatenate(
