@@ -74,7 +74,8 @@ def from_edges(
     sums local in memory. Nodes without edges are allowed: their gradient is zero.
 
     Args:
-      senders, receivers: integers (edges,), in 0 .. num_nodes - 1; may be empty.
+      senders: One end of each edge: integers (edges,), in 0 .. num_nodes - 1; may be empty.
+      receivers: The other end, likewise.
       num_nodes: at least 1.
       nodes: features, floating point (num_nodes, ...), a list of them, or a `jax.experimental.sparse.BCOO` matrix,
         which jraph can batch or pad neither way; None stands for (num_nodes, 0).
@@ -111,6 +112,9 @@ def normalize(graph: jraph.GraphsTuple) -> Float[Array, " nodes"]:
 
     Every operator below takes it as `scale`, and computes it where that is missing; a network of many layers does it
     once. It is cheap beside a gradient.
+
+    Args:
+      graph: Each undirected edge once.
     """
     count = (graph.senders != graph.receivers).astype(jnp.float32)
     return jax.lax.rsqrt(1.0 + _sum_at(graph.senders, count, graph) + _sum_at(graph.receivers, count, graph))
@@ -129,8 +133,10 @@ def gradient(
     PDE-GCN, 2021). A matrix K on the channels commutes with it, G (x K) = (G x) K, and costs less on the left.
 
     Args:
-      graph: each undirected edge once.   x: node field (nodes, ...).
-      kind: "normalized" or "gcn".   scale: `normalize(graph)`, if it is there already.
+      graph: Each undirected edge once.
+      x: Node field (nodes, ...).
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
     Returns:
       Edge field (edges, ...).
     Raises:
@@ -155,7 +161,10 @@ def divergence(
     """-G^T p, the exact adjoint: <G x, p> = <x, -div p>. At a node: what arrives minus what leaves, weighted.
 
     Args:
-      graph, kind, scale: as for `gradient`.   p: edge field (edges, ...).
+      graph: Each undirected edge once.
+      p: Edge field (edges, ...).
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
     Returns:
       Node field (nodes, ...).
     Raises:
@@ -180,7 +189,17 @@ def laplacian(
 ) -> Float[Array, "nodes *channels"]:
     """G^T G x, the positive semi-definite Laplacian; for "normalized" x - D^-1/2 (A + I) D^-1/2 x.
 
-    So x - laplacian(x) is the propagation of graph convolution (Kipf and Welling, 2017). Args as for `gradient`.
+    So x - laplacian(x) is the propagation of graph convolution (Kipf and Welling, 2017).
+
+    Args:
+      graph: Each undirected edge once.
+      x: Node field (nodes, ...).
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
+    Returns:
+      Node field like x.
+    Raises:
+      ValueError: As for `gradient`.
     """
     scale = normalize(graph) if scale is None else scale
     return -divergence(graph, gradient(graph, x, kind=kind, scale=scale), kind=kind, scale=scale)
@@ -201,9 +220,12 @@ def nonlinear_laplacian(
     in a CPU's cache.
 
     Args:
-      graph, x, kind, scale: as for `gradient`.
+      graph: Each undirected edge once.
+      x: Node field (nodes, ...).
       flux: s, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
         may close over traced numbers, and gradients flow to those that are floating point; reverse mode only.
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
     Returns:
       Node field like x, of the dtype of x * scale.
     Raises:
@@ -236,7 +258,15 @@ def dirichlet_energy(
 ) -> Float[Array, ""]:
     """|G x|^2 / 2, summed over edges and channels: 0 where x is over-smoothed. Its gradient is the Laplacian.
 
-    Args as for `gradient`.
+    Args:
+      graph: Each undirected edge once.
+      x: Node field (nodes, ...).
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
+    Returns:
+      Scalar.
+    Raises:
+      ValueError: As for `gradient`.
     """
     return 0.5 * jnp.sum(jnp.square(gradient(graph, x, kind=kind, scale=scale)))
 
@@ -249,7 +279,19 @@ def total_variation(
     kind: str = "normalized",
     scale: Float[Array, " nodes"] | None = None,
 ) -> Float[Array, ""]:
-    """TV_eps(x) = sum sqrt((G x)^2 + eps^2) over edges (not loops) and channels. Args as for `gradient`; eps > 0."""
+    """TV_eps(x) = sum sqrt((G x)^2 + eps^2) over edges (not loops) and channels.
+
+    Args:
+      graph: Each undirected edge once.
+      x: Node field (nodes, ...).
+      eps: Width of the quadratic part, > 0; a traced one is not checked.
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
+    Returns:
+      Scalar.
+    Raises:
+      ValueError: A static eps <= 0, and as for `gradient`.
+    """
     eps = _positive("eps", eps)
     lengths = jnp.sqrt(jnp.square(gradient(graph, x, kind=kind, scale=scale)) + _square(eps))
     return jnp.sum(lengths, where=_along(graph.senders != graph.receivers, lengths))
@@ -270,9 +312,12 @@ def tv_step(
     non-expansive for gamma2 <= 2 eps / |G|^2; on every graph that holds up to eps ("normalized") or 2 eps ("gcn").
 
     Args:
-      graph, x, kind, scale: as for `gradient`.
-      gamma2: >= 0 and at most that bound. A traced value beyond it is clamped to it.
-      eps: > 0; a traced one is not checked.
+      graph: Each undirected edge once.
+      x: Node field (nodes, ...).
+      gamma2: Size of the step, >= 0 and at most that bound. A traced value beyond it is clamped to it.
+      eps: Width of the quadratic part, > 0; a traced one is not checked.
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
     Returns:
       Node field like x.
     Raises:
@@ -301,7 +346,15 @@ def largest_eigenvalue_bound(
     """A number that no eigenvalue of G^T G exceeds: twice its largest diagonal entry, as (a - b)^2 <= 2 a^2 + 2 b^2.
 
     It is 2 (1 - 1 / max d) for "normalized", at most 2, and reached on regular bipartite graphs; at most 1 for "gcn".
-    Args as for `gradient`.
+
+    Args:
+      graph: Each undirected edge once.
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
+    Returns:
+      Scalar.
+    Raises:
+      ValueError: An unknown kind.
     """
     _check(graph, kind)
     scale = normalize(graph) if scale is None else scale
@@ -326,7 +379,10 @@ def max_stable_step(
     |K|^2 for K^T s(K .), 1 / eps for total variation. |G|^2 is `largest_eigenvalue_bound`.
 
     Args:
-      lipschitz: > 0; a traced one is not checked.   The others as for `gradient`.
+      graph: Each undirected edge once.
+      lipschitz: Lipschitz constant of f, > 0; a traced one is not checked.
+      kind: "normalized" or "gcn".
+      scale: `normalize(graph)`; None computes it.
     Returns:
       Scalar; infinite for a graph without edges, where G = 0.
     Raises:
@@ -360,7 +416,8 @@ def fold_blocks(add, start, columns, *, channels):
 
     Args:
       add: its block is a tuple, of as many entries of each column.
-      start: the first total.   columns: arrays (entries,). Zeros fill the last block.
+      start: the first total.
+      columns: arrays (entries,). Zeros fill the last block.
       channels: numbers that an entry stands for.
     """
 

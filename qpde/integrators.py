@@ -105,7 +105,9 @@ def euler(f: Field, state: State, params: Params, step_size: StepSize) -> State:
 
     Args:
       f: vector field (state, params) -> pytree like `state`.
-      state: x_j.   params: theta_j.   step_size: h.
+      state: x_j.
+      params: theta_j.
+      step_size: h.
     Returns:
       x_{j+1}, in the shapes and dtypes of `state`: it is computed in the widest dtype of the three and rounded once.
     """
@@ -115,7 +117,15 @@ def euler(f: Field, state: State, params: Params, step_size: StepSize) -> State:
 def midpoint(f: Field, state: State, params: Params, step_size: StepSize) -> State:
     """Explicit midpoint rule, order 2: x_{j+1} = x_j - h f(x_j - h/2 f(x_j)).
 
-    Two evaluations of `f`. Args and returns as for `euler`.
+    Two evaluations of `f`.
+
+    Args:
+      f: Vector field (state, params) -> pytree like `state`.
+      state: x_j.
+      params: theta_j.
+      step_size: h.
+    Returns:
+      x_{j+1}, in the shapes and dtypes of `state`, as for `euler`.
     """
     middle = _descend(state, step_size / 2, f(state, params))
     return _descend(state, step_size, f(middle, params))
@@ -125,7 +135,15 @@ def rk4(f: Field, state: State, params: Params, step_size: StepSize) -> State:
     """The classical Runge-Kutta method, order 4 (Kutta, 1901): x_{j+1} = x_j - h/6 (k1 + 2 k2 + 2 k3 + k4).
 
     k1 = f(x_j), k2 = f(x_j - h/2 k1), k3 = f(x_j - h/2 k2), k4 = f(x_j - h k3).
-    Four evaluations of `f`. Args and returns as for `euler`.
+    Four evaluations of `f`.
+
+    Args:
+      f: Vector field (state, params) -> pytree like `state`.
+      state: x_j.
+      params: theta_j.
+      step_size: h.
+    Returns:
+      x_{j+1}, in the shapes and dtypes of `state`, as for `euler`.
     """
     k1 = f(state, params)
     k2 = f(_descend(state, step_size / 2, k1), params)
@@ -172,9 +190,11 @@ def hamiltonian(f: Field, g: Field, state: tuple[State, Any], params: Params, st
     then y_j = y_{j+1} + h f(z_j). Networks of this form: Haber and Ruthotto (2017), Stable architectures.
 
     Args:
-      f: vector field (z, params) -> pytree like y.   g: vector field (y, params) -> pytree like z.
+      f: vector field (z, params) -> pytree like y.
+      g: vector field (y, params) -> pytree like z.
       state: (y_j, z_j), for instance two halves of the channels.
-      params: theta_j, handed to both fields.   step_size: h.
+      params: theta_j, handed to both fields.
+      step_size: h.
     Returns:
       (y_{j+1}, z_{j+1}).
     """

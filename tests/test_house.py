@@ -1,6 +1,8 @@
 """The house: what a newcomer installs works as the README says, and the rooms keep their walls."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import venv
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import griffe
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +118,31 @@ def test_every_public_function_says_what_it_computes():
             if is_public and not ast.get_docstring(node):
                 missing.append(f"{path.name}:{node.name}")
     assert not missing
+
+
+DOCUMENTED = ("datasets", "graphs", "integrators", "measure", "nn", "norms", "plots", "testing", "trained")
+"""Rooms whose docstrings name every argument in an entry of its own."""
+
+
+@pytest.mark.parametrize("room", DOCUMENTED)
+def test_a_documentation_parser_finds_every_parameter(room):
+    """Of functions that a room exports, and of methods that list their arguments."""
+    module, lost = importlib.import_module(f"qpde.{room}"), {}
+    for name in getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]:
+        value = getattr(module, name)
+        if not getattr(value, "__module__", "").startswith(module.__name__):
+            continue
+        methods = vars(value).items() if inspect.isclass(value) else ()
+        functions = {name: value} if inspect.isfunction(value) else {f"{name}.{key}": f for key, f in methods}
+        for called, function in functions.items():
+            text = inspect.getdoc(function) or ""
+            if inspect.isfunction(function) and (function is value or "Args:" in text):
+                sections = griffe.Docstring(text, lineno=1).parse("google", warnings=False)
+                entries = [s.value for s in sections if s.kind is griffe.DocstringSectionKind.parameters]
+                found = {entry.name.lstrip("*") for section in entries for entry in section}
+                lost[called] = set(inspect.signature(function).parameters) - found - {"self", "cls"}
+    assert lost
+    assert not {called: names for called, names in lost.items() if names}
 
 
 def test_the_wheel_alone_runs_the_readme_example(tmp_path):

@@ -120,9 +120,11 @@ def random_split(
     """The same graph with other training, validation and test nodes, as in Planetoid's protocol (Yang et al., 2016).
 
     Args:
-      graph: whose labelled nodes are drawn from.   seed: the same seed gives the same split.
+      graph: whose labelled nodes are drawn from.
+      seed: the same seed gives the same split.
       labels_per_class: training nodes of each class, at least 1.
-      validation, test: sizes of the other two sets, drawn from the remaining labelled nodes whatever their class.
+      validation: validation nodes, drawn from the remaining labelled ones whatever their class.
+      test: test nodes, likewise.
     Returns:
       A `NodeGraph` that shares all other arrays with `graph`.
     Raises:

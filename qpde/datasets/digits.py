@@ -23,7 +23,8 @@ def load_digits(*, size: int = 16, seed: int = 0) -> Images:
     stored with white at 255. At 16 a net with three stages still has 4 x 4 pixels in the last one.
 
     Args:
-      size: side of the images, 8, 16 or 32.   seed: of the split.
+      size: side of the images, 8, 16 or 32.
+      seed: of the split.
     Returns:
       `Images` of size x size x 1, classes "0" to "9".
     Raises:
@@ -48,7 +49,9 @@ def load_digits_graph(*, neighbours: int = 8, labels_per_class: int = 20, seed: 
     1000 test nodes, as the citation graphs have.
 
     Args:
-      neighbours: per node, 1 to 1796.   labels_per_class: training nodes of each class.   seed: of the split.
+      neighbours: per node, 1 to 1796.
+      labels_per_class: training nodes of each class.
+      seed: of the split.
     Returns:
       `NodeGraph` with 1797 nodes; features are the pixels in [0, 1].
     Raises:

@@ -25,7 +25,8 @@ def download_planetoid(name: str, root: str | PathLike[str], *, base_url: str = 
     Args:
       name: "cora", "citeseer" or "pubmed" (0.6, 1.0 and 8.7 MB).
       root: the folder to put the files in; made if it is missing.
-      base_url: where the files lie.   timeout: seconds without an answer before giving up.
+      base_url: where the files lie.
+      timeout: seconds without an answer before giving up.
     Returns:
       `root`, for `load_planetoid(name, download_planetoid(name, root))`.
     Raises:

@@ -57,8 +57,10 @@ class Elastic:
         """`model.apply` at each width.
 
         Args:
-          variables: {"params", and other collections with a leading axis for the widths}.   x: as for the network.
-          bits: of `stack_bits`.   options: of the network.
+          variables: {"params", and other collections with a leading axis for the widths}.
+          x: as for the network.
+          bits: of `stack_bits`.
+          options: of the network.
         Returns:
           What the network returns, with a leading axis for the widths.
         """
@@ -79,7 +81,8 @@ class Elastic:
         """The network's variables for `apply`: its collections for each of the widths.
 
         Args:
-          variables: of the network.   bits: of `stack_bits`.
+          variables: of the network.
+          bits: of `stack_bits`.
           statistics_batches: from these, batch statistics are estimated again for each width.
         """
         variables = unfreeze(variables)
@@ -106,7 +109,9 @@ def compare_bits(
     All widths are evaluated by one compiled program, those that occur several times once.
 
     Args:
-      model, variables, batches: as for `qpde.measure.compare`.
+      model: A network of `qpde.models` or `qpde.quantized`.
+      variables: Its collections.
+      batches: Inputs or pairs of inputs and labels, as for `qpde.measure.compare`.
       bits: widths, scalars or one per block; 32 stands for full precision, where a quantizer clips and does not round.
       references: what each of `bits` is compared with; None is the twin of each.
       statistics_batches: batches, best of the training set, from which batch statistics are estimated again for every

@@ -32,7 +32,8 @@ class Distribution:
     Attributes:
       block, index: of the quantizer; index 0 of a block rounds the block's input.
       bits, clip, signed: of the quantizer: its range is [0, clip], or [-clip, clip] if signed.
-      count: of values.   mean, std: of all of them, std with the divisor N.
+      count: of values.
+      mean, std: of all of them, std with the divisor N.
       kurtosis: mean of (x - mean)^4 / std^4: 3 for a normal distribution, more with outliers, 0 where x is constant.
       outliers: share of the values further from the mean than `deviations` std, up to a bin of the histogram.
       saturated: share of the values outside the range, which the clip changes.
@@ -79,7 +80,8 @@ def distributions(
     Activations are those of the quantized network. The batches are read once; memory does not grow with their number.
 
     Args:
-      model: of `qpde.models` or `qpde.quantized`.   variables: its collections.
+      model: of `qpde.models` or `qpde.quantized`.
+      variables: its collections.
       batches: inputs, images (N, H, W, C) or graphs, or pairs of these and labels, which are not used. Equally long
         ones compile once.
       bits: widths of the network, scalars or one for each block; activations 2 to 8.

@@ -172,7 +172,8 @@ def logit_difference(
     """How logits z_q differ from z, per input: what `qpde.batches.mean_over` takes means of.
 
     Args:
-      logits, logits_q: z and z_q, (N, classes), or (N, H, W, classes) of a segmentation network.
+      logits: z, (N, classes), or (N, H, W, classes) of a segmentation network.
+      logits_q: z_q, likewise.
     Returns:
       (N,) each, means over pixels where there are any: "kl", the divergence of softmax(z_q) from softmax(z);
       "logit_error", the mean of |z - z_q|^2 over the classes; "margin" between the two largest of z. And "prediction"

@@ -62,7 +62,12 @@ def histogram(x: Num[Array | np.ndarray, "..."], *, signed: bool, bins: int = BI
 
 
 def merge(a: Histogram, b: Histogram) -> Histogram:
-    """The histogram of both data together; associative and commutative, up to float32 sums beyond 2^24."""
+    """The histogram of both data together; associative and commutative, up to float32 sums beyond 2^24.
+
+    Args:
+      a: Histogram of some data.
+      b: Histogram of other data, with equally many bins.
+    """
     largest = jnp.maximum(a.largest, b.largest)
     bins = len(a.counts) - 1
     index = jnp.arange(1, 1 + bins)
@@ -77,7 +82,15 @@ def merge(a: Histogram, b: Histogram) -> Histogram:
 def clip_from(
     histogram: Histogram, bits: ArrayLike | None, *, signed: bool, method: str = "mse", levels: str = "uniform"
 ) -> Float[Array, ""]:
-    """`qpde.quantizers.initial_clip` of the data in a histogram, each value taken for the middle of its bin."""
+    """`qpde.quantizers.initial_clip` of the data in a histogram, each value taken for the middle of its bin.
+
+    Args:
+      histogram: Of the data.
+      bits: Bits of the quantizer, or None where it does not round.
+      signed: Whether the quantizer is signed, as the histogram is.
+      method: How the clip is found, as for `initial_clip`.
+      levels: Levels of the quantizer.
+    """
     ends = edges(histogram)
     middles = jnp.concatenate([jnp.zeros(1), ends[:-1] + (ends[1:] - ends[:-1]) / 2])
     of_largest = jnp.concatenate(

@@ -99,7 +99,9 @@ def moments(
     variance is the unbiased one, as the published nets store it, while the batch is normalised by the biased one.
 
     Args:
-      x: (..., C).   running: {"mean": (C,)[, "var": (C,)]}; a mean-only norm has no "var".   mode: of the call.
+      x: (..., C).
+      running: {"mean": (C,)[, "var": (C,)]}; a mean-only norm has no "var".
+      mode: of the call.
     Returns:
       mean (C,), variance (C,) or None, updated running statistics.
     """

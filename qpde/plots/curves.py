@@ -65,8 +65,11 @@ def along_depth_figure(
     """Any quantity of networks' blocks against block number, drawn as `layer_error_figure` draws the error.
 
     Args:
-      curves: by network, a number for each block.   path, stages: as there.
-      heading: of the panel.   unit: of the numbers.
+      curves: by network, a number for each block.
+      path: File to write, its format by its ending (.png, .svg, .pdf). None writes none.
+      stages: Number of blocks in each stage, to mark where a stage ends.
+      heading: of the panel.
+      unit: of the numbers.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
@@ -145,12 +148,15 @@ def against_bits_figure(
       panels: by quantity, by network, by widths ("W4A4", in the order to draw): mean and half width of its interval,
         NaN for none.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
-      title: above the panels.   x: name of the widths.   legend_below: below the panels, not beside them.
+      title: above the panels.
+      x: name of the widths.
+      legend_below: below the panels, not beside them.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
-      ValueError: no panels, or more networks than there are colours.   ImportError: matplotlib is missing.
+      ValueError: no panels, or more networks than there are colours.
+      ImportError: matplotlib is missing.
     """
     if not panels:
         raise ValueError("there are no curves to draw")

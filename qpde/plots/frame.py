@@ -15,7 +15,8 @@ def styles(names: Collection[str], what: str, among: Collection[str] = ()) -> di
     """Places in `COLOURS` and `MARKERS` by name: "symmetric" and "plain" have the first two, others what is left.
 
     Args:
-      names: what is drawn.   what: they are, for messages.
+      names: what is drawn.
+      what: they are, for messages.
       among: all that figures beside this one draw: the same for each of them, it gives a name one colour in all.
     Raises:
       ValueError: there are more names than colours, or none.

@@ -26,12 +26,14 @@ def histogram_figure(
     Args:
       rows: by heading, by network: edges (bins + 1,) and counts (bins,) of a fine histogram.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
-      x: name of the values.   clip: where to mark the end of the quantizer's range; None marks none.
+      x: name of the values.
+      clip: where to mark the end of the quantizer's range; None marks none.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
-      ValueError: no rows, no values in one, or more networks than there are colours.   ImportError: no matplotlib.
+      ValueError: no rows, no values in one, or more networks than there are colours.
+      ImportError: no matplotlib.
     """
     places = styles([name for row in rows.values() for name in row], "networks", among)
     spans = [_span(*map(np.asarray, pair)) for row in rows.values() for pair in row.values()]
@@ -64,12 +66,15 @@ def maps_figure(
     """Feature maps in a grid, each column with grey values of its own range, which its first row sets.
 
     Args:
-      rows: by heading, a map (H, W) for each column.   columns: headings.
-      path: file to write, its format by its ending; None writes none.   heading: above the grid.
+      rows: by heading, a map (H, W) for each column.
+      columns: headings.
+      path: file to write, its format by its ending; None writes none.
+      heading: above the grid.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
-      ValueError: no rows, or one with another number of maps than columns.   ImportError: no matplotlib.
+      ValueError: no rows, or one with another number of maps than columns.
+      ImportError: no matplotlib.
     """
     if not rows or not columns:
         raise ValueError("there are no maps to draw")
@@ -104,12 +109,14 @@ def spectrum_figure(
 
     Args:
       spectra: by network, by block (counted from 1), eigenvalues in any order.
-      path: file to write, its format by its ending; None writes none.   heading: of the panel.
+      path: file to write, its format by its ending; None writes none.
+      heading: of the panel.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
-      ValueError: no networks, or more than there are colours.   ImportError: no matplotlib.
+      ValueError: no networks, or more than there are colours.
+      ImportError: no matplotlib.
     """
     colours = styles(spectra, "networks", among)
     figure = new_figure(height=4.6)
@@ -143,12 +150,14 @@ def bound_figure(
 
     Args:
       points: by network, errors and their bounds, equally many; what is 0 is left out.
-      path: file to write, its format by its ending; None writes none.   heading: of the panel.
+      path: file to write, its format by its ending; None writes none.
+      heading: of the panel.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
-      ValueError: no networks, more than there are colours, or nothing above 0.   ImportError: no matplotlib.
+      ValueError: no networks, more than there are colours, or nothing above 0.
+      ImportError: no matplotlib.
     """
     places = styles(points, "networks", among)
     positive = {}

@@ -69,7 +69,8 @@ class GraphSmoothing:
     """Total-variation smoothing of the state after each layer, so before the next one's quantizer.
 
     Attributes:
-      steps: explicit steps a layer.   gamma2: their size, at most `eps` ("normalized") or 2 `eps` ("gcn").
+      steps: explicit steps a layer.
+      gamma2: their size, at most `eps` ("normalized") or 2 `eps` ("gcn").
       eps: of the energy, see `qpde.graphs.tv_step`.
     """
 
@@ -82,7 +83,9 @@ class Call(NamedTuple):
     """What one call of a network gives to every layer.
 
     Attributes:
-      graph: its edges.   scale: `qpde.graphs.normalize` of it.   start: output of the stem.
+      graph: its edges.
+      scale: `qpde.graphs.normalize` of it.
+      start: output of the stem.
       observe: sees what every quantizer rounds, or None.
       shared: parameters that all layers share.
     """
@@ -99,7 +102,8 @@ class GraphLayer(abc.ABC):
     """What all layers share: their quantizers and the form of their parameters.
 
     Attributes:
-      width: channels, in and out.   levels: of the quantizers.
+      width: channels, in and out.
+      levels: of the quantizers.
       per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
     """
 
@@ -160,8 +164,12 @@ class GraphLayer(abc.ABC):
         """One layer.
 
         Args:
-          state: of `start`.   params: of one layer.   step_size: scalar.   bits: scalars or None.
-          dropout: applied to the layer's input, or None.   call: what all layers share.
+          state: of `start`.
+          params: of one layer.
+          step_size: scalar.
+          bits: scalars or None.
+          dropout: applied to the layer's input, or None.
+          call: what all layers share.
         Returns:
           The next state, and what was observed: {"weight_clips", "act_clips"} if the call observes, else {}.
         """
@@ -292,7 +300,8 @@ class InitialResidualLayer(GraphLayer):
     GCNII (Chen et al., Simple and Deep Graph Convolutional Networks, ICML 2020).
 
     Attributes:
-      alpha: share of the stem's output x_0.   strength: lambda, of the weights.
+      alpha: share of the stem's output x_0.
+      strength: lambda, of the weights.
     """
 
     alpha: float = 0.1

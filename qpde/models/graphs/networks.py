@@ -230,7 +230,9 @@ def pde_gcn(
     of rounding for instance, while h |K|^2 <= 1 ("normalized") or 2 ("gcn").
 
     Args:
-      num_classes: at least 1.   layers: depth, at least 1.   width: of the hidden fields.
+      num_classes: at least 1.
+      layers: depth, at least 1.
+      width: of the hidden fields.
       dynamics: "diffusion" x' = x - h f(x); "wave" x' = 2x - x_before - h^2 f(x); "mixed", a learned mean of both.
       symmetric: K^T, instead of a second matrix, after the nonlinearity.
       nonlinearity: on edges: "identity", "tanh", "huber" (the clip to [-1, 1]) or "relu". All are odd, so the
@@ -244,8 +246,9 @@ def pde_gcn(
       kernel_init: of K: "identity" or "orthogonal" (random).
       dropout: rate, 0 <= rate < 1, before and after the stem and before the head layer; none on edges.
       smoothing: total variation, or None.
-      weight_bits, act_bits: default widths of the hidden layers, 2 to 32, or None for exact;
-        `model.apply(..., bits=)` overrides them call by call.
+      weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
+        overrides them call by call.
+      act_bits: Default bits of the activations, likewise.
       levels: of the quantizers: "uniform", "pot" or "apot".
       loop: over the layers: "scan" (compiles fast), "unroll", or "auto", which scans more than 8 layers.
       remat: recompute each layer in the backward pass instead of keeping its intermediates.
@@ -301,7 +304,23 @@ def gcn(
 ) -> GraphNetwork:
     """Graph convolutions relu(A x W + b) (Kipf and Welling, 2017) in the frame of this module.
 
-    Args: as for `pde_gcn`; dropout acts on every layer's input too. Activations are unsigned.
+    Activations are unsigned.
+
+    Args:
+      num_classes: Number of classes, at least 1.
+      layers: Depth, at least 1.
+      width: Channels of the hidden fields.
+      dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
+      weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
+        overrides them call by call.
+      act_bits: Default bits of the activations, likewise.
+      levels: Levels of the quantizers: "uniform", "pot" or "apot".
+      loop: How the layers run: "scan" (compiles fast), "unroll", or "auto", which scans more than 8 layers.
+      remat: Recompute each layer in the backward pass instead of keeping its intermediates.
+    Returns:
+      Module with `init(key, graph)` and `apply(variables, graph, ...)`, see `GraphNetwork`.
+    Raises:
+      ValueError: An unknown option, or a number out of range.
     """
     layer = ConvolutionLayer(width=width, levels=levels)
     return _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, remat)
@@ -324,9 +343,22 @@ def gcnii(
     """GCNII (Chen et al., ICML 2020): convolutions with initial residual and identity mapping.
 
     Args:
-      alpha: share of the stem layer's output in every layer, within [0, 1].
+      num_classes: Number of classes, at least 1.
+      layers: Depth, at least 1.
+      width: Channels of the hidden fields.
+      alpha: Share of the stem layer's output in every layer, within [0, 1].
       strength: lambda > 0; layer l weighs its matrix by log(lambda / l + 1).
-      The others as for `gcn`.
+      dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
+      weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
+        overrides them call by call.
+      act_bits: Default bits of the activations, likewise.
+      levels: Levels of the quantizers: "uniform", "pot" or "apot".
+      loop: How the layers run: "scan" (compiles fast), "unroll", or "auto", which scans more than 8 layers.
+      remat: Recompute each layer in the backward pass instead of keeping its intermediates.
+    Returns:
+      Module with `init(key, graph)` and `apply(variables, graph, ...)`, see `GraphNetwork`.
+    Raises:
+      ValueError: An unknown option, or a number out of range.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1]; got {alpha}")
@@ -351,9 +383,24 @@ def gat(
 ) -> GraphNetwork:
     """Graph attention (Velickovic et al., 2018), without dropout on the attention weights, which are exact.
 
+    Activations are signed.
+
     Args:
-      heads: of the attention, a divisor of `width`.
-      The others as for `gcn`. Activations are signed.
+      num_classes: Number of classes, at least 1.
+      layers: Depth, at least 1.
+      width: Channels of the hidden fields.
+      heads: Heads of the attention, a divisor of `width`.
+      dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
+      weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
+        overrides them call by call.
+      act_bits: Default bits of the activations, likewise.
+      levels: Levels of the quantizers: "uniform", "pot" or "apot".
+      loop: How the layers run: "scan" (compiles fast), "unroll", or "auto", which scans more than 8 layers.
+      remat: Recompute each layer in the backward pass instead of keeping its intermediates.
+    Returns:
+      Module with `init(key, graph)` and `apply(variables, graph, ...)`, see `GraphNetwork`.
+    Raises:
+      ValueError: An unknown option, or a number out of range.
     """
     if heads < 1 or width % heads:
         raise ValueError(f"heads (={heads}) must divide width (={width})")
