@@ -16,6 +16,12 @@ if __name__ == "__main__":
     keep_compiled_programs()
     from train.commands.cli import main
 
+    def without_abandoned_writes(found, shown=sys.unraisablehook):
+        """Says nothing of writes that a failed checkpoint left behind: their threads find its event loop closed."""
+        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+            shown(found)
+
+    sys.unraisablehook = without_abandoned_writes
     status = main()
     if status == 1:
         # Where a checkpoint could not be written, threads of orbax wait for many minutes for a folder that will not be.

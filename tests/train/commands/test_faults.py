@@ -47,16 +47,12 @@ Display.step = faulty
 def _run(folder, fault):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "FAULT": fault}
-    command = [sys.executable, "-m", "train", "run", "tiny.py"]
     # A background job of a shell ignores SIGINT, and its children with it: the test is not to depend on that.
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    program = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv = ['train', 'run', 'tiny.py']; runpy.run_module('train', run_name='__main__')"
     )
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
