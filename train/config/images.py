@@ -25,6 +25,9 @@ _LONGEST_NAME = 128
 """Bytes. File systems take 143 to 255, and other names are made of a run's: NAME_W4A4, NAME_sweep."""
 
 
+_RESERVED = ("checkpoints", "report", "tensorboard")
+
+
 @dataclass(frozen=True)
 class Data:
     """The images, and how each training batch is varied."""
@@ -84,6 +87,8 @@ class Variant:
 
     def __post_init__(self):
         check_folder_name("variant", self.name)
+        if self.name in _RESERVED:
+            raise ValueError(f"variant {self.name!r} has the name of a folder that every run has: choose another name")
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ def _load_prepared(config: Data, root: Path, batch_size: int, workers: int) -> I
         raise ValueError(f"data.streamed (=False) needs images of one size, {_FITS:,} bytes at most: leave it out")
     if config.streamed or not fits:
         nothing = Split(np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
-        normalize = Images(nothing, nothing, nothing, classes, mean, std).normalize
-        return Streamed(train, validation, test, config, batch_size, workers, normalize)
+        stored = Images(nothing, nothing, nothing, classes, mean, std)
+        return Streamed(train, validation, test, config, batch_size, workers, stored)
     parts = (Split(*read_all(part, pixels)) for part in (train, validation, test))
     return Resident(Images(*parts, classes, mean, std), batch_size)
 

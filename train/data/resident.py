@@ -1,6 +1,7 @@
 """What training asks of a set of images, and the sets that answer by keeping all of them on the device as bytes."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ class ImageSet(Protocol):
       shape: (height, width, channels) of what the network sees.   num_classes: of the labels.
       count: training images.   chance: validation accuracy of guessing the commonest class.
       normalize: bytes -> the network's input, inside jit.
+      stored: the set itself, for the names of its classes, mean and std.   fingerprint: tells it from any other.
       select: (state, *arguments) -> ((images, labels), key): the batch of the step that the state stands at.
     """
 
@@ -38,6 +40,8 @@ class ImageSet(Protocol):
     count: int
     chance: float
     normalize: Callable
+    stored: Images
+    fingerprint: str
     select: Callable
 
     def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
@@ -86,6 +90,18 @@ class Resident:
     @property
     def normalize(self) -> Callable:
         return self.images.normalize
+
+    @property
+    def stored(self) -> Images:
+        return self.images
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for array in (*self.images.train, *self.images.validation, *self.images.test):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     @property
     def select(self) -> Callable:

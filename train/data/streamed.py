@@ -6,13 +6,14 @@ a resumed run needs no other, and neither threads nor workers nor processes chan
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qpde.datasets import Split
+from qpde.datasets import Images, Split
 from train.config.images import Data
 from train.data.order import epoch_order, select_given
 from train.data.reader import Batches, Central, Pixels, Varied, read_ahead
@@ -29,7 +30,7 @@ class Streamed:
     Attributes:
       train, validation, test: what it reads.   config: of the crops.   batch_size: images a step.
       workers: processes that read; 0 reads in threads of this one.
-      normalize: as `qpde.datasets.Images.normalize`.
+      stored: no images, but the names of the classes, mean and std.
     """
 
     train: Records
@@ -38,7 +39,7 @@ class Streamed:
     config: Data
     batch_size: int
     workers: int
-    normalize: Callable
+    stored: Images
 
     select = staticmethod(select_given)
 
@@ -49,6 +50,16 @@ class Streamed:
     @property
     def num_classes(self) -> int:
         return len(self.train.classes)
+
+    @property
+    def normalize(self) -> Callable:
+        return self.stored.normalize
+
+    @property
+    def fingerprint(self) -> str:
+        # Not of every byte: the set may be larger than what can be read here.
+        described = (self.config.name, len(self.train), self.stored.classes, self.stored.mean, self.stored.std)
+        return hashlib.sha256(repr(described).encode()).hexdigest()
 
     @property
     def count(self) -> int:

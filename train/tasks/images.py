@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
+import qpde
 import qpde.models
 from qpde.bits import Bits
 from qpde.measure.faithfulness import compare, reestimate_statistics
@@ -21,7 +22,9 @@ from train.config.images import Experiment, Loss, Variant
 from train.data.load import load_images
 from train.data.resident import ImageSet, make_prepare, make_vary
 from train.host.console import Display
+from train.host.distributed import is_first
 from train.host.mesh import check_divides, local, make_mesh, put, replicated
+from train.host.provenance import provenance
 from train.loop import Plan, fit
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
@@ -116,13 +119,35 @@ class Training:
           FloatingPointError: the trained network has activations that are not finite.
         """
         try:
-            results = self.evaluate(state)
+            variables = self._as_evaluated(state)
+            results = self.evaluate(state, variables)
         except ValueError as error:
             raise FloatingPointError(
                 f"{self.variant.name}: training went astray and ended with a network that cannot be measured: {error}. "
                 "Try a smaller --optimizer.learning-rate, or a smaller one for the clips (optimizer.rules)"
             ) from error
+        if is_first():
+            self._keep(run.path / self.variant.name, variables)
         return results | _history(run.lines(self.variant.name), int(state.step))
+
+    def _as_evaluated(self, state: TrainState) -> dict[str, Any]:
+        """The variables with the batch statistics of the network's own bits."""
+        return reestimate_statistics(self.model, state.averaged.variables, self.statistics_batches(), self.model.bits)
+
+    def _keep(self, folder: Path, variables: dict[str, Any]) -> None:
+        """Writes the network where `qpde.load` reads it without data."""
+        stored = self.images.stored
+        about = {"variant": self.variant.name, "seed": self.experiment.seed, "data": self.experiment.data.name}
+        qpde.save(
+            folder,
+            self.model,
+            variables,
+            classes=stored.classes,
+            input_shape=self.images.shape,
+            mean=stored.mean,
+            std=stored.std,
+            about=about | {"data_fingerprint": self.images.fingerprint} | provenance(),
+        )
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
@@ -232,11 +257,14 @@ class Training:
             state = self._reestimated(state, self.widths(epoch))
         return put(state, replicated(self.mesh))
 
-    def evaluate(self, state: TrainState) -> dict[str, Any]:
-        """Results on the test images; batch statistics are estimated again, for each precision its own."""
+    def evaluate(self, state: TrainState, variables: dict[str, Any]) -> dict[str, Any]:
+        """Results on the test images; batch statistics are estimated again, for each precision its own.
+
+        Args:
+          state: of the training.   variables: of `_as_evaluated`.
+        """
         model, images, state = self.model, self.images, state.averaged
         statistics = list(self.statistics_batches())
-        variables = reestimate_statistics(model, state.variables, statistics, model.bits)
         results = {"parameters": qpde.models.summary(model, images.shape).parameters}
         results |= _smoothing_of(model, state.variables)
         if model.bits.activations is None:  # there is nothing to be faithful to

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+import qpde
 from qpde.bits import Bits
+from qpde.datasets import load_digits
 from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import COMMANDS, Command, load_recipes, main
@@ -98,6 +101,16 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
         with Checkpoints(run / "checkpoints" / name) as checkpoints:
             assert (checkpoints.last_step, checkpoints.best_step) == (15, best["step"])
         assert result["best_epoch"] == best["epoch"]
+
+    # What was trained loads without the run or its data, and is what was measured.
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run / "plain", moved)
+    digits = load_digits(size=8)
+    loaded = qpde.load(moved)
+    assert loaded.classes == digits.classes
+    assert loaded.about["seed"] == 0
+    right = loaded.predict(digits.test.images) == digits.test.labels
+    assert right.mean() == pytest.approx(whole["plain"]["accuracy"], abs=2e-3)
 
     # The same run, cut off in the second epoch of each variant: five steps an epoch, so at the steps 8 and 16.
     steps, step = [], Display.step
