@@ -99,8 +99,9 @@ def test_without_bits_it_is_the_module_itself_from_the_same_start(name):
     module, x = ZOO[name]
     model = quantized(module, ALL)
     own, variables = (jax.jit(m.init)(jax.random.key(3), x) for m in (module, model))
-    # Two compiled programs may differ in the last digit of the random numbers.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), without_clips(variables["params"]), own["params"])
+    # Two compiled programs may differ in the last digits of the random numbers: of numbers near 1, so absolutely.
+    close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, without_clips(variables["params"]), own["params"])
     expected = module.apply(own, x)
     np.testing.assert_array_equal(model.apply(own, x, bits=Bits()), expected)
     np.testing.assert_array_equal(
