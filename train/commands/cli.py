@@ -23,7 +23,7 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
 from train.config.suggestions import did_you_mean
-from train.data.tfds_records import DataError
+from train.data.records import DataError
 from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
