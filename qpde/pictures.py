@@ -90,7 +90,8 @@ def resized(file: bytes, choose: Callable[[int, int], Box], shape: tuple[int, in
     """Cut a part out of a picture and resize it; it is decoded only as finely as that needs.
 
     Args:
-      file, shape: As for `centre_crop`.
+      file: As for `centre_crop`.
+      shape: As for `centre_crop`.
       choose: (width, height) of the picture as it is seen -> the part.
     Returns:
       uint8 of that shape.

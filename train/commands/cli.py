@@ -15,6 +15,7 @@ from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
 from train.commands.options import filled, parse
+from train.commands.predict import parse_predict
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -186,6 +187,11 @@ COMMANDS = {
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
+    "predict": Command(
+        parse_predict,
+        "predict RUN FILE [FILE ...]",
+        "the classes of pictures",
     ),
     "data": Command(
         parse_data,
