@@ -6,7 +6,6 @@ colours, transparent parts on white, 16 bits of grey with 65535 as white, the fi
 
 import io
 import math
-import warnings
 from collections.abc import Callable
 from os import PathLike, fspath
 from pathlib import Path
@@ -147,9 +146,9 @@ def _pillow() -> Any:
 def _guarded(read: Callable[[], Any]) -> Any:
     """What `read` returns; whatever a decoder raises on a damaged file, as OSError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of large pictures that are still read
-            return read()
+        return read()
+    except _pillow().UnidentifiedImageError:
+        raise OSError("it is no picture that this Pillow reads") from None
     except (OSError, ImportError):
         raise
     except Exception as error:  # SyntaxError, struct.error, ValueError, ...: each of Pillow's formats has its own

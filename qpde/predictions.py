@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -164,8 +164,8 @@ def predict_files(
     files: Sequence[str | os.PathLike[str]],
     *,
     form: str = "table",
-    out: TextIO | None = None,
-    errors: TextIO | None = None,
+    out: Any = None,
+    errors: Any = None,
 ) -> int:
     """Predict the class of every picture, and print a line for each.
 
@@ -173,8 +173,8 @@ def predict_files(
       predictors: By the name that each has in the output; a single one needs none. All take inputs of one shape.
       files: Pictures, and folders, of which all pictures below are taken.
       form: One of `FORMATS`.
-      out: Where the lines go. Default: standard output.
-      errors: Where files that cannot be read are named. Default: standard error.
+      out: Text file where the lines go. Default: standard output.
+      errors: Text file where files that cannot be read are named. Default: standard error.
     Returns:
       The exit status: 0, or 1 if a file could not be read; the others are predicted all the same.
     Raises:
@@ -236,7 +236,7 @@ def _shown(path: Path) -> str:
 class _Writer:
     """Lines of one form; of several networks each has columns of its own, or one cell of a table."""
 
-    def __init__(self, form: str, predictors: Mapping[str, Predictor], files: Sequence[str], out: TextIO):
+    def __init__(self, form: str, predictors: Mapping[str, Predictor], files: Sequence[str], out: Any):
         self._form, self._out = form, out
         (first, *_), self._single = predictors.values(), len(predictors) == 1
         columns = ["class", "probability", "twin", *(["certified"] if first.certified else [])]

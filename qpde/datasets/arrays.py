@@ -1,6 +1,7 @@
 """Your own images as arrays in an npz file."""
 
 import zipfile
+import zlib
 from os import PathLike
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def load_npz(path: str | PathLike[str], *, validation: float = 0.1, test: float 
     path = Path(path)
     arrays = _read(path)
     images, labels = {}, {}
-    for part, names in {"train": ("",), **PARTS}.items():
+    for part, names in [("train", ("",)), *PARTS.items()]:
         x, y = (_find(arrays, path, kinds, names) for kinds in (_IMAGES, _LABELS))
         if (x is None) != (y is None):
             raise ValueError(f"{path} has {x or y} without its {'labels' if x else 'images'}: {sorted(arrays)}")
@@ -61,11 +62,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: give one that numpy.savez wrote")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            with file:
+                return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no file of arrays that numpy.savez wrote: {error}") from error
 
 
