@@ -183,7 +183,7 @@ def test_bad_input_is_one_line_with_status_2(folder, capsys, arguments, message)
 
 
 def test_networks_that_take_no_pictures_or_round_nothing_are_refused_with_the_reason(tmp_path, folder):
-    graph = qpde.models.pde_gcn(num_classes=2, depth=1, width=4)
+    graph = qpde.models.pde_gcn(num_classes=2, layers=1, width=4)
     with pytest.raises(ValueError, match="takes a graph, and pictures are none"):
         Predictor(qpde.TrainedNetwork(graph, {}, ("a", "b")))
     network = qpde.load(folder)
