@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -183,7 +184,7 @@ def course(
             if stopped:
                 break
         if step % plan.steps_per_epoch == 0:
-            line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
+            line = _end_epoch(state, totals, plan, epoch, seconds=partial(_seconds_since, start))
             run.log(**line)
             totals = plan.totals
             final = plan.alike(epoch, plan.epochs)
@@ -231,6 +232,10 @@ def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: i
         seconds=round(time.perf_counter() - start, 3),
     )
     return validation
+
+
+def _seconds_since(start: float) -> float:
+    return time.perf_counter() - start
 
 
 def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:

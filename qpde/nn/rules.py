@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from qpde.bits import LARGEST_BITS, SMALLEST_BITS
 from qpde.models.options import Smoothing
@@ -31,7 +32,7 @@ class LayerQuantizers:
     weights: int | None = None
     activations: int | None = None
     smoothing: Smoothing | None = None
-    levels: str = "uniform"
+    levels: Literal["uniform", "pot", "apot"] = "uniform"
     signed: bool | str = "auto"
     per_channel: bool = False
     standardize: bool = False

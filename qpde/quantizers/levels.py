@@ -54,6 +54,8 @@ def _snap_pot(t, bits):
 
 def _snap_apot(t, bits):
     table, starts, counts = _apot_table()
+    start: Array | float
+    count: Array | float
     if isinstance(bits, int):
         table, start, count = table[starts[bits] :][: counts[bits] + 1], 0, float(counts[bits])
     else:

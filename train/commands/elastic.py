@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
@@ -106,10 +107,11 @@ def _measure(finished: Finished, widths: dict[str, Bits]) -> dict[str, dict[str,
     """`_FIELDS` by widths."""
     rows, count = list(widths.values()), len(widths)
     found = compare_widths(finished, rows * 2, [bits.twin for bits in rows] + [_FULL] * count)
+    accuracy, accuracy_twin = np.asarray(found.accuracy), np.asarray(found.accuracy_reference)
     return {
         text: {
-            "accuracy": float(found.accuracy[i]),
-            "accuracy_twin": float(found.accuracy_reference[i]),
+            "accuracy": float(accuracy[i]),
+            "accuracy_twin": float(accuracy_twin[i]),
             "agreement": float(found.agreement[i]),
             "agreement_full": float(found.agreement[count + i]),
             "kl": float(found.kl[i]),

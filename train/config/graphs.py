@@ -1,7 +1,7 @@
 """What an experiment on a graph is. Files in configs/ define `recipes: dict[str, GraphExperiment]`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -75,6 +75,11 @@ class GraphVariant(Variant):
 @dataclass(frozen=True)
 class GraphExperiment(Comparison):
     """Graph networks, each trained from several seeds, in full precision and in few bits."""
+
+    if TYPE_CHECKING:  # what `Comparison` does with these variants
+
+        @property
+        def chosen(self) -> tuple[GraphVariant, ...]: ...
 
     variants: tyro.conf.Fixed[tuple[GraphVariant, ...]]
     data: GraphData = field(default_factory=GraphData)

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -33,6 +33,8 @@ _START, _LOCK, _PART = "start.json", ".lock", ".part"
 
 _BEGUN = {_LOCK, CONFIG + _PART, _START, _START + _PART}
 """What there is of a run before it has a config.json."""
+
+AnyExperiment = TypeVar("AnyExperiment", bound=Experiment | GraphExperiment)
 
 
 class RunDirectory:
@@ -120,9 +122,7 @@ def open_run(
     return RunDirectory(Path(folder), locks, changes, board if is_first() else None)
 
 
-def unfinished(
-    runs_dir: Path, experiments: Sequence[Experiment | GraphExperiment], *, advice: str
-) -> list[Experiment | GraphExperiment]:
+def unfinished(runs_dir: Path, experiments: Sequence[AnyExperiment], *, advice: str) -> list[AnyExperiment]:
     """Those of the experiments that have no finished run in their folders yet.
 
     Args:
@@ -299,8 +299,9 @@ def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[
     with contextlib.suppress(OSError, RecursionError, ValueError):
         recorded = json.loads((path / _START).read_text())
     now = _states_of_start(experiment) if isinstance(recorded, dict) and recorded else {}
+    start = getattr(experiment, "start_from", None)
     return {
-        f"state of {name} in {experiment.start_from}": (recorded[name], now[name])
+        f"state of {name} in {start}": (recorded[name], now[name])
         for name in now
         if name in recorded and recorded[name] != now[name]
     }
@@ -308,9 +309,10 @@ def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[
 
 def _states_of_start(experiment: Experiment | GraphExperiment) -> dict[str, str]:
     """By variant, what tells the state that it starts from; nothing where it starts anew."""
-    if getattr(experiment, "start_from", None) is None:
+    start = getattr(experiment, "start_from", None)
+    if start is None:
         return {}
-    folder = Path(experiment.start_from) / CHECKPOINTS
+    folder = Path(start) / CHECKPOINTS
     found = {variant.name: best_identity(folder / variant.name) for variant in experiment.chosen}
     return {name: identity for name, identity in found.items() if identity is not None}
 

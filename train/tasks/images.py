@@ -5,7 +5,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +72,8 @@ class Training:
     experiment: Experiment
     variant: Variant
     images: ImageSet
-    model: nn.Module
-    exact: nn.Module
+    model: Any
+    exact: Any
     optimizer: optax.GradientTransformation
     start: Start | None
     mesh: Mesh
@@ -278,7 +277,7 @@ class Training:
             twin=state.twin_variables,
             statistics_batches=statistics,
         ).as_dict()
-        if self.experiment.calibration is None:
+        if self.experiment.calibration is None or self.start is None:
             return results
         start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
         return results | self._beside_start(variables, start)
@@ -309,8 +308,8 @@ class Training:
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
             ((x, _),) = self.training_batches(limit=1)
-            options = {"method": experiment.clip_start, "strength": self.strength(1)}
-            variables = jax.jit(partial(_first_variables, self.model, **options))(init_key, x)
+            first = partial(_first_variables, self.model, method=experiment.clip_start, strength=self.strength(1))
+            variables = jax.jit(first)(init_key, x)
         else:
             variables = with_strength(self.start.variables, self.strength(1))
             variables = self._started(dataclasses.replace(self.start, variables=variables))
@@ -340,6 +339,7 @@ class Training:
 
     def _quantized(self, start: Start) -> dict[str, Any]:
         """The full-precision start's variables, quantized after training."""
+        assert self.experiment.calibration is not None, "asked for by the caller"
         options = dataclasses.asdict(self.experiment.calibration)
         batches = [x for x, _ in self.training_batches(limit=-(-options.pop("images") // self.experiment.batch_size))]
         options["per_channel"] = self.experiment.model_of(self.variant).per_channel
@@ -368,7 +368,7 @@ class Training:
             yield vary(key, jnp.asarray(x)), jnp.asarray(labels, jnp.int32)
 
 
-def _first_variables(model: nn.Module, key, x, *, method: str, strength: float | None = None) -> dict[str, Any]:
+def _first_variables(model: Any, key, x, *, method: str, strength: float | None = None) -> dict[str, Any]:
     variables = with_strength(model.init(key, x), strength)
     if model.bits == Bits(None, None):
         return variables
@@ -383,7 +383,7 @@ def _at_strength(state: TrainState, strength: float | None) -> TrainState:
     return state.replace(model_state=with_strength(state.model_state, strength), averages=averages)
 
 
-def _smoothing_of(model: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:
+def _smoothing_of(model: Any, variables: dict[str, Any]) -> dict[str, Any]:
     """The learned or scheduled gamma2 by block, None where a block does not smooth, and the mean of the others."""
     if all(block.smoothing is None for block in model.blocks):
         return {}

@@ -15,7 +15,10 @@ from train.config.images import Experiment
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
-_PREPARE = {Experiment: train.tasks.images.prepare, GraphExperiment: train.tasks.nodes.prepare}
+_PREPARE: dict[type, Callable[..., tuple[Any, Any]]] = {
+    Experiment: train.tasks.images.prepare,
+    GraphExperiment: train.tasks.nodes.prepare,
+}
 
 
 def prepare_job(

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def prepare_fleet(cells: Sequence[Experiment], *, data_dir: Path | None, runs_di
         with contextlib.ExitStack() as held:
             for run in runs:
                 held.enter_context(run)
-            results = [{} for _ in cells]
+            results: list[dict[str, Any]] = [{} for _ in cells]
             for variant in prepared[0][0]:
                 members = [trainings[variant] for trainings, _ in prepared]
                 for own, member, run, state in zip(
@@ -94,8 +95,8 @@ class Together:
         self.program = program
 
     def __call__(self, requests: list[Request]) -> list[tuple]:
-        states, totals, bits, batches = zip(*requests, strict=True)
-        bits = [jax.tree.map(np.int32, own) for own in bits]
+        states, totals, widths, batches = zip(*requests, strict=True)
+        bits = [jax.tree.map(np.int32, own) for own in widths]
         # What all take from the same place, such as all images, is not copied for each.
         parts = list(zip(*batches, strict=True))
         is_shared = tuple(all(own is part[0] for own in part) for part in parts)
