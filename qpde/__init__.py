@@ -5,6 +5,8 @@ Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` and `norms
 compares, `certify` proves, `plots` shows; `datasets` reads real data; `testing` checks what users write.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from qpde import (
     certify,
     datasets,
@@ -25,11 +27,17 @@ from qpde.models.protocol import QuantizedNetwork
 from qpde.nn import Rule, optimizer_labels, project, quantized
 from qpde.trained import TrainedNetwork, load, save
 
+try:
+    __version__ = version("qpde")  # of setup.cfg, by way of what was installed
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "Bits",
     "QuantizedNetwork",
     "Rule",
     "TrainedNetwork",
+    "__version__",
     "certify",
     "datasets",
     "graphs",

@@ -31,6 +31,7 @@ from qpde.models.layers import Mode, Observe
 from qpde.models.options import LIPSCHITZ_TARGET, Smoothing
 from qpde.nn.rounding import rounded_input, rounded_kernel, smoothed
 from qpde.nn.rules import LayerQuantizers
+from qpde.quantizers import Levels
 
 __all__ = [
     "GradientStep",
@@ -61,7 +62,7 @@ class QuantLayer(nn.Module, kw_only=True):
     weights: int | None = None
     activations: int | None = None
     signed: bool = True
-    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    levels: Levels = "uniform"
     per_channel: bool = False
     standardize: bool = False
     smoothing: Smoothing | None = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from qpde.models import GraphSmoothing
+from qpde.quantizers import Levels
 from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
 
 
@@ -58,7 +59,7 @@ class GraphModel:
     """Start of pde_gcn's K."""
     smoothing: tyro.conf.AvoidSubcommands[GraphSmoothing | None] = None
     """Total-variation smoothing of pde_gcn's states."""
-    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    levels: Levels = "uniform"
     """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
