@@ -15,6 +15,7 @@ from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
 from train.commands.options import filled, parse
+from train.commands.paper import Paper, prepare_paper
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -186,6 +187,11 @@ COMMANDS = {
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
+    "paper": Command(
+        command_of("paper", Paper, prepare_paper),
+        "paper --minutes 60 --data-dir FOLDER",
+        "the paper's experiments, as far as time reaches",
     ),
     "data": Command(
         parse_data,
