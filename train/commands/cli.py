@@ -16,6 +16,7 @@ from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
 from train.commands.options import filled, parse
 from train.commands.paper import Paper, prepare_paper
+from train.commands.predict import parse_predict
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -24,7 +25,7 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
 from train.config.suggestions import did_you_mean
-from train.data.tfds_records import DataError
+from train.data.records import DataError
 from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
@@ -187,6 +188,11 @@ COMMANDS = {
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
+    "predict": Command(
+        parse_predict,
+        "predict RUN FILE [FILE ...]",
+        "the classes of pictures",
     ),
     "paper": Command(
         command_of("paper", Paper, prepare_paper),

@@ -155,6 +155,7 @@ class Training:
             input_shape=self.images.shape,
             mean=stored.mean,
             std=stored.std,
+            centre=stored.centre,
             about=about | {"data_fingerprint": self.fingerprint} | provenance(),
         )
 
