@@ -19,7 +19,7 @@ FULL = "full"
 """Name of the part of a run that is in full precision; the others are named like "W4A8"."""
 
 # Columns of the table: heading, key in the results, factor, format of the mean, and of the deviation if it is shown.
-_COLUMNS = (
+_COLUMNS: tuple[tuple[str, str, *tuple[Any, ...]], ...] = (
     ("accuracy", "accuracy", 100, "{:.1f}", "±{:.1f}"),
     ("its twin's", "accuracy_twin", 100, "{:.1f}", "±{:.1f}"),
     ("agreement", "agreement", 100, "{:.1f}", "±{:.1f}"),
@@ -122,5 +122,5 @@ def _table(experiment: GraphExperiment, results: dict[str, dict[str, Any]]) -> T
 def _cell(values: Sequence[float] | None, factor: float, mean: str, deviation: str) -> str:
     if values is None:
         return "-"
-    values = factor * np.asarray(values)
-    return mean.format(values.mean()) + (deviation.format(values.std(ddof=1)) if len(values) > 1 else "")
+    scaled = factor * np.asarray(values)
+    return mean.format(scaled.mean()) + (deviation.format(scaled.std(ddof=1)) if len(scaled) > 1 else "")
