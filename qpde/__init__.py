@@ -6,6 +6,7 @@ compares, `certify` proves, `plots` shows; `datasets` reads real data; `testing`
 """
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
     from qpde.nn import Rule, optimizer_labels, project, quantized
     from qpde.trained import TrainedNetwork, load, save
 
+try:
+    __version__ = version("qpde")  # of setup.cfg, by way of what was installed
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "Bits",
     "QuantizedNetwork",
     "Rule",
     "TrainedNetwork",
+    "__version__",
     "certify",
     "datasets",
     "graphs",

@@ -238,7 +238,11 @@ def load(folder: str | Path) -> TrainedNetwork:
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """SHA-256 of the weights of a network's folder as its description says, or None where there is no such network."""
+    """SHA-256 of the weights of a trained network, or None where there is no network.
+
+    Args:
+      folder: Folder that `save` wrote. The digest is the one that its description holds.
+    """
     try:
         found = json.loads((Path(folder) / DESCRIPTION).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -274,6 +274,12 @@ class Calibration:
 @dataclass(frozen=True)
 class Comparison:
     """What every kind of experiment has: variants of one `model`, trained alike and compared."""
+
+    if TYPE_CHECKING:  # not a field of this class, which would come before those without defaults
+
+        @property
+        def model(self) -> Any:
+            """The network, a dataclass of options."""
 
     name: str
     """The run lives in the folder of this name."""
