@@ -46,8 +46,8 @@ from jaxtyping import Array, Float
 from qpde.checks import known_value, scalar, whole_number
 
 __all__ = [
-    "KINDS",
-    "Kind",
+    "ENERGIES",
+    "Energy",
     "divergence",
     "gradient",
     "implicit_step",
