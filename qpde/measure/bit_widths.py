@@ -18,7 +18,6 @@ from jaxtyping import Float
 from qpde.bits import Bits, stack_bits
 from qpde.measure.batches import Batch, mean_over
 from qpde.measure.faithfulness import logit_difference, reestimate_statistics
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["BitsComparison", "Elastic", "compare_bits"]
 
@@ -51,7 +50,7 @@ class Elastic:
       model: a network of `qpde.models`.
     """
 
-    model: QuantizedNetwork
+    model: Any
 
     def apply(self, variables: Any, x: Any, *, bits: Bits, **options: Any) -> Any:
         """`model.apply` at each width.
@@ -96,7 +95,7 @@ class Elastic:
 
 
 def compare_bits(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Any,
     batches: Iterable[Batch],
     bits: Sequence[Bits],

@@ -20,7 +20,6 @@ from qpde.measure.batches import Batch, read_batches
 from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["Distribution", "distributions"]
 
@@ -68,7 +67,7 @@ class Distribution:
 
 
 def distributions(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Batch],
     bits: Bits,

@@ -17,7 +17,6 @@ from flax.core import unfreeze
 from jaxtyping import Array, Float
 
 from qpde.measure.batches import Batch, mean_over, read_batches
-from qpde.models.protocol import QuantizedNetwork
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ class Faithfulness:
 
 
 def compare(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Any,
     batches: Iterable[Batch],
     bits: Any,

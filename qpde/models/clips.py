@@ -15,13 +15,12 @@ from flax.core import unfreeze
 
 from qpde import quantizers
 from qpde.bits import Bits
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
 
 
 def calibrate_clips(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     x: Any,
     *,
@@ -75,7 +74,7 @@ def _fitting_clips(model, variables, x, bits, *, method, train):
     return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=mutable)[1]["observed"]
 
 
-def converge_norms(model: QuantizedNetwork, variables: Mapping[str, Any], x: Any, *, bits: Bits | None = None) -> dict:
+def converge_norms(model: Any, variables: Mapping[str, Any], x: Any, *, bits: Bits | None = None) -> dict:
     """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
 
     In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from qpde.models.protocol import QuantizedNetwork
 from train.steps.paths import path_name
 
 SMALLEST_CLIP = 1e-3
@@ -67,7 +66,7 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 
 
 def make_explain(
-    model: QuantizedNetwork,
+    model: Any,
     loss: Callable[..., tuple[Array, Any]],
     inputs: Callable[..., Array],
     draw: Callable[..., Any],

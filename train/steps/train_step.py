@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from qpde.bits import Bits
-from qpde.models.protocol import QuantizedNetwork
 from train.config.images import Loss
 from train.host.mesh import batch_sharding, replicated
 from train.steps import twin_clips
@@ -23,7 +22,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(
-    model: QuantizedNetwork, config: Loss
+    model: Any, config: Loss
 ) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
     """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
@@ -162,7 +161,7 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
     return whole if parts == 1 else in_parts
 
 
-def make_evaluate(model: QuantizedNetwork, normalize) -> Callable[..., dict[str, float]]:
+def make_evaluate(model: Any, normalize) -> Callable[..., dict[str, float]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
     The bits are traced; None takes the model's own.

@@ -131,12 +131,12 @@ def test_the_numbers_are_those_of_the_run(shown):
     for result in results.values():
         assert f"{result['accuracy']:.2%}" in text
         assert f"{result['parameters']:,}" in text
-    found, own = measured["symmetric"].by_width[4], results["symmetric"]
+    found, own = measured["symmetric"].by_bits[4], results["symmetric"]
     assert found.samples == own["samples"] == 320
     # One image's weight: statistics of traced and of static widths differ by rounding.
     assert found.accuracy == pytest.approx(own["accuracy"], abs=1.01 / 320)
     np.testing.assert_allclose(found.layer_error, own["layer_error"], rtol=0.02)
-    assert measured["symmetric"].by_width[2].mean_relative_layer_error > found.mean_relative_layer_error
+    assert measured["symmetric"].by_bits[2].mean_relative_layer_error > found.mean_relative_layer_error
 
 
 def test_what_is_measured_is_true_to_its_name(shown):
@@ -160,7 +160,7 @@ def test_what_is_measured_is_true_to_its_name(shown):
 
 def test_a_full_precision_network_has_no_twin_and_still_a_place(shown):
     plain = shown[1]["full_plain"]
-    assert (plain.by_width, plain.inputs, plain.maps, plain.certified) == ({}, [], None, {})
+    assert (plain.by_bits, plain.inputs, plain.maps, plain.certified) == ({}, [], None, {})
     assert plain.cost.weight_bytes == 4 * plain.cost.parameters
 
 
