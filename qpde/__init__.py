@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from qpde.bits import Bits
     from qpde.models.protocol import QuantizedNetwork
-    from qpde.nn import Rule, optimizer_labels, project, quantized
+    from qpde.nn import Rule, optimizer_labels, project
+    from qpde.nn.quantized import quantized
     from qpde.trained import TrainedNetwork, load, save
 
 try:
