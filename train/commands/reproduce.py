@@ -32,7 +32,7 @@ _COMPARED = {METRICS: read_lines, SUMMARY: read_results}
 class Reproduce:
     """Repeat a finished run from its saved configuration and say whether the result is identical.
 
-    The repetition goes to REPLAYS_DIR/NAME, and is taken up again there if it is interrupted. Metrics, results and
+    The repetition goes to INTO/NAME, and is taken up again there if it is interrupted. Metrics, results and
     the best parameters are compared bit by bit; only the times may differ. Exit status 1 says that they differ.
     """
 
@@ -55,6 +55,8 @@ def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:
     """
     for read in _COMPARED.values():
         read(options.run)
+    for folder in _state_folders(options.run):
+        read_best(options.run / folder)  # a damaged one is found before hours of training, not after
     experiment = read_experiment(options.run)
     for what, (then, now) in start_changes(options.run, experiment).items():
         raise ValueError(f"{options.run} cannot be repeated: {what} was {then!r} then and is {now!r} now")
@@ -85,13 +87,17 @@ def differences(run: Path, other: Path) -> Iterator[str]:
     for file, read in _COMPARED.items():
         mine, theirs = (_without_clock(read(folder)) for folder in (run, other))
         yield from (f"{file}{place}: {a} and {b}" for place, a, b in _unequal(mine, theirs))
-    folders = {path.parent.parent.relative_to(run) for path in (run / CHECKPOINTS).rglob("_CHECKPOINT_METADATA")}
-    for folder in sorted(path for path in folders if (run / path).is_dir()):
+    for folder in _state_folders(run):
         states = [jax.tree.leaves_with_path(read_best(root / folder)) for root in (run, other)]
         for (path, a), (_, b) in zip(*states, strict=True):
             if not np.array_equal(a, b, equal_nan=True):
                 largest = np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
                 yield f"{folder} {jax.tree_util.keystr(path)}: by up to {largest:.3g}"
+
+
+def _state_folders(run: Path) -> list[Path]:
+    """Folders of states in a run, relative to it."""
+    return sorted({path.parent.parent.relative_to(run) for path in (run / CHECKPOINTS).rglob("_CHECKPOINT_METADATA")})
 
 
 def _without_clock(value: Any) -> Any:
