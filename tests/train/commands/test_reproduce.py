@@ -66,10 +66,9 @@ def test_what_cannot_be_reproduced_is_refused(finished, capsys, arguments, messa
     assert message in capsys.readouterr().err
 
 
-def test_a_damaged_state_is_found_before_the_repetition_begins(finished, capsys):
-    files = [path for path in (finished / "checkpoints").rglob("d/*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1])
+def test_a_damaged_network_is_found_before_the_repetition_begins(finished, capsys):
+    (weights,) = finished.rglob("weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
     assert main(["reproduce", str(finished)]) == 2
-    assert "is damaged" in capsys.readouterr().err
+    assert "was cut short or altered" in capsys.readouterr().err
     assert not Path("reproduced").exists()
