@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with status 2, and whose help fits a plain terminal."""
 
     def __init__(self, **options: Any):
-        super().__init__(**{**options, "formatter_class": _Help, "allow_abbrev": False})
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end."""

@@ -40,6 +40,6 @@ def _random_box(size: tuple[int, int], rng: np.random.Generator, smallest_area: 
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(0, width - w, endpoint=True), rng.integers(0, height - h, endpoint=True)
             return float(left), float(top), float(left + w), float(top + h)
-    whole_w, whole_h = min(width, height * _LARGEST_ASPECT), min(height, width * _LARGEST_ASPECT)
-    x, y = (width - whole_w) / 2, (height - whole_h) / 2
-    return x, y, x + whole_w, y + whole_h
+    most_w, most_h = min(width, height * _LARGEST_ASPECT), min(height, width * _LARGEST_ASPECT)
+    x, y = (width - most_w) / 2, (height - most_h) / 2
+    return x, y, x + most_w, y + most_h

@@ -135,7 +135,8 @@ def _begin_worker(index: int, count: int) -> None:
     """A worker leaves Ctrl-C to the process that started it, and ends when that one ends, however it does."""
 
     def end_with_parent():
-        if parent := multiprocessing.parent_process():
+        parent = multiprocessing.parent_process()
+        if parent is not None:
             parent.join()
         os._exit(0)
 
