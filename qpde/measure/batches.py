@@ -26,7 +26,7 @@ def read_batches(batches: Iterable[Batch], variables: Mapping[str, Any]) -> Iter
 
     Args:
       batches: images or graphs, alone or in pairs with labels.
-      variables: of the network that they are for, which tell the number of channels.
+      variables: Variables of the network that they are for, which tell the number of channels.
     Yields:
       Images or graph, and labels or None, of one batch after the other.
     Raises:
@@ -50,7 +50,7 @@ def mean_over(
 
     Args:
       batches: read once.
-      variables: of the network.
+      variables: Variables of the network.
       measure: (x, index of the batch) -> numbers by name, (N, ...) each, and the number of classes. Two of them,
         "prediction" and "prediction_q", are the classes that the networks choose, (N,), or (N, H, W) pixel by pixel,
         with one axis more where there are several pairs of networks.

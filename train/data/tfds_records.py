@@ -61,9 +61,11 @@ def find_builder(name: str, root: Path, **options: Any) -> Any:
     """tensorflow-datasets' builder of a set.
 
     Args:
-      name, root: as for `open_records`.   options: more arguments of `tfds.builder`.
+      name, root: as for `open_records`.
+      options: more arguments of `tfds.builder`.
     Raises:
-      ValueError: there is no such set.   ImportError: tensorflow-datasets is missing.
+      ValueError: there is no such set.
+      ImportError: tensorflow-datasets is missing.
     """
     tfds = _tfds()
     try:

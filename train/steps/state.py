@@ -61,7 +61,8 @@ def create_state(
     """The state before the first step.
 
     Args:
-      variables: of `model.init`, perhaps with the twin's clips.   optimizer, key: of the run.
+      variables: Variables of `model.init`, perhaps with the twin's clips.
+      optimizer, key: of the run.
       averaging: keep moving averages.
     """
     # Copies, because the twin's clips start as the network's own and the step donates each leaf.
