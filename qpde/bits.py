@@ -23,8 +23,8 @@ class Bits(NamedTuple):
     clips and does not round, which makes the `twin` of a network.
 
     Attributes:
-      weights: of the convolution kernels inside blocks: None, scalar or (blocks,).
-      activations: of the feature maps inside blocks: None, scalar or (blocks,).
+      weights: Bits of the convolution kernels inside blocks: None, scalar or (blocks,).
+      activations: Bits of the feature maps inside blocks: None, scalar or (blocks,).
     """
 
     weights: Any = None

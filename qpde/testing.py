@@ -140,7 +140,7 @@ def check_maximum_principle(
       shape: (N, H, W, C), or (..., H, W, C).
       trials: Images to try.
       seed: Seed of the random numbers.
-      tolerance: Of rounding, relative to the largest |x|.
+      tolerance: Error of rounding, relative to the largest |x|.
       scale: Size of the numbers in x. Where the step has a scale of its own, such as eps, try some around it.
     Raises:
       AssertionError: naming the value and the range.
@@ -252,7 +252,7 @@ def check_straight_through(
       low: Lower end of the range.
       high: Upper end.
       count: Points to try, from one range below `low` to one above `high`.
-      tolerance: Of rounding, relative to the range.
+      tolerance: Error of rounding, relative to the range.
     Raises:
       AssertionError: naming the point.
     """

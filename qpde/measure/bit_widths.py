@@ -60,7 +60,7 @@ class Elastic:
           variables: {"params", and other collections with a leading axis for the widths}.
           x: as for the network.
           bits: Bits of `stack_bits`.
-          options: of the network.
+          options: Options of the network.
         Returns:
           What the network returns, with a leading axis for the widths.
         """

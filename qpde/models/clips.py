@@ -34,8 +34,8 @@ def calibrate_clips(
       model: A network, see `qpde.models.QuantizedNetwork`.
       variables: Its collections. One of `qpde.quantized` takes those of the module itself too.
       x: (N, ...) inputs such as images, a few hundred are enough, or a graph.
-      method: Method of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
-        percentile at 4; the clips that a network is made with fit no graph.
+      method: Method of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the
+        99.9th percentile at 4; the clips that a network is made with fit no graph.
       bits: Widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
         widths have clips of their own, those of each are found at that width, whatever the number given.
       train: Normalise by the batch's statistics; for an image net whose running ones are still the starting values.

@@ -28,7 +28,7 @@ def open_records(name: str, part: str, root: Path) -> Records:
     Args:
       name: `PREFIX` and what `tfds.builder` takes, such as "tfds/cifar100" or "tfds/cifar10_corrupted/fog_3".
       part: "train", or "test" for the images to test on.
-      root: of the data; the set lies in its folder `FOLDER`.
+      root: Root of the data; the set lies in its folder `FOLDER`.
     Raises:
       ValueError: there is no such set or no such part of it, or its records are no labelled images; a file holds
         another number of records than it should.

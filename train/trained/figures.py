@@ -33,7 +33,7 @@ class Maps:
       blocks: counted from 1.
       rows: by what was done to them, maps (H, W).
       errors: relative rounding error of all channels and some images, without and with smoothing, by block.
-      spread: of the first and last of them, before and after smoothing, the histogram of all values / clip.
+      spread: Histograms of the first and last of them, before and after smoothing, the histogram of all values / clip.
       smoothing: what was applied, its gamma2 the mean of the blocks.
       is_own: whether the network itself has it.
     """

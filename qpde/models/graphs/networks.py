@@ -243,7 +243,7 @@ def pde_gcn(
       gradient_kind: "normalized" (|G|^2 <= 2) or "gcn" (<= 1, as published), see `qpde.graphs.gradient`.
       rounding: "branch": the state is kept exact and rounded where it enters f; "state": it is rounded itself, as
         published, and the error grows with depth. The edges' activations are rounded in either case.
-      kernel_init: of K: "identity" or "orthogonal" (random).
+      kernel_init: Start of K: "identity" or "orthogonal" (random).
       dropout: rate, 0 <= rate < 1, before and after the stem and before the head layer; none on edges.
       smoothing: total variation, or None.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`

@@ -428,7 +428,8 @@ class Network(nn.Module):
           observe: sees what every quantizer rounds, chooses its clip for this call, and records anything, which is
             sown into the collection "observed", each block's like its parameters: lists of records in place of
             `weight_clips` and `act_clips`. See `qpde.models.layers.Observe`.
-          power_iterations: Power iterations of every spectral norm, from the carried vector on, which moves when "spectral" is mutable.
+          power_iterations: Power iterations of every spectral norm, from the carried vector on. The vector moves where
+            "spectral" is mutable.
         Returns:
           logits (N, num_classes), or (logits, tuple of states).
         Raises:
