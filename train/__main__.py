@@ -17,7 +17,7 @@ if __name__ == "__main__":
     from train.commands.cli import main
 
     def without_abandoned_writes(found, shown=sys.unraisablehook):
-        """Says nothing of writes that a failed checkpoint left behind: their threads find its event loop closed."""
+        """Say nothing of writes that a failed checkpoint left behind: their threads find its event loop closed."""
         if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
             shown(found)
 

@@ -26,18 +26,23 @@ __all__ = ["Distribution", "distributions"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distribution:
-    """Of the values x that one quantizer of activations is about to round, over a data set.
+    """Distribution of the values x that one quantizer of activations is about to round, over a data set.
 
     Attributes:
-      block, index: of the quantizer; index 0 of a block rounds the block's input.
-      bits, clip, signed: of the quantizer: its range is [0, clip], or [-clip, clip] if signed.
-      count: of values.
-      mean, std: of all of them, std with the divisor N.
-      kurtosis: mean of (x - mean)^4 / std^4: 3 for a normal distribution, more with outliers, 0 where x is constant.
-      outliers: share of the values further from the mean than `deviations` std, up to a bin of the histogram.
-      saturated: share of the values outside the range, which the clip changes.
-      level_shares: share of the values at each level in use, ascending; zero is a level like others.
-      edges, counts: a histogram, with a bin from edges[k] to edges[k + 1]; exact zeros are in the bin that ends at 0.
+      block: Number of the quantizer's block.
+      index: Number of the quantizer in its block; 0 rounds the block's input.
+      bits: Bits of the quantizer.
+      clip: End of its range, which is [0, clip], or [-clip, clip] if signed.
+      signed: Whether the quantizer is signed.
+      count: Number of values.
+      mean: Mean of all values.
+      std: Standard deviation of all values, with the divisor N.
+      kurtosis: Mean of (x - mean)^4 / std^4: 3 for a normal distribution, more with outliers, 0 where x is constant.
+      outliers: Share of the values further from the mean than `deviations` std, up to a bin of the histogram.
+      saturated: Share of the values outside the range, which the clip changes.
+      level_shares: Share of the values at each level in use, ascending; zero is a level like others.
+      edges: Edges of a histogram. Exact zeros are in the bin that ends at 0.
+      counts: Values in each bin, from edges[k] to edges[k + 1].
     """
 
     block: int
@@ -79,7 +84,7 @@ def distributions(
     Activations are those of the quantized network. The batches are read once; memory does not grow with their number.
 
     Args:
-      model: of `qpde.models` or `qpde.quantized`.
+      model: Network of `qpde.models` or `qpde.quantized`.
       variables: its collections.
       batches: inputs, images (N, H, W, C) or graphs, or pairs of these and labels, which are not used. Equally long
         ones compile once.

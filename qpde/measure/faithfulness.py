@@ -27,7 +27,8 @@ class Faithfulness:
 
     Attributes:
       samples: number of inputs: images, or nodes. Shares of a segmentation network's predictions are of pixels.
-      accuracy, accuracy_twin: of the quantized network and of the twin; None without labels.
+      accuracy: Accuracy of the quantized network, or None without labels.
+      accuracy_twin: Accuracy of the twin, or None without labels.
       agreement: fraction of inputs with the same argmax.
       margin: mean gap between the two largest of z, the yardstick for the logits' error.
       kl: mean Kullback-Leibler divergence of the quantized network's softmax from the twin's, in nats.
@@ -86,7 +87,7 @@ def compare(
     Args:
       model: `apply(variables, x, train=False, return_states=True, bits=...) -> (logits, states)` with logits
         (N, classes) and a tuple of block outputs (N, ...), as every model of `qpde.models`; N counts images or nodes.
-      variables: of the quantized network.
+      variables: Variables of the quantized network.
       batches: images (N, H, W, C) float32, or pairs of these and integer labels (N,) in 0 .. classes - 1; read
         once. Or a `jraph.GraphsTuple`, or pairs of one and labels of its nodes, -1 where a node does not count: the
         labels of one split make it the set that is measured. A segmentation network, whose logits are

@@ -74,8 +74,8 @@ def along_depth_figure(
       curves: by network, a number for each block.
       path: File to write, its format by its ending (.png, .svg, .pdf). None writes none.
       stages: Number of blocks in each stage, to mark where a stage ends.
-      heading: of the panel.
-      unit: of the numbers.
+      heading: Heading of the panel.
+      unit: Unit of the numbers.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.

@@ -116,7 +116,7 @@ def spectrum_figure(
     Args:
       spectra: by network, by block (counted from 1), eigenvalues in any order.
       path: file to write, its format by its ending; None writes none.
-      heading: of the panel.
+      heading: Heading of the panel.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
@@ -158,7 +158,7 @@ def bound_figure(
     Args:
       points: by network, errors and their bounds, equally many; what is 0 is left out.
       path: file to write, its format by its ending; None writes none.
-      heading: of the panel.
+      heading: Heading of the panel.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.

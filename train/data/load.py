@@ -31,7 +31,8 @@ def load_images(config: Data, data_dir: Path | None, *, batch_size: int, workers
     Args:
       config: which one.
       data_dir: root of the data; None takes the environment's QPDE_DATA_DIR.
-      batch_size: images a step.   workers: processes that read, where images are read during training.
+      batch_size: images a step.
+      workers: processes that read, where images are read during training.
     Raises:
       ValueError: no folder is given for a set that lies in files, or no such set, or its parts do not fit together;
         own images of which some cannot be read.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def keep_compiled_programs() -> Path | None:
-    """Tells JAX to keep them in the user's cache folder.
+    """Tell JAX to keep them in the user's cache folder.
 
     Returns:
       The folder; None where nothing was changed: JAX was told a folder or not to, or this one cannot be written.

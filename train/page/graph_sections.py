@@ -16,7 +16,9 @@ def sections(experiment: GraphExperiment, results: Mapping[str, dict[str, Any]],
     """Heading and HTML of every section; the figures are written to the folder, one for networks of each depth.
 
     Args:
-      experiment: the run's.   results: by variant, of its summary.json.   folder: for the figures.
+      experiment: the run's.
+      results: by variant, of its summary.json.
+      folder: for the figures.
     """
     parts = [name_of(bits) for bits in experiment.bits]
     by_depth: dict[int, dict[str, dict[str, Any]]] = {}

@@ -70,7 +70,9 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: str
     """The whole document.
 
     Args:
-      title, footer: plain text.   lead: HTML.   sections: heading in plain text, and HTML.
+      title, footer: plain text.
+      lead: HTML.
+      sections: heading in plain text, and HTML.
     """
     headings = [(f"part{i}", escape(heading)) for i, (heading, _) in enumerate(sections, 1)]
     contents = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading in headings)
@@ -87,7 +89,8 @@ def figure(pictures: Sequence[tuple[Path, str]], caption: str) -> str:
     """PNG files side by side where there is room.
 
     Args:
-      pictures: file, and in plain text what it shows, for who cannot see it.   caption: HTML, how to read it.
+      pictures: file, and in plain text what it shows, for who cannot see it.
+      caption: HTML, how to read it.
     """
     images = "\n".join(
         f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{escape(alt)}">'

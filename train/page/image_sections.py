@@ -35,7 +35,8 @@ def sections(
     """Heading and HTML of every section that applies; the figures are written to the folder.
 
     Args:
-      experiment: of the first run.   results, measured: by network, of its run's summary.json and measured now.
+      experiment: Experiment of the first run.
+      results, measured: by network, of its run's summary.json and measured now.
       folder: for the figures.
     """
     low = {name: m for name, m in measured.items() if m.by_bits}

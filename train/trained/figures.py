@@ -33,8 +33,9 @@ class Maps:
       blocks: counted from 1.
       rows: by what was done to them, maps (H, W).
       errors: relative rounding error of all channels and some images, without and with smoothing, by block.
-      spread: of the first and last of them, before and after smoothing, the histogram of all values / clip.
-      smoothing: what was applied, its gamma2 the mean of the blocks.   is_own: whether the network itself has it.
+      spread: Histograms of the first and last of them, before and after smoothing, the histogram of all values / clip.
+      smoothing: what was applied, its gamma2 the mean of the blocks.
+      is_own: whether the network itself has it.
     """
 
     blocks: list[int]
@@ -50,7 +51,8 @@ class Measured:
     """All of it; what needs quantized activations is empty without them.
 
     Attributes:
-      cost: of `qpde.models.summary`.   stages: blocks in each.
+      cost: Cost of `qpde.models.summary`.
+      stages: blocks in each.
       by_bits: faithfulness by bits of the activations.
       inputs: of every block, the distribution of its input.
       spectra: by block, from 1, eigenvalues of the Jacobian's symmetric part and the gain, at some images.
