@@ -23,8 +23,8 @@ FLOORS = {
         bits checks devices
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
-        measure certify nn deploy trained
-        ptq testing
+        measure certify nn trained
+        ptq testing deploy
         cli
     """,
     "train": """

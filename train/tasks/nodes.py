@@ -14,12 +14,14 @@ import numpy as np
 import optax
 from rich.console import Console
 
+import qpde
 import qpde.models
 from qpde.bits import Bits
 from qpde.measure.faithfulness import compare
 from train.config.graphs import GraphExperiment, GraphVariant
 from train.host.console import Display
 from train.host.interrupt import Interrupted, StopRequest
+from train.host.provenance import provenance
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
 from train.steps.optimizer import create_optimizer
@@ -94,6 +96,7 @@ class Training:
                 before = self._compare(params, bits)
             state = self._fit(part, params, keys, bits, run, console)
             results[part] = self._compare(state.best_params, bits) | _best_epoch(state)
+            self._keep(run.path / self.variant.name / part, state.best_params, widths)
             if experiment.start == "trained":
                 results[part]["untuned"] = {key: before[key] for key in ("accuracy", "agreement")}
         return results
@@ -151,6 +154,13 @@ class Training:
             best = jax.device_get(state.best_accuracy).mean()
             display.line(f"{name}: {epochs} epochs of {experiment.seeds} seeds, best validation accuracy {best:.1%}")
         return state
+
+    def _keep(self, folder: Path, params, widths: tuple[int, int]) -> None:
+        """Writes the first seed's network where `qpde.load` reads it without data."""
+        model = self.model.clone(weight_bits=widths[0], act_bits=widths[1])
+        about = {"variant": self.variant.name, "seed": self.experiment.seed, "data": self.experiment.data.name}
+        variables = {"params": jax.tree.map(lambda leaf: leaf[0], params)}
+        qpde.save(folder, model, variables, about=about | provenance())
 
     def _compare(self, params, bits: Bits) -> dict[str, list]:
         """Faithfulness on the test nodes, each field a list over seeds."""
