@@ -4,11 +4,12 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich import box
 from rich.console import Console
@@ -20,14 +21,14 @@ from qpde.bits import Bits, parse_bits
 from qpde.deploy.command import make_files, shown_margins, write_files
 from qpde.deploy.files import write_whole
 from qpde.models.images.network import Network
-from train.config.graphs import GraphExperiment
 from train.config.images import Experiment, check_at_least
-from train.data.load import load_images
+from train.data.fingerprint import fingerprint_of
 from train.host.console import print_table
 from train.runs.directory import read_experiment, read_results
 from train.tasks.nodes_data import load_graph, make_task
 from train.tasks.nodes_summary import name_of
 from train.trained.deployed import BATCHES, Deployed, RuntimeRow, measure, measure_graph
+from train.trained.finished import check_data, read_finished
 
 FOLDER, TABLE = "export", "deployment"
 
@@ -79,15 +80,17 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
         check_at_least(name, getattr(options, name), least)
     bits = None if options.bits is None else parse_bits(options.bits)
     experiment = read_experiment(options.run)
-    names = _folders(experiment, read_results(options.run))
-    networks = {name: qpde.load(options.run / name) for name in names}
+    results = read_results(options.run)
     if isinstance(experiment, Experiment):
-        batches = test_batches(experiment, networks, options.data_dir, options.images)
-        more = {"newton_steps": options.newton_steps, "rounds": options.rounds}
-        inputs = {name: (batches(network),) for name, network in networks.items()}
-        size, work_on = None, partial(measure, **more)
+        found = read_finished(options.run, options.data_dir)
+        networks = {name: finished.network for name, finished in found.items()}
+        inputs = {name: (finished.test_images(options.images),) for name, finished in found.items()}
+        size, work_on = None, partial(measure, newton_steps=options.newton_steps, rounds=options.rounds)
     else:
+        parts = [name_of(pair) for pair in experiment.bits]
+        networks = {f"{k}/{part}": qpde.load(options.run / k / part) for k in results for part in parts}
         task = make_task(load_graph(experiment.data, options.data_dir))
+        check_data(options.run, fingerprint_of(jax.tree.leaves(task)), networks.values())
         inputs = dict.fromkeys(networks, (task.graph, task.test))
         size, work_on = (task.graph.nodes.shape[0], len(task.graph.senders)), measure_graph
     formats = options.format or (_FORMATS if size is None else _GRAPH_FORMATS)
@@ -119,47 +122,6 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return work
-
-
-def _folders(experiment: Experiment | GraphExperiment, results: dict[str, dict[str, Any]]) -> list[str]:
-    """Where a run keeps its networks: by variant, on graphs also by bits."""
-    if isinstance(experiment, Experiment):
-        return list(results)
-    parts = [name_of(widths) for widths in experiment.bits]
-    return [f"{variant}/{part}" for variant in results for part in parts]
-
-
-def test_batches(
-    experiment: Experiment, networks: dict[str, qpde.TrainedNetwork], data_dir: Path | None, limit: int
-) -> Callable[[qpde.TrainedNetwork], Iterator[tuple[Any, Any]]]:
-    """The first test images of a run, checked to be those of its data.
-
-    Args:
-      experiment: Its configuration.
-      networks: Its networks.
-      data_dir: Root of the data.
-      limit: How many images.
-    Returns:
-      Network -> pairs of its inputs and labels.
-    Raises:
-      ValueError: The data are others than those that the run was trained on.
-    """
-    images = load_images(experiment.data, data_dir, batch_size=experiment.batch_size)
-    for name, network in networks.items():
-        if not isinstance(network.model, Network):
-            raise ValueError(f"{name} is no image network")
-        if network.about.get("data_fingerprint") not in (None, images.fingerprint):
-            raise ValueError(f"{experiment.data.name} in the data folder is not the set that {name} was trained on")
-
-    def batches(network):
-        left = limit
-        for split in images.in_order("test"):
-            yield network.normalize(split.images[:left]), split.labels[:left]
-            left -= len(split.labels)
-            if left <= 0:
-                return
-
-    return batches
 
 
 _COLUMNS: tuple[tuple[str, Callable[[RuntimeRow], str]], ...] = (
