@@ -20,7 +20,6 @@ from qpde import deploy
 from qpde.bits import Bits, parse_bits
 from qpde.deploy.command import make_files, shown_margins, write_files
 from qpde.deploy.files import write_whole
-from qpde.models.images.network import Network
 from train.config.images import Experiment, check_at_least
 from train.data.fingerprint import fingerprint_of
 from train.host.console import print_table

@@ -160,9 +160,9 @@ def _compare(row: RuntimeRow, runtime: Runtime, x, logits, codes) -> np.ndarray:
     x, count = _padded(x), len(x)
     if runtime.codes is not None:
         own = runtime.codes(x)
-        for name, expected in codes.items():
-            row.differing += int((np.abs(own[name][:count] - expected) > 1e-3).sum())
-            row.codes += expected.size
+        for name, value in own.items():
+            row.differing += int((np.abs(value[:count] - codes[name]) > 1e-3).sum())
+            row.codes += codes[name].size
     found = runtime.logits(x)[:count]
     row.logits_off = max(row.logits_off, float(np.abs(found - logits).max()))
     return found.argmax(-1)
