@@ -111,7 +111,7 @@ def _outputs(folded: Folded, images: Any, rules: dict[type, Callable]) -> tuple[
 
     logits = _interpret(folded, images, rules, keep)[:, 0, 0]
     real = [values[s.value] * np.float32(s.unit) for s in folded.states]
-    return logits, codes, tuple(x * (x > 0) if s.relu else x for x, s in zip(real, folded.states, strict=True))
+    return logits, codes, tuple(x.clip(0) if s.relu else x for x, s in zip(real, folded.states, strict=True))
 
 
 def _checked_images(folded, images):
