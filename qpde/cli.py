@@ -143,6 +143,7 @@ def _lazily(module: str, summary: str) -> Command:
 
 COMMANDS = {
     "predict": Command("predict the classes of pictures", _add_predict, _predict),
+    "export": _lazily("qpde.deploy.command", "files that run elsewhere: packed, ONNX, StableHLO, C"),
     "show": Command("what a network is, and where it came from", _add_show, _show),
 }
 

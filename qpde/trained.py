@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.core import unfreeze
 from jaxtyping import Array
 
 from qpde.batches import read_batch
@@ -59,7 +60,7 @@ class TrainedNetwork:
 
     Attributes:
       model: Flax Linen module of `qpde.models`.
-      variables: Its collections.
+      variables: Its collections, plain or a FrozenDict.
       classes: Names of the classes, in the order of the logits.
       input_shape: (height, width, channels) of the images that it was trained on, or None.
       mean: Mean of the training images by channel, a full pixel being 1, or None.
@@ -69,7 +70,7 @@ class TrainedNetwork:
     """
 
     model: Network | GraphNetwork
-    variables: dict[str, Any]
+    variables: Mapping[str, Any]
     classes: tuple[str, ...]
     input_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
@@ -172,7 +173,7 @@ def save(
     classes = [str(k) for k in range(model.num_classes)] if classes is None else [str(name) for name in classes]
     if len(classes) != model.num_classes:
         raise ValueError(f"`classes` names {len(classes)} classes, the network has {model.num_classes}")
-    tensors = _flat({k: v for k, v in variables.items() if k != "observed"})
+    tensors = _flat({k: v for k, v in unfreeze(variables).items() if k != "observed"})
     _check_shapes(model, tensors, "variables")
     check_variables(tensors, "variables")
     moments = {k: _moments(k, v, model, tensors) for k, v in (("mean", mean), ("std", std))}

@@ -23,8 +23,8 @@ FLOORS = {
         batches bits checks devices pictures
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
-        measure certify nn deploy trained
-        ptq testing predictions description
+        measure certify nn trained
+        ptq testing predictions description deploy
         cli
     """,
     "train": """

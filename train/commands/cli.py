@@ -14,6 +14,7 @@ from train.commands.budget import Budget, prepare_budget
 from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
+from train.commands.export import Export, prepare_export
 from train.commands.options import filled, parse
 from train.commands.paper import Paper, prepare_paper
 from train.commands.predict import parse_predict
@@ -193,6 +194,11 @@ COMMANDS = {
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
+    "export": Command(
+        command_of("export", Export, prepare_export),
+        "export RUN [--settle]",
+        "files for other runtimes, with a table",
     ),
     "predict": Command(
         parse_predict,
