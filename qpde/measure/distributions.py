@@ -20,7 +20,6 @@ from qpde.bits import Bits
 from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["Distribution", "distributions"]
 
@@ -68,7 +67,7 @@ class Distribution:
 
 
 def distributions(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Batch],
     bits: Bits,
@@ -194,7 +193,8 @@ class _Total:
 
     def __init__(self):
         self.above = self.below = None
-        self.count, self.moments, self.saturated, self.levels = 0, np.zeros(4), 0, 0
+        self.count, self.moments, self.saturated = 0, np.zeros(4), 0
+        self.levels: np.ndarray = np.zeros((), np.int64)
 
     def add(self, seen: _Seen) -> None:
         self.above = seen.above if self.above is None else _merge(self.above, seen.above)

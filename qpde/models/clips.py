@@ -1,6 +1,6 @@
 """Clips read off one batch, for the first step of a new net, and converged norms, for the last of a trained one.
 
-`qpde.calibration` quantizes a net that was trained in full precision.
+`qpde.ptq` quantizes a net that was trained in full precision.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from flax.core import unfreeze
 from qpde import quantizers
 from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
 
 
 def calibrate_clips(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     x: Batch,
     *,
@@ -47,18 +46,19 @@ def calibrate_clips(
     Raises:
       ValueError: no data, or a batch of another form.
     """
-    variables = unfreeze(variables)
-    x = read_batch(x, variables)
+    new = unfreeze(dict(variables))
+    x = read_batch(x, new)
     bits = model.bits if bits is None else bits
     if hasattr(model, "adopt"):
-        variables = model.adopt(variables, x)
-    if getattr(model, "clip_bits", None) is None:
-        return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
-    for row, width in enumerate(model.clip_bits):
+        new = model.adopt(new, x)
+    clip_bits = getattr(model, "clip_bits", None)
+    if clip_bits is None or bits is None:
+        return replace_clips(new, _fitting_clips(model, new, x, bits, method=method, train=train))
+    for row, width in enumerate(clip_bits):
         widths = Bits(*(None if part is None else width for part in bits))
-        found = _fitting_clips(model, variables, x, widths, method=method, train=train)
-        variables = replace_clips(variables, found, row=row)
-    return variables
+        found = _fitting_clips(model, new, x, widths, method=method, train=train)
+        new = replace_clips(new, found, row=row)
+    return new
 
 
 @partial(jax.jit, static_argnames=("model", "method", "train"))
@@ -79,9 +79,7 @@ def _fitting_clips(model, variables, x, bits, *, method, train):
     return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=mutable)[1]["observed"]
 
 
-def converge_norms(
-    model: QuantizedNetwork, variables: Mapping[str, Any], x: Batch, *, bits: Bits | None = None
-) -> dict:
+def converge_norms(model: Any, variables: Mapping[str, Any], x: Batch, *, bits: Bits | None = None) -> dict:
     """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
 
     In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step
@@ -94,7 +92,7 @@ def converge_norms(
     Returns:
       `variables` with other singular vectors in "spectral"; the same ones if there are none.
     """
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     if "spectral" not in variables:
         return variables
     x = read_batch(x, variables)
@@ -132,5 +130,5 @@ def replace_clips(variables: Mapping[str, Any], observed: dict, *, row: int | No
             return tree
         return packed(new) if row is None else tree.at[:, row].set(packed(new))
 
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     return {**variables, "params": replaced(variables["params"], observed)}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,8 @@ from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
 from train.commands.options import filled, parse
+from train.commands.paper import Paper, prepare_paper
+from train.commands.predict import parse_predict
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -23,7 +25,7 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
 from train.config.suggestions import did_you_mean
-from train.data.tfds_records import DataError
+from train.data.records import DataError
 from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
@@ -88,8 +90,10 @@ def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
         raise ValueError(f"{paths[0]} has no recipe {recipe!r}: {meant}choose from {list(recipes)}")
     experiment = recipes[recipe]
     if command is Sweep and not isinstance(experiment, Experiment):
-        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and widths in one run: use {_PROGRAM} run")
-    kind = Run[type(experiment)] if command is Run else command
+        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and bits in one run: use {_PROGRAM} run")
+    kind: Any = command
+    if command is Run:
+        kind = Run[type(experiment)]  # type: ignore[misc]  # a class that only the file of the experiment names
     return parse(
         kind,
         arguments[1:],
@@ -120,7 +124,7 @@ def parse_sweep(arguments: Sequence[str]) -> Callable[[Console], None]:
     spelled = [argument.replace("_", "-") for argument in arguments]
     for option in ("--model.weight-bits", "--model.act-bits"):
         if options.bits is not None and _value_of(option, spelled) is not None:
-            raise ValueError(f"{option} and --bits both give widths: leave one of them out")
+            raise ValueError(f"{option} and --bits both give bits: leave one of them out")
     return prepare_sweep(options)
 
 
@@ -177,15 +181,25 @@ COMMANDS = {
     "elastic": Command(
         command_of("elastic", ElasticRun, prepare_elastic),
         "elastic RUN --bits 2 3 4 6 8 32",
-        "the same weights at several widths",
+        "the same weights at several bits",
     ),
     "budget": Command(
         command_of("budget", Budget, prepare_budget),
         "budget RUN --bits 2 3 4 6 8 --at 3 4",
-        "widths for each block, within a cost",
+        "bits for each block, within a cost",
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
+    "predict": Command(
+        parse_predict,
+        "predict RUN FILE [FILE ...]",
+        "the classes of pictures",
+    ),
+    "paper": Command(
+        command_of("paper", Paper, prepare_paper),
+        "paper --minutes 60 --data-dir FOLDER",
+        "the paper's experiments, as far as time reaches",
     ),
     "data": Command(
         parse_data,
@@ -216,12 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose from {list(COMMANDS)}")
-    if rest[:1] in (["-h"], ["--help"]) and COMMANDS[name].help:
-        print(_help_of(COMMANDS[name]))
+    command = COMMANDS[name]
+    if rest[:1] in (["-h"], ["--help"]) and command.help:
+        print(_help_of(command.usage, *command.help))
         return 0
     try:
         try:
-            work = COMMANDS[name].prepare(rest)
+            work = command.prepare(rest)
         except (ValueError, OSError, ImportError) as error:
             return _fail(str(error))
         return work(Console(quiet=not is_first())) or 0
@@ -259,11 +274,10 @@ def _help() -> str:
     )
 
 
-def _help_of(command: Command) -> str:
-    options, words = command.help
-    paragraphs = inspect.getdoc(options).split("\n\n")
+def _help_of(usage: str, options: type, words: str) -> str:
+    paragraphs = (inspect.getdoc(options) or "").split("\n\n")
     paragraphs.append(f"`{_PROGRAM} {words} --help` lists the options with their defaults.")
-    return "\n\n".join((f"usage: {_PROGRAM} {command.usage}", *map(filled, paragraphs)))
+    return "\n\n".join((f"usage: {_PROGRAM} {usage}", *map(filled, paragraphs)))
 
 
 def _fail(message: str, *, status: int = 2) -> int:

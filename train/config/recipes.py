@@ -97,17 +97,17 @@ def stable(recipe: Experiment, *, name: str) -> Experiment:
 
 
 def any_bit(recipe: Experiment, *, name: str) -> Experiment:
-    """The same with widths of its own for every step: one network for all of them, and clips for each.
+    """The same with bits of its own for every step: one network for all of them, and clips for each.
 
-    The clips start where they round with the least squared error at their width: from 4 rms, two bits round nearly
-    everything to nothing. They learn slowly, for each width is drawn in a few of the steps only.
+    The clips start where they round with the least squared error at their bits: from 4 rms, two bits round nearly
+    everything to nothing. They learn slowly, for each number of bits is drawn in a few of the steps only.
     """
-    widths = (2, 3, 4, 6, 8, 32)
-    drawn = BitSchedule("random", widths=widths)
+    bits = (2, 3, 4, 6, 8, 32)
+    drawn = BitSchedule("random", bits=bits)
     return replace(
         recipe,
         name=name,
-        model=replace(recipe.model, clip_bits=widths),
+        model=replace(recipe.model, clip_bits=bits),
         annealing=Annealing(weights=drawn, activations=drawn),
         optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.3, weight_decay=0.0),)),
         clip_start="mse",

@@ -10,13 +10,13 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.suggestions import did_you_mean
 
-KINDS = {"images": Experiment, "graph": GraphExperiment}
+EXPERIMENTS = {"images": Experiment, "graph": GraphExperiment}
 """Every kind of experiment, by the name that its JSON text carries."""
 
 
 def to_json(experiment: Experiment | GraphExperiment) -> str:
     """The experiment as JSON text; `from_json` reads it back to an equal value."""
-    (kind,) = [name for name, cls in KINDS.items() if isinstance(experiment, cls)]
+    (kind,) = [name for name, cls in EXPERIMENTS.items() if isinstance(experiment, cls)]
     return json.dumps({"kind": kind} | dataclasses.asdict(experiment), indent=2) + "\n"
 
 
@@ -28,7 +28,7 @@ def from_json(text: str) -> Experiment | GraphExperiment:
     """
     try:
         values = json.loads(text)
-        experiment = _build(KINDS[values.pop("kind")], values)
+        experiment = _build(EXPERIMENTS[values.pop("kind")], values)
         hints = get_type_hints(type(experiment.model))
         variants = tuple(
             dataclasses.replace(
@@ -62,7 +62,7 @@ def _build(hint: Any, value: Any, name: str = "the text") -> Any:
         raise TypeError(f"{name} (={value!r}) must be {_described(hint)}")
     if origin is tuple:
         return tuple(_build(arguments[0], item, name) for item in value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         unknown = sorted(value.keys() - hints.keys())
         if unknown:
