@@ -193,12 +193,12 @@ def against_bits_figure(
 
 
 def over_time_figure(
-    curves: Mapping[str, tuple[Sequence[float] | ArrayLike, Sequence[float] | ArrayLike]],
+    curves: Mapping[str, tuple[Sequence | ArrayLike, Sequence | ArrayLike]],
     path: str | os.PathLike | None = None,
     *,
     heading: str,
     unit: str,
-    marked: Mapping[str, float] | None = None,
+    marked: Mapping[str, int | float] | None = None,
     among: Collection[str] = (),
 ) -> "matplotlib.figure.Figure":
     """A quantity of trainings against the epoch.

@@ -188,7 +188,7 @@ def bound_figure(
 
 
 def confusion_figure(
-    counts: ArrayLike,
+    counts: Numbers,
     classes: Sequence[str],
     path: str | os.PathLike | None = None,
     *,

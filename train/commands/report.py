@@ -32,7 +32,7 @@ class Report:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs: one or several on images, or one on a graph."""
-    bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    bits: tuple[int, ...] = (2, 4, 6, 8)
     """Bits of activations to run the networks at."""
     certify: tuple[int, ...] = (8, 6, 4)
     """Bits of activations to certify predictions at."""

@@ -383,23 +383,14 @@ def _smoothings(measured) -> str:
 
 
 def _spectra(measured, every) -> str:
-    drawing = plots.spectrum_figure(
-        {name: {block: values for block, (values, _) in m.spectra.items()} for name, m in measured.items()},
-        heading="Jacobian of each block",
-        among=every,
-    )
-    rows = [
-        (
-            name,
-            f"{min(v.min() for v, _ in m.spectra.values()):.3f}",
-            f"{max(v.max() for v, _ in m.spectra.values()):.3f}",
-            f"{max(gain for _, gain in m.spectra.values()):.3f}",
-        )
-        for name, m in measured.items()
-        if m.spectra
-    ]
-    if not rows:
+    spectra = {name: m.spectra for name, m in measured.items() if m.spectra}
+    if not spectra:
         return "<p>No block of these networks keeps the shape of what enters it.</p>"
+    drawing = plots.spectrum_figure(spectra, heading="Jacobian of each block", among=every)
+    rows = [
+        (name, f"{min(map(np.min, blocks.values())):.3f}", f"{max(map(np.max, blocks.values())):.3f}")
+        for name, blocks in spectra.items()
+    ]
     lead = (
         "<p>A step that is a gradient step on a convex energy has a symmetric Jacobian with eigenvalues between −1 and "
         "1: it carries an error along and never amplifies it.</p>"
@@ -412,8 +403,8 @@ def _spectra(measured, every) -> str:
         "network whose dashes leave the grey band amplifies some perturbations; the published blocks are no "
         "gradient steps. Blocks that change the shape, and the first, are left out."
     )
-    alt = "; ".join(f"{name}: from {low} to {high}" for name, low, high, _ in rows)
-    numbers = table(("", "smallest eigenvalue", "largest", "largest gain"), rows)
+    alt = "; ".join(f"{name}: from {low} to {high}" for name, low, high in rows)
+    numbers = table(("", "smallest eigenvalue", "largest"), rows)
     return lead + what + figure([Picture("spectra", drawing, f"Eigenvalues by block. {alt}.")], caption + numbers)
 
 

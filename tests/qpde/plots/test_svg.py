@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 
 from qpde.plots import along_depth_figure, bound_figure, inline_svg, maps_figure
@@ -56,7 +57,7 @@ class References(HTMLParser):
 
 
 def test_clouds_and_maps_are_pictures_inside():
-    for figure in (bound_figure({"a": ([0.1], [0.5])}, heading=""), maps_figure({"a": [[[1.0, 2.0]]]}, ["b"])):
+    for figure in (bound_figure({"a": ([0.1], [0.5])}, heading=""), maps_figure({"a": [np.eye(2)]}, ["b"])):
         found = References(inline_svg(figure, name="a", label="x")).found
         assert any(reference.startswith("data:image/png;base64,") for reference in found)
         assert all(reference.startswith(("#", "data:")) for reference in found)
