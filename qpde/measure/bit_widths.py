@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +50,7 @@ class Elastic:
       model: a network of `qpde.models`.
     """
 
-    model: nn.Module
+    model: Any
 
     def apply(self, variables: Any, x: Any, *, bits: Bits, **options: Any) -> Any:
         """`model.apply` at each width.
@@ -96,7 +95,7 @@ class Elastic:
 
 
 def compare_bits(
-    model: nn.Module,
+    model: Any,
     variables: Any,
     batches: Iterable[Batch],
     bits: Sequence[Bits],

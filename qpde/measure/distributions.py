@@ -16,12 +16,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from qpde import quantizers
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["Distribution", "distribution", "distributions"]
 
@@ -69,7 +68,7 @@ class Distribution:
 
 
 def distributions(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Batch],
     bits: Bits,
@@ -234,7 +233,8 @@ class _Total:
 
     def __init__(self):
         self.above = self.below = None
-        self.count, self.moments, self.saturated, self.levels = 0, np.zeros(4), 0, 0
+        self.count, self.moments, self.saturated = 0, np.zeros(4), 0
+        self.levels: np.ndarray = np.zeros((), np.int64)
 
     def add(self, seen: _Seen) -> None:
         self.above = seen.above if self.above is None else _merge(self.above, seen.above)

@@ -1,10 +1,16 @@
 """Figures inside of an HTML page: text stays text, and the page's style sheet chooses the colours."""
 
+from __future__ import annotations
+
 import io
 import re
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from qpde.plots.frame import COLOURS, GREY, INK, PALE
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 __all__ = ["VARIABLES", "inline_svg"]
 

@@ -74,11 +74,11 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder: choose another --output")
     first = experiments[options.runs[0]]
-    if on_graph:
-        ((run, named),) = results.items()
+    if isinstance(first, GraphExperiment):
+        ((run, of_graph),) = results.items()
         lines = _by_variant(run)
-        about = {name: read_about(run / name / FULL) for name in named}
-        return _work(experiments, named, folder, lambda _: graph_sections.sections(first, named, lines, about))
+        about = {name: read_about(run / name / FULL) for name in of_graph}
+        return _work(experiments, of_graph, folder, lambda _: graph_sections.sections(first, of_graph, lines, about))
 
     named = {_name(run, variant, options): r for run, variants in results.items() for variant, r in variants.items()}
     check_drawable(named)

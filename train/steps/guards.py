@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +66,10 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 
 
 def make_explain(
-    model: nn.Module, loss: Callable[..., tuple[Array, Any]], inputs: Callable[..., Array], draw: Callable[..., Any]
+    model: Any,
+    loss: Callable[..., tuple[Array, Any]],
+    inputs: Callable[..., Array],
+    draw: Callable[..., Any],
 ) -> Callable[..., str]:
     """`explain(state, batch, key, bits) -> str`: where the step from that state breaks down, and the clips there.
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,7 +22,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(
-    model: nn.Module, config: Loss
+    model: Any, config: Loss
 ) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
     """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
@@ -52,6 +51,7 @@ def make_loss(
         high, act_bits = None, None
         if row.twin:
             own = model.bits if bits is None else bits
+            assert own is not None, "a network that is trained has bits of its own"
             high, _ = forward(twin_clips.high(params), model_state, x, own.twin)
             act_bits = own.activations
         terms = row.formula(low, high, targets, act_bits, config)
@@ -161,7 +161,7 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
     return whole if parts == 1 else in_parts
 
 
-def make_evaluate(model: nn.Module, normalize) -> Callable[..., dict[str, float]]:
+def make_evaluate(model: Any, normalize) -> Callable[..., dict[str, float]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
     The bits are traced; None takes the model's own.

@@ -15,7 +15,10 @@ from train.config.images import Experiment
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
-_TASKS = {Experiment: train.tasks.images.trainings_of, GraphExperiment: train.tasks.nodes.trainings_of}
+_TASKS: dict[type, Callable[..., tuple[Any, Any]]] = {
+    Experiment: train.tasks.images.trainings_of,
+    GraphExperiment: train.tasks.nodes.trainings_of,
+}
 
 
 def prepare_job(

@@ -67,7 +67,11 @@ class Part(abc.ABC):
 
     width_in: int
     width_out: int
-    smallest_map = 1  # side of an input that it can take
+
+    @property
+    def smallest_map(self) -> int:
+        """Side of the smallest input that it can take."""
+        return 1
 
     @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -226,7 +230,7 @@ class Head(Part):
         if self.kind == "scaled":
             old = variables["batch_stats"]["mean_square"]
             own = old
-            if mode.train:
+            if mode.train and pooled.size:
                 own = jnp.mean(pooled * pooled)
                 updates = {"batch_stats": {"mean_square": moved(old, jax.lax.stop_gradient(own), mode.momentum)}}
             pooled = divide_by_rms(pooled, own)
