@@ -206,7 +206,7 @@ def over_time_figure(
     unit: str,
     marked: Mapping[str, int | float] | None = None,
     among: Collection[str] = (),
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """A quantity of trainings against the epoch.
 
     Args:

@@ -52,7 +52,7 @@ def power_of_ten(value: float, position: int | None = None) -> str:
     return f"10{digits}" if factor == 1 else f"{factor:g}·10{digits}"
 
 
-def logarithmic(axes: "matplotlib.axes.Axes", *names: str) -> None:
+def logarithmic(axes: matplotlib.axes.Axes, *names: str) -> None:
     """Make the axes of these names, "x" or "y", logarithmic, their numbers in plain text; after everything is drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -199,7 +199,7 @@ def confusion_figure(
     path: str | os.PathLike | None = None,
     *,
     heading: str,
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """How many inputs of each class were taken for which: a row for each true class, a column for each prediction.
 
     Shares of a row are shades: blue where prediction and class agree, orange where they differ.

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _NUMBERS = ("d", "x", "y", "transform", "points", "width", "height")
 
 
-def inline_svg(figure: "matplotlib.figure.Figure", *, name: str, label: str) -> str:
+def inline_svg(figure: matplotlib.figure.Figure, *, name: str, label: str) -> str:
     """An `<svg>` element that shows a figure, to be put into an HTML page as it is.
 
     Its background is transparent, it is as wide as the page lets it be, and it has no script and no outer reference.
