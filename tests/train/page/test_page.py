@@ -221,7 +221,7 @@ def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
     for name in ("tiny/symmetric", "tiny/full_plain", "again/symmetric", "again/full_plain"):
         assert f'<th scope="row">{name}</th>' in text
     assert "<title>tiny, again: tiny on digits</title>" in text
-    assert "from the runs tiny, again." in text
+    assert "from the runs tiny, again on" in text
 
 
 def test_the_title_names_every_run_and_what_it_trained(tmp_path):
@@ -230,7 +230,7 @@ def test_the_title_names_every_run_and_what_it_trained(tmp_path):
     report._work(experiments, ["a/plain", "b/plain"], tmp_path, lambda _: [])(Console(quiet=True))
     text = (tmp_path / "report.html").read_text()
     assert "<title>a: resnet20 on digits; b: resnet56 on cifar10</title>" in text
-    assert "from the runs a, b." in text
+    assert "from the runs a, b on" in text
 
 
 def test_each_network_is_said_to_smooth_as_it_was_smoothed():
