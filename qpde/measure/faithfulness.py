@@ -194,7 +194,7 @@ def logit_difference(
 
 
 @partial(jax.jit, static_argnames="model")
-def evaluate(model: nn.Module, variables: Any, images: Any, bits: Any) -> tuple[Array, tuple[Array, ...]]:
+def evaluate(model: Any, variables: Any, images: Any, bits: Any) -> tuple[Array, Any]:
     """Logits and block outputs of a network; the one compiled program that `compare` runs.
 
     Args:
