@@ -102,7 +102,7 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         found, missing = runtimes(model, variables, folded, bits, size, Path(scratch))
         rows = {name: RuntimeRow(name, 0, 0, 0.0) for name in found}
-        answers = {name: [] for name in found}
+        answers: dict[str, list[np.ndarray]] = {name: [] for name in found}
         for start in range(0, len(images), _AT_ONCE):
             x = images[start : start + _AT_ONCE]
             logits, codes = deploy.run_reference(folded, x)

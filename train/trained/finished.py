@@ -49,7 +49,7 @@ class Finished:
     @property
     def variables(self) -> dict[str, Any]:
         """The network's collections."""
-        return self.network.variables
+        return dict(self.network.variables)
 
     def at(self, bits: Bits) -> dict[str, Any]:
         """The variables with the batch statistics of these bits, which are estimated once."""
