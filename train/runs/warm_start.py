@@ -24,7 +24,7 @@ class Start:
       bits: Bits that it was trained at.
     """
 
-    variables: Mapping[str, Any]
+    variables: dict[str, Any]
     bits: Bits
 
 
@@ -49,7 +49,7 @@ def read_start(run: Path, variant: str, options: NetworkOptions, shapes: dict[st
         raise ValueError(f"start_from (={run}) is a run on a graph: give one on images")
     _check_rounding(network.model.options, options, calibrated=calibrated)
     _check_shapes(run, network.variables, shapes)
-    return Start(network.variables, network.model.bits)
+    return Start(dict(network.variables), network.model.bits)
 
 
 def _check_rounding(there: NetworkOptions, here: NetworkOptions, *, calibrated: bool) -> None:
