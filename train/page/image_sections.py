@@ -83,7 +83,7 @@ def _results(results, measured) -> str:
     def has(key):
         return any(_number(result.get(key)) is not None for result in results.values())
 
-    counts = {n: results[n].get("samples") or m.test_count for n, m in measured.items()}
+    counts = {n: _count(results[n].get("samples")) or m.test_count for n, m in measured.items()}
     rows = [("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values()))]
     rows += [
         (label, *(_share(_number(result.get(key)), counts[n]) for n, result in results.items()))
@@ -112,12 +112,16 @@ def _number(value: Any) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value) else None
 
 
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def _share(value: float | None, count: int | None) -> str | tuple[str, str]:
     if value is None:
         return "–"
     if not count:
         return f"{value:.2%}"
-    low, high = wilson(round(value * count), count)
+    low, high = wilson(min(max(round(value * count), 0), count), count)
     return f"{value:.2%}", f"{100 * low:.1f}–{100 * high:.1f}"
 
 

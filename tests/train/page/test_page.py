@@ -324,6 +324,22 @@ def test_text_from_runs_cannot_break_the_page():
     assert not any("onerror" in attributes for _, attributes in found.found)
 
 
+def test_names_of_networks_classes_and_origins_are_text(shown):
+    """A page of what `shown` measured, with markup wherever a name or a file can put it."""
+    folder, measured = shown
+    found, name = measured["symmetric"], f"{NASTY}$a$_"
+    nasty = dataclasses.replace(found, classes=(NASTY,) * 10, about=dict.fromkeys(("seed", "command", "date"), NASTY))
+    results = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())["variants"]["symmetric"]
+    results |= {"kl": NASTY, "samples": NASTY, "training_seconds": NASTY, "best_epoch": NASTY}
+    lines = [{"variant": name, "epoch": 1, "train_loss": NASTY, "validation_accuracy": 0.5}]
+    sections = image_sections.sections(
+        Experiment("e", (Variant("plain"),)), {name: results}, {name: nasty}, {name: lines}
+    )
+    elements = Elements(page(NASTY, "", sections, NASTY))
+    assert not any("onerror" in attributes for _, attributes in elements.found)
+    assert all(image["src"].startswith("data:image/png;base64,") for image in elements.of("img"))
+
+
 @pytest.fixture
 def graph_run(tmp_path):
     """What a finished run on a graph leaves, made up."""
