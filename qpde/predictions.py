@@ -153,7 +153,7 @@ class Predictor:
     @cached_property
     def _ordinary(self) -> tuple[Network, dict[str, Any], Bits]:
         """The network with one clip for all bits."""
-        model, variables, bits = self.model, self.network.variables, self._bits
+        model, variables, bits = self.model, dict(self.network.variables), self._bits
         if model.clip_bits is not None:
             model, variables = model.at_bits(variables, bits)
         return model, variables, Bits(*(None if value is None else jnp.int32(value) for value in bits))

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from qpde import quantizers
 from qpde.batches import Batch, read_batches
@@ -21,7 +22,7 @@ from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
 
-__all__ = ["Distribution", "distributions"]
+__all__ = ["Distribution", "distribution", "distributions"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +119,42 @@ def distributions(
     return [t.result(*place, bits=int(widths[place[0]]), deviations=deviations) for place, t in total.items()]
 
 
+def distribution(
+    x: Float[Array, "..."],
+    clip: Float[ArrayLike, ""],
+    *,
+    bits: int,
+    signed: bool = False,
+    levels: str = "uniform",
+    block: int = 0,
+    deviations: float = 4.0,
+) -> Distribution:
+    """The distribution of values that one quantizer of activations is about to round.
+
+    One compiled program serves all values of a shape, of whatever network.
+
+    Args:
+      x: The values.
+      clip: Of the quantizer.
+      bits: Of the quantizer, 2 to 8.
+      signed: Whether its range is [-clip, clip].
+      levels: Its set of levels, as for `qpde.quantizers.quantize_activation`.
+      block: What the result names as its block.
+      deviations: Standard deviations beyond which a value is an outlier.
+    Raises:
+      ValueError: Bits outside 2 to 8, `deviations` <= 0, or values that are NaN or infinite.
+    """
+    _check_widths(Bits(None, bits))
+    if not deviations > 0:
+        raise ValueError(f"`deviations` (={deviations}) must be positive, such as 4")
+    seen = jax.device_get(_record(x, jnp.asarray(clip, jnp.float32), jnp.int32(bits), signed, levels))
+    if not np.isfinite(seen.moments).all():
+        raise ValueError("`x` holds NaN or infinite values: look for what made them so")
+    total = _Total()
+    total.add(seen)
+    return total.result(block, 0, bits=int(bits), deviations=deviations)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["above", "below", "moments", "saturated", "levels", "clip"],
@@ -149,24 +186,27 @@ def _seen(model, variables, x, bits):
     def observe(x, clip, quantizer: Quantizer):
         if quantizer.is_weight:
             return None, clip
-        signed = quantizer.signed
-        level = quantizers.level_index(x, clip, quantizer.bits, levels=quantizer.levels, signed=signed)
-        size = 2 * quantizers.LARGEST_LEVEL + 1
-        mean = jnp.mean(x)
-        powers = [jnp.sum((x - mean) ** k) for k in (2, 3, 4)]
-        seen = _Seen(
-            above=histogram(x, signed=False),
-            below=histogram(-x, signed=False),
-            moments=jnp.stack([mean, *powers]),
-            saturated=jnp.sum((x > clip) | (x < (-clip if signed else 0.0))),
-            levels=jnp.zeros(size, jnp.int32).at[level.ravel() + quantizers.LARGEST_LEVEL].add(1),
-            clip=clip,
-            count=x.size,
-            signed=signed,
-        )
-        return seen, clip
+        return _record(x, clip, quantizer.bits, quantizer.signed, quantizer.levels), clip
 
     return model.apply(variables, x, train=False, bits=bits, observe=observe, mutable=["observed"])[1]["observed"]
+
+
+@partial(jax.jit, static_argnames=("signed", "levels"))
+def _record(x, clip, bits, signed, levels) -> _Seen:
+    level = quantizers.level_index(x, clip, bits, levels=levels, signed=signed)
+    mean = jnp.mean(x)
+    powers = [jnp.sum((x - mean) ** k) for k in (2, 3, 4)]
+    size = 2 * quantizers.LARGEST_LEVEL + 1
+    return _Seen(
+        above=histogram(x, signed=False),
+        below=histogram(-x, signed=False),
+        moments=jnp.stack([mean, *powers]),
+        saturated=jnp.sum((x > clip) | (x < (-clip if signed else 0.0))),
+        levels=jnp.zeros(size, jnp.int32).at[level.ravel() + quantizers.LARGEST_LEVEL].add(1),
+        clip=clip,
+        count=x.size,
+        signed=signed,
+    )
 
 
 def _by_block(model, observed, variables, x) -> list[list[_Seen]]:

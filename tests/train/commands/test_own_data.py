@@ -75,7 +75,7 @@ def test_pictures_are_predicted_by_the_networks_of_a_run(home, capsys):
     run, files = str(home / "runs/own_pictures_W4A4"), [str(home / f"pictures/above/{i:02}.png") for i in (0, 2, 4)]
     assert main(["predict", run, *files]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["file", "class", "probability", "twin"]
+    assert header.split() == ["file", "symmetric", "plain"]
     assert [line.split()[0] for line in lines] == files
     assert main(["predict", run, *files, "--variant", "plain", "--certify", "--bits", "W4A8", "--format", "csv"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
