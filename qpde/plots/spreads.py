@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -233,7 +233,7 @@ def confusion_figure(
     axes.grid(visible=False)
     if number <= NAMED_CLASSES:
         names = [plain(name if len(name) <= 10 else f"{name[:9]}…") for name in classes]
-        slant = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
+        slant: dict[str, Any] = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
         axes.set_xticks(range(number), labels=names, **slant)
         axes.set_yticks(range(number), labels=names)
         for row, column in np.argwhere(counts):
