@@ -136,7 +136,7 @@ def _read(tensors):
         raise ValueError(f"the program is cut, or longer than {_LARGEST_PROGRAM} bytes")
     description = json.loads(text)
     arrays = _Arrays({name: array for name, array in tensors.items() if name != "program"})
-    kinds: dict[str, type] = {"Folded": Folded, "FoldedGraph": FoldedGraph}
+    kinds: dict[str, Any] = {"Folded": Folded, "FoldedGraph": FoldedGraph}
     folded: Any = _restored(description["network"], arrays)
     if not isinstance(folded, kinds[description["kind"]]):
         raise ValueError(f"kind {description['kind']} holds {type(folded).__name__}")
