@@ -91,7 +91,7 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
         networks = {f"{k}/{part}": qpde.load(options.run / k / part) for k in results for part in parts}
         task = make_task(load_graph(experiment.data, options.data_dir))
         check_data(options.run, fingerprint_of(jax.tree.leaves(task)), networks.values())
-        inputs = {name: (task.graph, task.test) for name in networks}
+        inputs = dict.fromkeys(networks, (task.graph, task.test))
         size, work_on = (task.graph.nodes.shape[0], len(task.graph.senders)), measure_graph
     formats = options.format or (_FORMATS if size is None else _GRAPH_FORMATS)
     made = {
