@@ -17,7 +17,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]  # a guide of the table of contents that is not written yet
 
 html_theme = "furo"
 html_title = f"qpde {release}"

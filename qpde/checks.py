@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["known_value", "scalar", "whole_number"]
+__all__ = ["check_variables", "known_value", "scalar", "whole_number"]
 
 
 def known_value(x: Any) -> np.ndarray | None:
@@ -27,3 +28,24 @@ def whole_number(name: str, value: Any, *, least: int) -> int:
     if not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"`{name}` (={value!r}) must be a whole number, {least} or more")
     return int(value)
+
+
+def check_variables(variables: Any, where: str) -> None:
+    """ValueError for variables that no network can run with: NaN or infinite numbers, clips that are not positive.
+
+    Args:
+      variables: Collections, nested or by path.
+      where: What messages call them, such as the name of a file.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = np.asarray(leaf)
+        if jnp.issubdtype(value.dtype, jnp.inexact) and not np.isfinite(value).all():
+            raise ValueError(
+                f"{where}: {name} holds NaN or infinite numbers: the training diverged, or the file is damaged"
+            )
+        if name.endswith("clips") and not (value > 0).all():
+            raise ValueError(
+                f"{where}: {name} holds {value.min()}, and clips must be positive: raise them by qpde.project after "
+                "every step of training"
+            )

@@ -136,10 +136,10 @@ class Predictor:
         model, variables, steps = self._proof
         x, bits = self.network.normalize(images), self._ordinary[2]
         found = certify(model, variables, x, bits, newton_steps=self.newton_steps, steps=steps)
-        return np.asarray(found.logits), exact_twin(model, variables, x, bits), found.certified
+        return np.asarray(found.logits), exact_twin(model, variables, x, bits), np.asarray(found.certified)
 
     @cached_property
-    def _ordinary(self) -> tuple[Network, dict[str, Any], Bits]:
+    def _ordinary(self) -> tuple[Any, dict[str, Any], Bits]:
         """The network with one clip for all bits."""
         model, variables, bits = self.network.model, self.network.variables, self._bits
         if model.clip_bits is not None:
@@ -150,9 +150,10 @@ class Predictor:
     def _proof(self) -> tuple[Network, dict[str, Any], Any]:
         """The network with converged norms, and the constants of its steps, which are the same for all pictures."""
         model, variables, bits = self._ordinary
-        shape = self.network.input_shape
-        variables = converge_norms(model, variables, jnp.zeros((1, *shape)), bits=bits)
-        return model, variables, step_bounds(model, variables, tuple(shape[:2]), bits)
+        assert self.network.input_shape is not None, "checked when the predictor was made"
+        height, width, channels = self.network.input_shape
+        variables = converge_norms(model, variables, jnp.zeros((1, height, width, channels)), bits=bits)
+        return model, variables, step_bounds(model, variables, (height, width), bits)
 
 
 def _pairs(own: Bits, given: Bits) -> Iterator[tuple[Any, Any]]:
@@ -187,6 +188,7 @@ def predict_files(
     if len(seen) != 1:
         raise ValueError("the networks take inputs of different shapes: predict with one at a time")
     ((shape, centre),) = seen
+    assert shape is not None, "checked when the predictors were made"
     out, errors = out or sys.stdout, errors or sys.stderr
     paths, failed = _pictures(files)
     for path in failed:

@@ -42,6 +42,7 @@ up as the Jacobians carry them.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -51,6 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
 from qpde.certify.step_bounds import (
     StepBounds,
@@ -101,14 +103,14 @@ class Certificate:
 
     @property
     def certified_fraction(self) -> float:
-        """Share of the inputs that are certified."""
-        return float(np.mean(self.certified))
+        """Share of the inputs that are certified; NaN where there are none."""
+        return float(np.mean(self.certified)) if len(self.certified) else math.nan
 
 
 def certify(
     model: Network,
     variables: Mapping[str, Any],
-    x: Float[Array | np.ndarray, "n h w c"],
+    x: Batch,
     bits: Bits,
     *,
     newton_steps: int = 2,
@@ -120,7 +122,7 @@ def certify(
     Args:
       model: Network of `qpde.models.create`.
       variables: Its collections.
-      x: Images (N, H, W, C).
+      x: Images (N, H, W, C), or a pair of these and labels, which are not used.
       bits: Scalars, or one value for each block. Activations must have bits.
       newton_steps: Steps of Newton's method. 0 takes the injected errors as they are.
       steps: Result of `step_bounds`, which takes seconds, for this network, these variables, this image size and these
@@ -143,7 +145,7 @@ def certify(
     if newton_steps < 0:
         raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0")
     check_model(model)
-    x = jnp.asarray(x)
+    x = jnp.asarray(read_batch(x, variables))
     bits = model.checked_bits(bits)
     size = (x.shape[1], x.shape[2])
     if steps is None:
@@ -166,9 +168,7 @@ def certify(
         return jax.device_get(found)
 
 
-def exact_twin(
-    model: Network, variables: Mapping[str, Any], x: Float[Array | np.ndarray, "n h w c"], bits: Bits
-) -> Float[np.ndarray, "n classes"]:
+def exact_twin(model: Network, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
@@ -179,6 +179,7 @@ def exact_twin(
     check_model(model)
     bits = model.checked_bits(bits)
     rounded = _rounded_parts(model, variables, bits)
+    x = read_batch(x, variables)
     with in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
 

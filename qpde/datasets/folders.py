@@ -99,7 +99,8 @@ def load_folder(
         return Split(np.stack([centre_crop(file, shape, centre=centre) for file in files]), found.labels[numbers])
 
     parts = [read(numbers) for numbers in (found.train, found.validation, found.test)]
-    return Images(*parts, found.classes, *channel_statistics(parts[0].images), centre=centre)
+    mean, std = channel_statistics(parts[0].images)
+    return Images(parts[0], parts[1], parts[2], found.classes, mean, std, centre=centre)
 
 
 def find_pictures(

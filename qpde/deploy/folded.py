@@ -25,6 +25,7 @@ from flax.core import unfreeze
 
 from qpde import quantizers
 from qpde.bits import EXACT_BITS, Bits
+from qpde.checks import check_variables
 from qpde.deploy.program import (
     EXACT_LIMIT,
     Affine,
@@ -165,12 +166,14 @@ def fold(
     Returns:
       The program. `str` of it says what stays in float32, and why.
     Raises:
-      ValueError: `outer_bits` other than 8; bit-widths that are traced; a kind of block without a rule.
+      ValueError: `outer_bits` other than 8; bit-widths that are traced; a kind of block without a rule; variables that
+        are NaN or infinite, or clips that are not positive.
     """
     if isinstance(model, GraphNetwork):
         raise ValueError("fold takes an image network, not a graph network: use qpde.deploy.fold_graph")
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
+    check_variables(variables, "variables")
     variables, bits = unfreeze(variables), model.checked_bits(model.bits if bits is None else bits)
     steps = model.steps(variables)
     widths = [Bits(*(_own_bits(part, i) for part in bits)) for i in range(len(steps))]

@@ -17,6 +17,7 @@ from flax.core import unfreeze
 
 from qpde import quantizers
 from qpde.bits import Bits
+from qpde.checks import check_variables
 from qpde.deploy.packing import PACKED_BITS
 from qpde.deploy.program import Kernel
 from qpde.models.graphs import layers
@@ -114,6 +115,7 @@ def fold_graph(model: GraphNetwork, variables: Mapping[str, Any], *, bits: Bits 
     Raises:
       ValueError: More than 8 bits of weights, a bit-width for each layer, or a level set without steps.
     """
+    check_variables(variables, "variables")
     bits = model.bits if bits is None else bits
     if bits.weights is not None and (np.ndim(bits.weights) or not 2 <= int(bits.weights) <= 8):
         raise ValueError(f"weights of {bits.weights} bits have no code: give one number from 2 to 8, or None")

@@ -115,8 +115,9 @@ def _outputs(folded: Folded, images: Any, rules: dict[type, Callable]) -> tuple[
 
 
 def _checked_images(folded, images):
-    if images.ndim != 4 or images.shape[-1] != folded.channels:
-        raise ValueError(f"images must be (N, H, W, {folded.channels}); got shape {images.shape}")
+    shape = getattr(images, "shape", type(images).__name__)
+    if len(shape) != 4 or isinstance(shape, str) or shape[-1] != folded.channels:
+        raise ValueError(f"images must be (N, H, W, {folded.channels}); got shape {shape}")
     if images.dtype != np.float32:
         raise ValueError(f"images of dtype {images.dtype} must be float32: x.astype(np.float32), and scale them")
     if min(images.shape[1:3]) < (side := folded.smallest_image):

@@ -96,6 +96,11 @@ class Affine:
     factors: tuple[np.ndarray, ...]
     bias: np.ndarray | None = None
 
+    @property
+    def shift(self) -> np.ndarray:
+        """The bias, 0 where there is none."""
+        return np.zeros((), np.float32) if self.bias is None else self.bias
+
 
 @dataclasses.dataclass(frozen=True)
 class _Unary:

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qpde import quantizers
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer

@@ -6,7 +6,7 @@ over a data set, block by block and at the logits; the difference is the paper's
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,8 @@ def compare(
     twin_bits = bits.twin
     twin = variables if twin is None else twin
     if statistics_batches is not None:
-        statistics_batches = list(statistics_batches)
+        if isinstance(statistics_batches, Iterator):  # it is gone through twice
+            statistics_batches = list(statistics_batches)
         variables, twin = (
             reestimate_statistics(model, own, statistics_batches, at)
             for own, at in ((variables, bits), (twin, twin_bits))

@@ -81,6 +81,8 @@ def jacobian_spectrum(
     jacobian = first_cotangent(second_pullback)  # the transpose of u -> J^T u
 
     def lanczos(product):
+        if x.size == 0:
+            return jnp.zeros(0, y.dtype)
         return _lanczos(lambda q: product(q.reshape(x.shape)).ravel(), x.size, min(num, x.size), key, y.dtype)
 
     eigenvalues = lanczos(lambda v: (jacobian(v) + transposed(v)) / 2) if square else None

@@ -96,7 +96,8 @@ def moments(
     """What a norm of x (..., C) normalises by, and the running statistics after it.
 
     In training these are the batch's moments, and the running ones move towards them by 1 - momentum; the running
-    variance is the unbiased one, as the published nets store it, while the batch is normalised by the biased one.
+    variance is the unbiased one, as the published nets store it, while the batch is normalised by the biased one. A
+    batch of nothing has no moments: the running ones stay.
 
     Args:
       x: (..., C).
@@ -105,7 +106,7 @@ def moments(
     Returns:
       mean (C,), variance (C,) or None, updated running statistics.
     """
-    if not mode.train:
+    if not mode.train or 0 in x.shape:
         return running["mean"], running.get("var"), dict(running)
     mean, var = batch_moments(x)
     count = x.size // x.shape[-1]

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.bit_widths import BitsComparison, compare_bits
 from qpde.models.images.cost import summary
 from qpde.models.protocol import QuantizedNetwork

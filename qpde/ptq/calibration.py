@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.faithfulness import reestimate_statistics
 from qpde.measure.histograms import Histogram, clip_from, histogram, merge
 from qpde.models.clips import calibrate_clips, converge_norms, replace_clips

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from jaxtyping import Array
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.models.images.blocks import Block, is_depthwise
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, Quantizer

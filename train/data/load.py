@@ -96,8 +96,9 @@ def _own_path(name: str, data_dir: Path | None) -> Path:
     """The path of own images, or of the same name below the root of the data, where they were moved or copied to."""
     path, root = Path(name), data_dir or os.environ.get(DATA_DIR_VARIABLE)
     moved = None if root is None else Path(root) / path.name
-    if path.exists() or (moved is not None and moved.exists()):
-        return path if path.exists() else moved
+    for found in (path, moved):
+        if found is not None and found.exists():
+            return found
     raise FileNotFoundError(f"{path} is not there; if it was moved to FOLDER/{path.name}, give --data-dir FOLDER")
 
 
@@ -120,12 +121,16 @@ def _from_records(
         stored = Images(nothing, nothing, nothing, classes, mean, std, centre=centre)
         return Streamed(**parts, config=config, batch_size=batch_size, workers=workers, stored=stored)
     splits = {part: Split(*read_all(records, pixels)) for part, records in parts.items()}
-    return Resident(Images(**splits, classes=classes, mean=mean, std=std, centre=centre), batch_size)
+    images = Images(
+        splits["train"], splits["validation"], splits["test"], classes=classes, mean=mean, std=std, centre=centre
+    )
+    return Resident(images, batch_size)
 
 
 def _other_test(config: Data, data_dir: Path | None, shape: tuple[int, ...], num_classes: int) -> Records:
     """The test images of another set than the training images."""
-    test = open_records(config.test, "test", data_root(config.test, data_dir))
+    name = str(config.test)
+    test = open_records(name, "test", data_root(name, data_dir))
     found = (shape_of(test, config.size), len(test.classes))
     if found != (tuple(shape), num_classes):
         raise ValueError(

@@ -4,7 +4,6 @@ Nothing here needs JAX, because whatever it imports each worker process imports 
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class Records:
     """
 
     name: str
-    source: Sequence[dict[str, Any]]
+    source: Any
     numbers: np.ndarray
     shape: tuple[int | None, int | None, int]
     classes: tuple[str, ...]

@@ -109,7 +109,8 @@ class Streamed:
 
 def shape_of(records: Records, size: int) -> tuple[int, int, int]:
     """(height, width, channels) of what the network sees of images: photographs become squares."""
-    return records.shape if records.is_uniform else (size, size, records.shape[2] or 3)
+    height, width, channels = records.shape
+    return (size, size, channels or 3) if height is None or width is None else (height, width, channels)
 
 
 @dataclasses.dataclass(frozen=True)
