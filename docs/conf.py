@@ -39,6 +39,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Example|Examples):$")

@@ -173,7 +173,7 @@ def save(
     classes = [str(k) for k in range(model.num_classes)] if classes is None else [str(name) for name in classes]
     if len(classes) != model.num_classes:
         raise ValueError(f"`classes` names {len(classes)} classes, the network has {model.num_classes}")
-    tensors = _flat({k: v for k, v in unfreeze(variables).items() if k != "observed"})
+    tensors = _flat({k: v for k, v in unfreeze(dict(variables)).items() if k != "observed"})
     _check_shapes(model, tensors, "variables")
     check_variables(tensors, "variables")
     moments = {k: _moments(k, v, model, tensors) for k, v in (("mean", mean), ("std", std))}

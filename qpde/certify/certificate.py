@@ -172,7 +172,10 @@ def exact_twin(model: Network, variables: Mapping[str, Any], x: Batch, bits: Bit
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
-      model, variables, x, bits: as for `certify`.
+      model: Network, as for `certify`.
+      variables: Its collections.
+      x: Images (N, H, W, C).
+      bits: Bits, as for `certify`.
     Raises:
       ValueError: a network with clips for each width, or one that computes in bfloat16.
     """

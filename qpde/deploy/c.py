@@ -45,7 +45,9 @@ def save_c(path: str | Path, folded: Folded, *, image_size: tuple[int, int], nam
 
     Args:
       path: Of the file.
-      folded, image_size, name: See `c_source`.
+      folded: Folded network, see `c_source`.
+      image_size: Height and width, see `c_source`.
+      name: Prefix of the functions, see `c_source`.
     Returns:
       The path.
     """

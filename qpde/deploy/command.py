@@ -120,7 +120,7 @@ def make_files(
     """
     _check_quantized(network, bits)
     if image_size is None and network.input_shape is not None:
-        image_size = tuple(network.input_shape[:2])
+        image_size = (network.input_shape[0], network.input_shape[1])
     folded = fold_network(network, bits=bits, settle=settle, outer_bits=outer_bits, image_size=image_size)
     contents = make_formats(folded, formats, image_size=image_size, graph_size=graph_size)
     described = _described(network, folded, bits, image_size, graph_size)

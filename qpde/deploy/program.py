@@ -201,7 +201,11 @@ def consumers(ops: Iterable[Op]) -> dict[str, list[Op]]:
 
 
 def whole_bounds(program: Program) -> dict[str, tuple[int, int]]:
-    """(lowest, highest) of every value that is whole whatever the images, before any rounding to float32."""
+    """Find (lowest, highest) of every value that is whole whatever the images, before any rounding to float32.
+
+    Args:
+      program: Folded network.
+    """
     bounds: dict[str, tuple[int, int]] = {}
     for op in program.ops:
         if isinstance(op, Quantize):

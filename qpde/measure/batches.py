@@ -30,7 +30,7 @@ def mean_over(
 
     Args:
       batches: read once.
-      variables: of the network.
+      variables: Variables of the network.
       measure: (x, index of the batch) -> numbers by name, (N, ...) each, and the number of classes. Two of them,
         "prediction" and "prediction_q", are the classes that the networks choose, (N,), or (N, H, W) pixel by pixel,
         with one axis more where there are several pairs of networks.

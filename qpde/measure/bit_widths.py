@@ -28,7 +28,8 @@ class BitsComparison:
 
     Attributes:
       samples: number of inputs: images, or nodes.
-      accuracy, accuracy_reference: at these widths and at those compared with; None without labels.
+      accuracy: Accuracy at these bits, or None without labels.
+      accuracy_reference: Accuracy at the bits compared with, or None without labels.
       agreement: fraction of inputs with the same argmax at both.
       kl: mean Kullback-Leibler divergence of the softmax at these widths from that of the reference, in nats.
       logit_error: root mean square of the difference of the logits.
@@ -58,8 +59,8 @@ class Elastic:
         Args:
           variables: {"params", and other collections with a leading axis for the widths}.
           x: as for the network.
-          bits: of `stack_bits`.
-          options: of the network.
+          bits: Bits of `stack_bits`.
+          options: Options of the network.
         Returns:
           What the network returns, with a leading axis for the widths.
         """
@@ -80,8 +81,8 @@ class Elastic:
         """The network's variables for `apply`: its collections for each of the widths.
 
         Args:
-          variables: of the network.
-          bits: of `stack_bits`.
+          variables: Variables of the network.
+          bits: Bits of `stack_bits`.
           statistics_batches: from these, batch statistics are estimated again for each width.
         """
         variables = unfreeze(variables)

@@ -54,7 +54,7 @@ def jacobian_spectrum(
       x: the point, any shape; a step on images keeps its batch axis.
       method: "dense" or "lanczos".
       num: Lanczos steps and so values of each kind, at least 1; at most x.size are taken. Unused by "dense".
-      key: of the random start of "lanczos".
+      key: Random key of the random start of "lanczos".
     Returns:
       `JacobianSpectrum` in x's dtype, float32 at least: with "dense" x.size eigenvalues and min(x.size, f(x).size)
         singular values.

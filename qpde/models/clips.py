@@ -32,15 +32,15 @@ def calibrate_clips(
     """Replace every clip by one that fits the data, block after block, each seeing its predecessors quantized.
 
     Args:
-      model: a network, see `qpde.models.QuantizedNetwork`.
-      variables: its collections. One of `qpde.quantized` takes those of the module itself too.
+      model: Network, see `qpde.models.QuantizedNetwork`.
+      variables: Its collections. One of `qpde.quantized` takes those of the module itself too.
       x: (N, ...) inputs such as images, a few hundred are enough, or a graph; or a pair of these and labels, which are
         not used.
-      method: of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
-        percentile at 4; the clips that a network is made with fit no graph.
-      bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
+      method: Method of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the
+        99.9th percentile at 4; the clips that a network is made with fit no graph.
+      bits: Bits that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
         widths have clips of their own, those of each are found at that width, whatever the number given.
-      train: normalise by the batch's statistics; for an image net whose running ones are still the starting values.
+      train: Normalise by the batch's statistics; for an image net whose running ones are still the starting values.
     Returns:
       `variables` with the new clips in "params".
     Raises:
@@ -86,9 +86,10 @@ def converge_norms(model: Any, variables: Mapping[str, Any], x: Batch, *, bits: 
     size or not. Do so before a network is exported or certified.
 
     Args:
-      model, variables: a network and its collections.
-      x: any images of the size it runs on, or a pair of these and labels.
-      bits: widths that it runs at; None takes the model's own.
+      model: Network.
+      variables: Its collections.
+      x: Any images of the size it runs on, or a pair of these and labels.
+      bits: Bits that it runs at; None takes the model's own.
     Returns:
       `variables` with other singular vectors in "spectral"; the same ones if there are none.
     """
@@ -108,10 +109,10 @@ def replace_clips(variables: Mapping[str, Any], observed: dict, *, row: int | No
     """Variables with new clips.
 
     Args:
-      variables: of a network.
-      observed: collection "observed" whose records are clips, single ones or lists; where they are None, or left out,
+      variables: Variables of a network.
+      observed: Collection "observed" whose records are clips, single ones or lists; where they are None, or left out,
         the old ones stay.
-      row: of the clips that a network has for each width; None for one that has the same for all.
+      row: Row of the clips that a network has for each width; None for one that has the same for all.
     Returns:
       `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
     """

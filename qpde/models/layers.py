@@ -53,11 +53,11 @@ class Mode:
     """How one call of a network runs.
 
     Attributes:
-      train: normalise by the batch's statistics and update the running ones.
-      momentum: share of the running statistics that is kept; 0 stores the batch's own.
-      observe: sees what every quantizer rounds, or None.
-      power_iterations: of each spectral norm in this call, from the carried vector on; at least 1.
-      compute_dtype: of the convolutions' products; everything between them is float32.
+      train: Normalise by the batch's statistics and update the running ones.
+      momentum: Share of the running statistics that is kept; 0 stores the batch's own.
+      observe: Sees what every quantizer rounds, or None.
+      power_iterations: Power iterations of each spectral norm in this call, from the carried vector on; at least 1.
+      compute_dtype: Dtype of the convolutions' products; everything between them is float32.
     """
 
     train: bool = False
@@ -102,7 +102,7 @@ def moments(
     Args:
       x: (..., C).
       running: {"mean": (C,)[, "var": (C,)]}; a mean-only norm has no "var".
-      mode: of the call.
+      mode: Mode of the call.
     Returns:
       mean (C,), variance (C,) or None, updated running statistics.
     """

@@ -227,7 +227,7 @@ class QuantizedModule(nn.Module):
         """The module's own variables with all parameters of this network: missing ones get their starting values.
 
         Args:
-          variables: Of the module, for instance from a checkpoint, or of this network.
+          variables: Variables of the module, for instance from a checkpoint, or of this network.
           x: An input, or a pair of inputs and labels.
         """
         return _adopted(self, unfreeze(variables), read_batch(x, variables))

@@ -137,7 +137,7 @@ def test_every_function_of_one_batch_reads_it_alike(networks, name, tmp_path):
 
 def test_a_batch_of_nothing_is_refused_where_something_is_read_off_it():
     own = qpde.quantized(nn.Dense(2), [qpde.Rule("", weights=4, activations=4)])
-    variables = own.init(jax.random.key(0), IMAGES)
+    variables = nn.Dense(2).init(jax.random.key(0), IMAGES)
     with pytest.raises(ValueError, match="batch 0 holds no images"):
         own.with_signs(variables, [IMAGES[:0]])
     with pytest.raises(ValueError, match="`batches` is one array"):

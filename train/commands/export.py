@@ -83,8 +83,9 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
     if isinstance(experiment, Experiment):
         found = read_finished(options.run, options.data_dir)
         networks = {name: finished.network for name, finished in found.items()}
-        inputs = {name: (finished.test_images(options.images),) for name, finished in found.items()}
-        size, work_on = None, partial(measure, newton_steps=options.newton_steps, rounds=options.rounds)
+        inputs: dict[str, tuple] = {name: (finished.test_images(options.images),) for name, finished in found.items()}
+        size: tuple[int, int] | None = None
+        work_on: Callable[..., Deployed] = partial(measure, newton_steps=options.newton_steps, rounds=options.rounds)
     else:
         parts = [name_of(pair) for pair in experiment.bits]
         networks = {f"{k}/{part}": qpde.load(options.run / k / part) for k in results for part in parts}

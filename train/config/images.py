@@ -121,7 +121,7 @@ class Rule:
     learning_rate: float = 1.0
     """Multiplier of the schedule's learning rate."""
     weight_decay: float | None = None
-    """Replaces the shared weight decay; None keeps it."""
+    """Replace the shared weight decay; None keeps it."""
 
     def __post_init__(self):
         try:

@@ -72,8 +72,10 @@ class Batches:
     """Batch number -> (images, labels); the last one may be smaller.  Every worker gets a copy of it.
 
     Attributes:
-      records: in the order in which they are read.   pixels: what becomes of an image.
-      size: images a batch.   part, parts: which of so many equal parts of each batch, for a run of several processes.
+      records: in the order in which they are read.
+      pixels: what becomes of an image.
+      size: images a batch.
+      part, parts: which of so many equal parts of each batch, for a run of several processes.
     """
 
     records: Records

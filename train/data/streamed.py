@@ -28,7 +28,9 @@ class Streamed:
     """A `train.data.resident.ImageSet` that reads its images when a step needs them.
 
     Attributes:
-      train, validation, test: what it reads.   config: of the crops.   batch_size: images a step.
+      train, validation, test: what it reads.
+      config: Settings of the crops.
+      batch_size: images a step.
       workers: processes that read; 0 reads in threads of this one.
       stored: no images, but the names of the classes, mean, std, and the share of photographs that is looked at.
     """

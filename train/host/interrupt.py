@@ -45,7 +45,7 @@ class StopRequest:
     system writes each one to a socket meanwhile, and a thread ends the process at the second.
 
     Attributes:
-      signal_number: of the signal, None before it.
+      signal_number: Number of the signal, None before it.
     """
 
     def __init__(self):

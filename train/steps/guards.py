@@ -46,7 +46,8 @@ def hold(params: PyTree, ranges: Ranges) -> tuple[PyTree, Float[Array, ""]]:
     What is not finite is left as it is: that step broke down, and `all_finite` is to see it.
 
     Args:
-      params: the clips among them have to be at least `SMALLEST_CLIP`.   ranges: of others.
+      params: the clips among them have to be at least `SMALLEST_CLIP`.
+      ranges: Ranges of others.
     """
     ranges = {CLIPS: (SMALLEST_CLIP, math.inf)} | dict(ranges)
 

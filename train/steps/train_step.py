@@ -73,7 +73,7 @@ def make_train_step(
     """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
 
     Args:
-      loss: of `make_loss`.
+      loss: Result of `make_loss`.
       optimizer: its state is `state.opt_state`.
       inputs: (key, images, labels) -> the model's input and the targets, as `train.data.resident.make_inputs` makes it.
       draw: (key, bits) -> the bits of the step, as `train.steps.annealing.make_draw` makes it.
@@ -112,7 +112,7 @@ def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
     A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.steps.guards`).
 
     Args:
-      train_step: of `make_train_step`.
+      train_step: Result of `make_train_step`.
       select: (state, *data) -> (batch, key), of `make_select` or `select_given`.
       mesh: devices that share the batch and hold the state; None is the one that the arguments are on.
     """

@@ -102,7 +102,7 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         found, missing = runtimes(model, variables, folded, bits, size, Path(scratch))
         rows = {name: RuntimeRow(name, 0, 0, 0.0) for name in found}
-        answers = {name: [] for name in found}
+        answers: dict[str, list[np.ndarray]] = {name: [] for name in found}
         for start in range(0, len(images), _AT_ONCE):
             x = images[start : start + _AT_ONCE]
             logits, codes = deploy.run_reference(folded, x)
@@ -161,10 +161,10 @@ def _compare(row: RuntimeRow, runtime: Runtime, x, logits, codes) -> np.ndarray:
     if runtime.codes is not None:
         own = runtime.codes(x)
         for name, value in own.items():
-            row.differing += int((np.abs(value[:count] - codes[name]) > 1e-3).sum())
-            row.codes += codes[name].size
+            row.differing = (row.differing or 0) + int((np.abs(value[:count] - codes[name]) > 1e-3).sum())
+            row.codes = (row.codes or 0) + codes[name].size
     found = runtime.logits(x)[:count]
-    row.logits_off = max(row.logits_off, float(np.abs(found - logits).max()))
+    row.logits_off = max(row.logits_off or 0.0, float(np.abs(found - logits).max()))
     return found.argmax(-1)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -580,9 +581,10 @@ class _Call:
         Where the codes at hand may pass it, and where there are none, sums are those of real numbers.
         """
         found = [self.steps.get(key) for key in (index, *kernels)]
-        if any(step is None for step in found):
+        known = [step for step in found if step is not None]
+        if len(known) < len(found):
             return linear(kernels, x)
-        act, *weights = found
+        act, *weights = known
         one_step = all(jnp.ndim(w.step) == 0 for w in weights)
         if not one_step and (is_adjoint or len(weights) > 1):
             return linear(kernels, x)
@@ -596,7 +598,7 @@ class _Call:
             for name, code, weight in zip(kernels, codes, weights, strict=True)
         }
         sums = linear(kernels, jnp.where(fits, _nearest(x / act.step), x))
-        scale = act.step * math.prod(w.step for w in weights)
+        scale = act.step * functools.reduce(jnp.multiply, [w.step for w in weights])
         return sums * jnp.where(fits, _along(scale, sums.ndim), 1.0)
 
     def _observe(self, name, index, x, bits, *, signed):

@@ -51,7 +51,6 @@ def home(tmp_path_factory, compiled_once):
     [
         ("certify RUN_W4A4 --bits 8 --images 4", "4 test images"),
         ("budget RUN_W4A4 --bits 2 4 --at 4 --images 16", "all alike"),
-        ("elastic RUN_W4A4 --bits 4 8", "one set of weights at several widths"),
         ("report RUN_W4A4 --bits 4 --certify 8 --images 4", "report.html"),
         ("reproduce RUN", "identical to"),
     ],
