@@ -63,7 +63,7 @@ def sections(
         ]
     found.append(("What is taken for what", _confusion(measured)))
     if low:
-        smoothed = any(m.maps.smoothing is not None for m in low.values())
+        smoothed = any(m.maps is not None and m.maps.smoothing is not None for m in low.values())
         found += [
             ("What is rounded", _inputs(low, stages, every)),
             ("Smoothing" if smoothed else "Feature maps", _maps(low)),
@@ -157,7 +157,7 @@ def _comparison(measured: Mapping[str, Measured]) -> str:
 
 
 def _layer_error(experiment, results, stages, every) -> str:
-    drawn = [
+    drawn: list[tuple[str, str, str, str, Callable]] = [
         ("layer-error", "Absolute error", "rms difference from the twin", "layer_error", np.asarray),
         ("layer-error-relative", "Relative error", "divided by the twin's rms", "relative_layer_error", np.asarray),
         ("sqnr", "SQNR", "dB, more is better", "relative_layer_error", _decibels),
