@@ -10,6 +10,7 @@ from qpde.datasets.cifar10 import load_cifar10
 from qpde.datasets.containers import Images, NodeGraph, SparseRows, Split, random_split
 from qpde.datasets.digits import load_digits, load_digits_graph
 from qpde.datasets.download import download_planetoid
+from qpde.datasets.node_graphs import load_node_graph
 from qpde.datasets.planetoid import load_planetoid
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "load_cifar10",
     "load_digits",
     "load_digits_graph",
+    "load_node_graph",
     "load_planetoid",
     "random_split",
 ]

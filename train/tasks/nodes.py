@@ -14,18 +14,21 @@ import numpy as np
 import optax
 from rich.console import Console
 
+import qpde
 import qpde.models
 from qpde.bits import Bits
+from qpde.datasets import NodeGraph
 from qpde.measure.faithfulness import compare
 from train.config.graphs import GraphExperiment, GraphVariant
 from train.host.console import Display
 from train.host.interrupt import Interrupted, StopRequest
+from train.host.provenance import provenance
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
 from train.steps.optimizer import create_optimizer
 from train.steps.paths import path_name
 from train.steps.state import RANDOM
-from train.tasks.nodes_data import load_graph, make_task
+from train.tasks.nodes_data import check_same_graph, load_graph, make_task
 from train.tasks.nodes_step import NodeState, Task, calibrate_seeds, init_seeds, start_seeds, test_seeds, train_seeds
 from train.tasks.nodes_summary import FULL, check_pictures, name_of, write_report
 
@@ -37,10 +40,7 @@ def prepare(experiment: GraphExperiment, data_dir: Path | None) -> tuple[dict[st
     check_pictures(experiment)
     graph = load_graph(experiment.data, data_dir)
     task = make_task(graph)
-    trainings = {
-        variant.name: Training.create(experiment, variant, task, num_classes=graph.num_classes)
-        for variant in experiment.chosen
-    }
+    trainings = {variant.name: Training.create(experiment, variant, graph, task) for variant in experiment.chosen}
     return trainings, partial(write_report, experiment)
 
 
@@ -50,13 +50,14 @@ class Training:
 
     experiment: GraphExperiment
     variant: GraphVariant
+    graph: NodeGraph
     task: Task
     model: nn.Module
     optimizer: optax.GradientTransformation
     tuner: optax.GradientTransformation
 
     @classmethod
-    def create(cls, experiment: GraphExperiment, variant: GraphVariant, task: Task, *, num_classes: int) -> "Training":
+    def create(cls, experiment: GraphExperiment, variant: GraphVariant, graph: NodeGraph, task: Task) -> "Training":
         """Builds the variant and traces it, so that unusable options are found.
 
         Raises:
@@ -66,22 +67,24 @@ class Training:
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         builder = getattr(qpde.models, options.pop("name"))
         known = inspect.signature(builder).parameters
-        model = builder(num_classes=num_classes, **{k: v for k, v in options.items() if k in known})
+        model = builder(num_classes=graph.num_classes, **{k: v for k, v in options.items() if k in known})
         shapes = jax.eval_shape(model.init, jax.random.key(0, impl=RANDOM), task.graph)["params"]
         adam = experiment.optimizer_of(variant)
         slower = dataclasses.replace(adam, learning_rate=adam.learning_rate * experiment.tune_learning_rate)
         optimizer, tuner = (create_optimizer(config, shapes, steps=experiment.epochs) for config in (adam, slower))
-        return cls(experiment, variant, task, model, optimizer, tuner)
+        return cls(experiment, variant, graph, task, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains every seed in full precision and at each pair of widths; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
+        check_same_graph(run, self.graph)
         seeds = jnp.asarray(np.arange(experiment.seed, experiment.seed + experiment.seeds).astype(np.uint32))
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
         init_keys, keys = keys[:, 0], keys[:, 1]
         params = init_seeds(model, init_keys, task, _EXACT, methods=_EXACT, at_once=self.at_once)
         full = self._fit(FULL, params, keys, _EXACT, run, console)
         accuracy, energy = jax.device_get(test_seeds(model, full.best_params, task, at_once=self.at_once))
+        self._keep(run, FULL, full, _EXACT)
         results = {"parameters": _count(params)}
         results[FULL] = {"accuracy": accuracy.tolist(), "energy": energy.tolist()} | _best_epoch(full)
         for widths in experiment.bits:
@@ -93,6 +96,7 @@ class Training:
                 params = calibrate_seeds(model, full.best_params, task, bits, **clips)
                 before = self._compare(params, bits)
             state = self._fit(part, params, keys, bits, run, console)
+            self._keep(run, part, state, Bits(*widths))
             results[part] = self._compare(state.best_params, bits) | _best_epoch(state)
             if experiment.start == "trained":
                 results[part]["untuned"] = {key: before[key] for key in ("accuracy", "agreement")}
@@ -151,6 +155,24 @@ class Training:
             best = jax.device_get(state.best_accuracy).mean()
             display.line(f"{name}: {epochs} epochs of {experiment.seeds} seeds, best validation accuracy {best:.1%}")
         return state
+
+    def _keep(self, run: RunDirectory, part: str, state: NodeState, bits: Bits) -> None:
+        """Writes the seed that is best on the validation nodes where `qpde.load` reads it without the graph."""
+        best = int(np.argmax(state.best_accuracy))
+        qpde.save(
+            run.path / self.variant.name / part,
+            self.model.with_bits(bits),
+            {"params": jax.tree.map(lambda leaf: leaf[best], state.best_params)},
+            classes=self.graph.classes,
+            about={
+                "variant": self.variant.name,
+                "seed": self.experiment.seed + best,
+                "validation_accuracy": float(state.best_accuracy[best]),
+                "data": self.experiment.data.name,
+                "data_fingerprint": self.graph.fingerprint,
+            }
+            | provenance(),
+        )
 
     def _compare(self, params, bits: Bits) -> dict[str, list]:
         """Faithfulness on the test nodes, each field a list over seeds."""
