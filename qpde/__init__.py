@@ -23,6 +23,7 @@ from qpde import (
 from qpde.bits import Bits
 from qpde.models.protocol import QuantizedNetwork
 from qpde.nn import Rule, optimizer_labels, project, quantized
+from qpde.ptq import calibrate
 from qpde.trained import TrainedNetwork, load, save
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizedNetwork",
     "Rule",
     "TrainedNetwork",
+    "calibrate",
     "certify",
     "datasets",
     "graphs",
