@@ -4,9 +4,10 @@
 
 All train the same architecture from scratch, with weights and activations of 4 bits, and 8 in the first layer and the
 head, by Adam with the same rate, batches and epochs. qpde learns its clips; qwix scales by the largest value of each
-call; brevitas takes the scales of a first batch's percentile and learns on. Printed are accuracy on the test images,
-agreement with the same network whose activations are not rounded, the lines that quantize the network, and the time
-of a step. Smoothing is tried with qpde's U-Net as well. Needs the extra [bench]; cifar10 is read from QPDE_DATA_DIR.
+call, and as it multiplies whole numbers, a CPU without 4-bit convolutions is asked for 8 bits too ("qwix8"); brevitas
+takes its scales from statistics of the first batches. Printed are accuracy on the test images, agreement with the same
+network whose activations are not rounded, the lines that quantize the network, and the time of a step. "smoothing" is
+qpde with a total-variation step before each quantizer. Needs the extra [bench]; cifar10 is read from QPDE_DATA_DIR.
 """
 
 import argparse
@@ -76,16 +77,16 @@ def quantized_by_qpde(net, x, smoothing=None):
     return model, qpde.models.calibrate_clips(model, variables, x, train=True)
 
 
-def quantized_by_qwix(net, x):
+def quantized_by_qwix(net, x, inner_type):
     """Count the lines from here."""
     import qwix
 
     def rules(activations):
         ends = {"weight_qtype": "int8", "act_qtype": activations and "int8"}
-        inner = {"weight_qtype": "int4", "act_qtype": activations}
+        inner = {"weight_qtype": inner_type, "act_qtype": activations}
         return [qwix.QtRule(module_path="first|head", **ends), qwix.QtRule(module_path=".*", **inner)]
 
-    model, twin = (qwix.quantize_model(net, qwix.QtProvider(rules(qtype))) for qtype in ("int4", None))
+    model, twin = (qwix.quantize_model(net, qwix.QtProvider(rules(qtype))) for qtype in (inner_type, None))
     return model, twin, model.init(jax.random.key(0), x)
 
 
@@ -133,9 +134,9 @@ def run_qpde(net, data, options, smoothing=None):
     return found.accuracy, found.agreement, inspect.getsource(quantized_by_qpde), seconds
 
 
-def run_qwix(net, data, options):
+def run_qwix(net, data, options, inner_type="int4"):
     """A row of the table."""
-    model, twin, variables = quantized_by_qwix(net, data["train"][0][:100])
+    model, twin, variables = quantized_by_qwix(net, data["train"][0][:100], inner_type)
     variables, seconds = train_jax(model.apply, variables, data, options)
     images, labels = data["test"]
     low, high = (predictions(one.apply, variables, images) for one in (model, twin))
@@ -210,7 +211,7 @@ def brevitas_networks():
 def run_brevitas(net, data, options):
     """A row of the table."""
     import torch
-    from brevitas.graph.calibrate import disable_enable_quantization
+    from brevitas.graph.calibrate import quantization_status_manager
 
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -237,7 +238,7 @@ def run_brevitas(net, data, options):
             return torch.cat([model(x).argmax(-1) for x in images.split(200)])
 
     low = predicted()
-    with disable_enable_quantization(model, disable_weight_quant=False, disable_bias_quant=False):
+    with quantization_status_manager(model, disable_act_quant=True):
         high = predicted()
     source = inspect.getsource(brevitas_networks)
     return (low == labels).float().mean(), (low == high).float().mean(), source, float(np.median(times))
@@ -267,13 +268,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["digits"], choices=["digits", "cifar10"])
     parser.add_argument("--networks", nargs="+", default=["unet", "vit"], choices=["unet", "vit"])
-    parser.add_argument("--libraries", nargs="+", default=["qpde", "smoothing", "qwix", "brevitas"])
+    parser.add_argument("--libraries", nargs="+", default=["qpde", "smoothing", "qwix", "qwix8", "brevitas"])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--images", type=int, default=None, help="training images, from the first on")
     parser.add_argument("--test-images", type=int, default=None)
     options = parser.parse_args()
     runs = {"qpde": run_qpde, "qwix": run_qwix, "brevitas": run_brevitas}
+    runs["qwix8"] = lambda *args: run_qwix(*args, inner_type="int8")
     runs["smoothing"] = lambda *args: run_qpde(*args, smoothing=qpde.models.Smoothing(gamma2=0.01))
     print(
         "| data | network | by | accuracy | agreement | lines | ms a step |\n|---|---|---|---|---|---|---|", flush=True

@@ -340,7 +340,7 @@ class QuantizedModule(nn.Module):
             variables = jax.eval_shape(lambda x: self.init(jax.random.key(0), x, **options), x)
         else:
             jax.eval_shape(lambda variables, x: self.apply(variables, x, **options), variables, x)
-        return found[-1], unfreeze(variables["params"])
+        return found[-1], unfreeze(variables.get("params", {}))
 
     def _training(self, train: bool | None, given: dict) -> dict[str, bool]:
         """`train` by the names that the module's call has for it."""
