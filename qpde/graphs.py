@@ -33,7 +33,7 @@ from qpde.devices import by_compiler, vary_alike
 
 __all__ = [
     "BLOCK_SIZE",
-    "KINDS",
+    "GRADIENTS",
     "LARGE_BLOCK_SIZE",
     "dirichlet_energy",
     "divergence",
@@ -49,7 +49,7 @@ __all__ = [
     "tv_step",
 ]
 
-KINDS = {"normalized": 2.0, "gcn": 1.0}
+GRADIENTS = {"normalized": 2.0, "gcn": 1.0}
 """The gradients by name, and a number that no eigenvalue of G^T G exceeds on any graph."""
 
 BLOCK_SIZE = 2**17
@@ -76,13 +76,13 @@ def from_edges(
     Args:
       senders: One end of each edge: integers (edges,), in 0 .. num_nodes - 1; may be empty.
       receivers: The other end, likewise.
-      num_nodes: at least 1.
-      nodes: features, floating point (num_nodes, ...), a list of them, or a `jax.experimental.sparse.BCOO` matrix,
+      num_nodes: At least 1.
+      nodes: Features, floating point (num_nodes, ...), a list of them, or a `jax.experimental.sparse.BCOO` matrix,
         which jraph can batch or pad neither way; None stands for (num_nodes, 0).
     Returns:
       GraphsTuple of one graph; `edges` and `globals` are None.
     Raises:
-      ValueError: no nodes, an end outside them, lists of different lengths or not of integers, features of another
+      ValueError: No nodes, an end outside them, lists of different lengths or not of integers, features of another
         length, not floating point, NaN or infinite.
 
     >>> graph = from_edges([0, 1, 2, 2], [1, 0, 1, 2], num_nodes=4)
@@ -140,7 +140,7 @@ def gradient(
     Returns:
       Edge field (edges, ...).
     Raises:
-      ValueError: an unknown kind, a field of another length than the graph.
+      ValueError: An unknown kind, a field of another length than the graph.
     """
     _check(graph, kind, x)
     scale = normalize(graph) if scale is None else scale
@@ -168,7 +168,7 @@ def divergence(
     Returns:
       Node field (nodes, ...).
     Raises:
-      ValueError: an unknown kind, a field of another length than the edges.
+      ValueError: An unknown kind, a field of another length than the edges.
     """
     _check(graph, kind, p=p)
     scale = normalize(graph) if scale is None else scale
@@ -222,14 +222,14 @@ def nonlinear_laplacian(
     Args:
       graph: Each undirected edge once.
       x: Node field (nodes, ...).
-      flux: s, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
+      flux: S, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
         may close over traced numbers, and gradients flow to those that are floating point; reverse mode only.
       kind: "normalized" or "gcn".
       scale: `normalize(graph)`; None computes it.
     Returns:
       Node field like x, of the dtype of x * scale.
     Raises:
-      ValueError: as for `gradient`.
+      ValueError: As for `gradient`.
     """
     _check(graph, kind, x)
     scale = normalize(graph) if scale is None else scale
@@ -239,7 +239,8 @@ def nonlinear_laplacian(
     else:
         weight = scale
     channels = math.prod(x.shape[1:])
-    fluxes, closed_over = {}, []
+    fluxes: dict[int, Callable] = {}
+    closed_over: list[Array] = []
     ends = (graph.senders, graph.receivers)
     x, weight = vary_alike(x, weight, like=ends)
     for rows in _block_rows(len(graph.senders), channels):
@@ -321,23 +322,25 @@ def tv_step(
     Returns:
       Node field like x.
     Raises:
-      ValueError: a static gamma2 outside its bounds, a static eps <= 0, and as for `gradient`.
+      ValueError: A static gamma2 outside its bounds, a static eps <= 0, and as for `gradient`.
     """
     _check(graph, kind, x)
-    eps, gamma2 = _positive("eps", eps), scalar("gamma2", gamma2)
-    bound = 2 * eps / KINDS[kind]
-    if _is_static(gamma2, eps):
-        if not 0 <= gamma2 <= bound:
+    eps, step = _positive("eps", eps), scalar("gamma2", gamma2)
+    bound = 2 * eps / GRADIENTS[kind]
+    if _is_static(step, eps):
+        if not 0 <= step <= bound:
             raise ValueError(
-                f"gamma2 (={gamma2}) must be within [0, {bound:g}] for kind={kind!r}, eps={eps:g}: a larger step "
+                f"gamma2 (={step}) must be within [0, {bound:g}] for kind={kind!r}, eps={eps:g}: a larger step "
                 "can raise the energy; take more steps instead"
             )
     else:
         # `where`, not `clip`: the gradient at the bounds themselves is 1, so a step can start there and learn.
-        gamma2 = jnp.where(gamma2 < 0, 0.0, jnp.where(gamma2 > bound, bound, gamma2))
+        step = jnp.where(step < 0, 0.0, jnp.where(step > bound, bound, step))
     scale = normalize(graph) if scale is None else scale
     g = gradient(graph, x, kind=kind, scale=scale)
-    return x + gamma2 * divergence(graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale)
+    return jnp.asarray(x) + step * divergence(
+        graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale
+    )
 
 
 def largest_eigenvalue_bound(
@@ -386,7 +389,7 @@ def max_stable_step(
     Returns:
       Scalar; infinite for a graph without edges, where G = 0.
     Raises:
-      ValueError: a static lipschitz <= 0, an unknown kind.
+      ValueError: A static lipschitz <= 0, an unknown kind.
     """
     lipschitz = _positive("lipschitz", lipschitz)
     return 2.0 / (jnp.asarray(lipschitz, jnp.float32) * largest_eigenvalue_bound(graph, kind=kind, scale=scale))
@@ -415,10 +418,10 @@ def fold_blocks(add, start, columns, *, channels):
     """`add(total, block)` from `start` on, over blocks of the columns, as large as the platform likes them.
 
     Args:
-      add: its block is a tuple, of as many entries of each column.
-      start: the first total.
-      columns: arrays (entries,). Zeros fill the last block.
-      channels: numbers that an entry stands for.
+      add: Its block is a tuple, of as many entries of each column.
+      start: The first total.
+      columns: Arrays (entries,). Zeros fill the last block.
+      channels: Numbers that an entry stands for.
     """
 
     def fold(rows, start, columns):
@@ -507,8 +510,8 @@ def _num_nodes(graph):
 
 
 def _check(graph, kind, x=None, p=None):
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in GRADIENTS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(GRADIENTS)}")
     if x is not None and x.shape[0] != _num_nodes(graph):
         raise ValueError(f"x has {x.shape[0]} rows, the graph has {_num_nodes(graph)} nodes")
     if p is not None and p.shape[0] != graph.senders.shape[0]:

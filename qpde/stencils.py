@@ -45,6 +45,18 @@ from jaxtyping import Array, Float
 
 from qpde.checks import known_value, scalar, whole_number
 
+__all__ = [
+    "ENERGIES",
+    "Energy",
+    "divergence",
+    "gradient",
+    "implicit_step",
+    "max_stable_step",
+    "smooth",
+    "total_variation",
+    "tv_step",
+]
+
 Boundary: TypeAlias = Literal["neumann", "periodic", "dirichlet"]
 Real: TypeAlias = int | float | np.floating | Float[Array | np.ndarray, ""]
 Image: TypeAlias = Float[Array | np.ndarray, "*batch height width channels"]
@@ -58,11 +70,12 @@ def gradient(x: Image, *, boundary: str = "neumann") -> Float[Array, "*batch hei
     ("periodic"), or 0 ("dirichlet").
 
     Args:
-      x: (..., H, W, C), floating.   boundary: "neumann", "periodic" or "dirichlet".
+      x: (..., H, W, C), floating.
+      boundary: "neumann", "periodic" or "dirichlet".
     Returns:
       (..., H, W, C, 2): the difference along H, then along W, in the dtype of `x`.
     Raises:
-      ValueError: unknown boundary, fewer than three axes, or a dtype that is not floating.
+      ValueError: Unknown boundary, fewer than three axes, or a dtype that is not floating.
 
     >>> gradient(jnp.array([[1.0, 3.0, -2.0]])[..., None])[0, :, 0, 1].tolist()
     [2.0, -5.0, 0.0]
@@ -79,11 +92,12 @@ def divergence(p: VectorField, *, boundary: str = "neumann") -> Float[Array, "*b
     (unless periodic), and with Neumann borders nothing flows out behind the last ones.
 
     Args:
-      p: (..., H, W, C, 2), floating; along H, then along W.   boundary: as in `gradient`.
+      p: (..., H, W, C, 2), floating; along H, then along W.
+      boundary: As in `gradient`.
     Returns:
       (..., H, W, C) in the dtype of `p`.
     Raises:
-      ValueError: as in `gradient`, or the last axis of `p` is not of length 2.
+      ValueError: As in `gradient`, or the last axis of `p` is not of length 2.
     """
     p = jnp.asarray(p)
     if p.ndim < 4 or p.shape[-1] != 2:
@@ -104,12 +118,13 @@ def total_variation(
 
     Args:
       x: (..., H, W, C), floating; computed in float32 at least.
-      eps: positive; a Python number, or a scalar array; a traced one is not checked.
-      kind: a key of `KINDS`.   boundary: as in `gradient`.
+      eps: Positive; a Python number, or a scalar array; a traced one is not checked.
+      kind: A key of `ENERGIES`.
+      boundary: As in `gradient`.
     Returns:
       (..., C), in float32 or wider.
     Raises:
-      ValueError: as in `gradient`; unknown kind; `eps` not positive and finite.
+      ValueError: As in `gradient`; unknown kind; `eps` not positive and finite.
 
     >>> x = jnp.array([[0.0, 0.0, 3.0]])[..., None]
     >>> total_variation(x, eps=1.0, kind="huber").tolist()
@@ -119,11 +134,12 @@ def total_variation(
     row = _kind(kind)
     x = x.astype(_wide(x))
     eps = _checked_eps(eps, x.dtype)
-    differences = tuple(d[..., 1:, 1:, :] for d in _differences(x, boundary))
+    along_h, along_w = (d[..., 1:, 1:, :] for d in _differences(x, boundary))
     axes = (-3, -2)
     if row.coupled:
-        return jnp.sum(row.density(_squared_length(differences), eps), axis=axes)
-    return sum(jnp.sum(row.density(d * d, eps), axis=axes) for d in differences)
+        return jnp.sum(row.density(_squared_length(along_h, along_w), eps), axis=axes)
+    of_h, of_w = (jnp.sum(row.density(d * d, eps), axis=axes) for d in (along_h, along_w))
+    return of_h + of_w
 
 
 def max_stable_step(*, eps: Real, kind: str = "isotropic") -> float | Float[Array, ""]:
@@ -136,11 +152,12 @@ def max_stable_step(*, eps: Real, kind: str = "isotropic") -> float | Float[Arra
     step of a convex, 8 L-smooth energy is non-expansive for the same gamma2.
 
     Args:
-      eps: positive; a Python number, or a scalar array (then so is the result).   kind: a key of `KINDS`.
+      eps: Positive; a Python number, or a scalar array (then so is the result).
+      kind: A key of `ENERGIES`.
     Returns:
       eps/4 or 1/4, see the table of the module.
     Raises:
-      ValueError: unknown kind; `eps` not positive and finite.
+      ValueError: Unknown kind; `eps` not positive and finite.
 
     >>> max_stable_step(eps=0.5), max_stable_step(eps=0.5, kind="linear")
     (0.125, 0.25)
@@ -157,14 +174,15 @@ def tv_step(
     Args:
       x: (..., H, W, C), floating.  Images and channels do not see each other.  Half precision is computed in float32
         and rounded once, which keeps the maximum principle.
-      gamma2: step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
+      gamma2: Step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
         clamped to that interval; its gradient is 0 outside, not at the ends, so project a learned one onto it.
-      eps: positive; a Python number, or a scalar array; a traced one is not checked.
-      kind: a key of `KINDS`.   boundary: as in `gradient`.
+      eps: Positive; a Python number, or a scalar array; a traced one is not checked.
+      kind: A key of `ENERGIES`.
+      boundary: As in `gradient`.
     Returns:
       The smoothed x, same shape and dtype.
     Raises:
-      ValueError: as in `total_variation`; `gamma2` negative, not finite, or beyond the bound.
+      ValueError: As in `total_variation`; `gamma2` negative, not finite, or beyond the bound.
     """
     return smooth(x, steps=1, gamma2=gamma2, eps=eps, kind=kind, boundary=boundary)
 
@@ -178,12 +196,19 @@ def smooth(
     kind: str = "isotropic",
     boundary: str = "neumann",
 ) -> Float[Array, "*batch height width channels"]:
-    """`steps` explicit steps one after the other; see `tv_step` for the arguments and for what each step keeps.
+    """Take several explicit steps, each as `tv_step` does.
 
     Args:
-      steps: static, 0 (the identity) or more.
+      x: Images (..., H, W, C), floating.
+      steps: Number of steps, static, 0 (the identity) or more.
+      gamma2: Size of a step, as in `tv_step`.
+      eps: Width of the quadratic part, as in `tv_step`.
+      kind: Key of `ENERGIES`.
+      boundary: Borders, as in `gradient`.
+    Returns:
+      The smoothed x, of the same shape and dtype.
     Raises:
-      ValueError: as in `tv_step`; `steps` not a whole number of 0 or more.
+      ValueError: As in `tv_step`; `steps` not a whole number of 0 or more.
     """
     x = _checked_image(x)
     wide = _wide(x)
@@ -204,12 +229,15 @@ def implicit_step(
     energy and non-expansiveness are not claimed.
 
     Args:
-      x, eps, kind, boundary: as in `tv_step`.
-      gamma2: step, 0 or more, no upper bound.  A scalar array is clamped at 0 from below.
+      x: Images (..., H, W, C), floating.
+      eps: Width of the quadratic part, as in `tv_step`.
+      kind: Key of `ENERGIES`.
+      boundary: Borders, as in `gradient`.
+      gamma2: Step, 0 or more, no upper bound.  A scalar array is clamped at 0 from below.
     Returns:
       The smoothed x, same shape and dtype.
     Raises:
-      ValueError: as in `total_variation`; `gamma2` negative or not finite.
+      ValueError: As in `total_variation`; `gamma2` negative or not finite.
     """
     x = _checked_image(x)
     wide = _wide(x)
@@ -223,10 +251,10 @@ def implicit_step(
 
 # --- The kinds: for a new one, write its two functions and its row. -------------------------------------------------
 
-_Pointwise = Callable[[Array, Array], Array]
+_Pointwise = Callable[[Array, Array | float], Array]
 
 
-class Kind(NamedTuple):
+class Energy(NamedTuple):
     """One row of the table: functions of (s^2, eps), and the facts about them that the bounds rest on."""
 
     diffusivity: _Pointwise  # g(s)
@@ -315,15 +343,15 @@ def _weickert_density(squared, eps):
     return (-squared * jnp.expm1(-u) + _WEICKERT**0.25 * eps * eps * tail) / 2
 
 
-KINDS: dict[str, Kind] = {  # diffusivity, density, slope_is_one, coupled, convex
-    "isotropic": Kind(_tv_diffusivity, _tv_density, False, True, True),
-    "anisotropic": Kind(_tv_diffusivity, _tv_density, False, False, True),
-    "huber": Kind(_huber_diffusivity, _huber_density, False, False, True, flux=_huber_flux),
-    "linear": Kind(_linear_diffusivity, _linear_density, True, False, True, flux=_linear_flux),
-    "charbonnier": Kind(_charbonnier_diffusivity, _charbonnier_density, True, True, True),
-    "perona_malik_1": Kind(_perona_malik_1_diffusivity, _perona_malik_1_density, True, False, False),
-    "perona_malik_2": Kind(_perona_malik_2_diffusivity, _perona_malik_2_density, True, False, False),
-    "weickert": Kind(_weickert_diffusivity, _weickert_density, True, True, False),
+ENERGIES: dict[str, Energy] = {  # diffusivity, density, slope_is_one, coupled, convex
+    "isotropic": Energy(_tv_diffusivity, _tv_density, False, True, True),
+    "anisotropic": Energy(_tv_diffusivity, _tv_density, False, False, True),
+    "huber": Energy(_huber_diffusivity, _huber_density, False, False, True, flux=_huber_flux),
+    "linear": Energy(_linear_diffusivity, _linear_density, True, False, True, flux=_linear_flux),
+    "charbonnier": Energy(_charbonnier_diffusivity, _charbonnier_density, True, True, True),
+    "perona_malik_1": Energy(_perona_malik_1_diffusivity, _perona_malik_1_density, True, False, False),
+    "perona_malik_2": Energy(_perona_malik_2_diffusivity, _perona_malik_2_density, True, False, False),
+    "weickert": Energy(_weickert_diffusivity, _weickert_density, True, True, False),
 }
 
 
@@ -331,7 +359,7 @@ KINDS: dict[str, Kind] = {  # diffusivity, density, slope_is_one, coupled, conve
 
 
 @partial(jax.jit, static_argnames=("steps", "kind", "boundary"), inline=True)
-def _explicit_steps(x: Array, gamma2: Real, eps: Real, steps: int, kind: str, boundary: str) -> Array:
+def _explicit_steps(x: Array, gamma2: Array | float, eps: Array | float, steps: int, kind: str, boundary: str) -> Array:
     # A gradient keeps one map per step and computes the fluxes again, which is cheaper than to store them; the loop
     # (not unrolled) keeps XLA from fusing one step into the next and computing its fluxes many times.
     @jax.checkpoint
@@ -342,18 +370,18 @@ def _explicit_steps(x: Array, gamma2: Real, eps: Real, steps: int, kind: str, bo
 
 
 @partial(jax.jit, static_argnames=("kind", "boundary"), inline=True)
-def _implicit_step(x: Array, gamma2: Real, eps: Real, kind: str, boundary: str) -> Array:
+def _implicit_step(x: Array, gamma2: Array | float, eps: Array | float, kind: str, boundary: str) -> Array:
     row = _kind(kind)
-    differences = tuple(d[..., 1:, 1:, :] for d in _differences(x, boundary))
+    along_h, along_w = (d[..., 1:, 1:, :] for d in _differences(x, boundary))
     if row.coupled:
-        diffusivities = (row.diffusivity(_squared_length(differences), eps),) * 2
+        diffusivities = [row.diffusivity(_squared_length(along_h, along_w), eps)] * 2
     else:
-        diffusivities = tuple(row.diffusivity(d * d, eps) for d in differences)
-    along_h, along_w = (
+        diffusivities = [row.diffusivity(d * d, eps) for d in (along_h, along_w)]
+    by_h, by_w = (
         _diffuse_along(x, 2 * gamma2 * g, axis=axis, boundary=boundary)
         for axis, g in zip((-3, -2), diffusivities, strict=True)
     )
-    return 0.5 * (along_h + along_w)
+    return 0.5 * (by_h + by_w)
 
 
 # --- Stencils on the extended grid -----------------------------------------------------------------------------------
@@ -404,25 +432,25 @@ def _border_masks(x: Array, boundary: str) -> tuple[Array | np.ndarray, Array | 
     return mask(height).reshape(*leading, -1, 1, 1), mask(width).reshape(*leading, 1, -1, 1)
 
 
-def _squared_length(differences: tuple[Array, Array]) -> Array:
-    along_h, along_w = differences
+def _squared_length(along_h: Array, along_w: Array) -> Array:
     return along_h * along_h + along_w * along_w
 
 
-def _flux(row: Kind, along_h: Array, along_w: Array, eps: Array | float) -> tuple[Array, Array]:
+def _flux(row: Energy, along_h: Array, along_w: Array, eps: Array | float) -> tuple[Array, Array]:
     if row.coupled:
-        g = row.diffusivity(_squared_length((along_h, along_w)), eps)
+        g = row.diffusivity(_squared_length(along_h, along_w), eps)
         return along_h * g, along_w * g
     if row.flux is not None:
         return row.flux(along_h, eps), row.flux(along_w, eps)
-    return tuple(d * row.diffusivity(d * d, eps) for d in (along_h, along_w))
+    g_h, g_w = (row.diffusivity(d * d, eps) for d in (along_h, along_w))
+    return along_h * g_h, along_w * g_w
 
 
 # --- Implicit diffusion along one axis -------------------------------------------------------------------------------
 
 
 def _diffuse_along(x: Array, weight: Array, *, axis: int, boundary: str) -> Array:
-    """Solves (I + D^T weight D) u = x along `axis`; `weight` belongs to the difference after each position."""
+    """Solve (I + D^T weight D) u = x along `axis`; `weight` belongs to the difference after each position."""
     x, weight = jnp.moveaxis(x, axis, 0), jnp.moveaxis(weight, axis, 0)
 
     def matvec(u):
@@ -518,13 +546,13 @@ def _wide(x: Array) -> np.dtype:
     return x.dtype if jnp.finfo(x.dtype).bits >= 32 else np.dtype(np.float32)
 
 
-def _kind(kind: str) -> Kind:
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
-    return KINDS[kind]
+def _kind(kind: str) -> Energy:
+    if kind not in ENERGIES:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(ENERGIES)}")
+    return ENERGIES[kind]
 
 
-def _bound(row: Kind, eps: Array | float) -> Array | float:
+def _bound(row: Energy, eps: Array | float) -> Array | float:
     return 0.25 if row.slope_is_one else eps / 4
 
 

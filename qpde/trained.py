@@ -24,7 +24,9 @@ import safetensors.numpy
 from flax.core import unfreeze
 from jaxtyping import Array
 
+from qpde.batches import read_batch
 from qpde.bits import Bits
+from qpde.checks import check_variables
 from qpde.graphs import from_edges
 from qpde.models.graphs.layers import (
     AttentionLayer,
@@ -39,7 +41,7 @@ from qpde.models.options import NetworkOptions, Smoothing
 from qpde.models.protocol import QuantizedNetwork
 from qpde.models.registry import BLOCKS, image_network
 
-__all__ = ["DESCRIPTION", "WEIGHTS", "TrainedNetwork", "load", "save"]
+__all__ = ["DESCRIPTION", "WEIGHTS", "TrainedNetwork", "load", "save", "weights_digest"]
 
 DESCRIPTION, WEIGHTS = "network.json", "weights.safetensors"
 
@@ -59,20 +61,22 @@ class TrainedNetwork:
 
     Attributes:
       model: Flax Linen module of `qpde.models`, or a network of `qpde.quantized`.
-      variables: Its collections.
+      variables: Its collections, plain or a FrozenDict.
       classes: Names of the classes, in the order of the logits.
       input_shape: (height, width, channels) of the images that it was trained on, or None.
       mean: Mean of the training images by channel, a full pixel being 1, or None.
       std: Standard deviation alike, or None.
+      centre: Share of a picture's short side that it was evaluated on, see `qpde.pictures.centre_crop`.
       about: Where it came from, as far as known: seed, command, versions, device, date, fingerprint of its data.
     """
 
-    model: QuantizedNetwork
-    variables: dict[str, Any]
+    model: Any
+    variables: Mapping[str, Any]
     classes: tuple[str, ...]
     input_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    centre: float = 1.0
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def normalize(self, images: Any) -> Array:
@@ -103,9 +107,12 @@ class TrainedNetwork:
         """Logits of images as `normalize` takes them, (N, classes), or of all nodes of a graph.
 
         Args:
-          inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs.
+          inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs; or a pair of these and
+            labels, which are not used.
           bits: Bits of this call. Default: the network's own.
         """
+        if isinstance(inputs, Mapping | tuple):
+            inputs = read_batch(inputs, self.variables)
         if isinstance(self.model, GraphNetwork):
             return np.asarray(_apply(self.model, self.variables, inputs, bits))
         if len(inputs) == 0:
@@ -145,6 +152,7 @@ def save(
     input_shape: Sequence[int] | None = None,
     mean: Any = None,
     std: Any = None,
+    centre: float = 1.0,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a trained network to a folder, from which `load` reads it anywhere.
@@ -157,37 +165,44 @@ def save(
       input_shape: (height, width, channels) of the images. A network of `qpde.quantized` needs it.
       mean: Mean of the training images by channel, a full pixel being 1. Default: images are used as they are.
       std: Standard deviation alike.
+      centre: Share of a picture's short side that it is evaluated on, above 0 and at most 1.
       about: What else is known of it, values of JSON.
     Returns:
       The folder.
     Raises:
-      ValueError: Neither a network of `qpde.models` nor of `qpde.quantized`, another number of classes, or variables of
-        other shapes.
+      ValueError: Neither a network of `qpde.models` nor of `qpde.quantized`, another number of classes, variables of
+        other shapes, NaN or infinite, clips that are not positive, or moments of another number than channels.
+      TypeError: A value in `about` is none of JSON.
     """
-    described, variables = _described(model), unfreeze(variables)
+    if not 0 < centre <= 1:
+        raise ValueError(f"`centre` (={centre}) must be a share above 0 and at most 1")
+    described, variables = _described(model), unfreeze(dict(variables))
     count = _num_classes(model, variables, input_shape)
     classes = [str(k) for k in range(count)] if classes is None else [str(name) for name in classes]
     if len(classes) != count:
         raise ValueError(f"`classes` names {len(classes)} classes, the network has {count}")
     tensors = _flat({k: v for k, v in variables.items() if k != "observed"})
     _check_shapes(model, tensors, "variables", input_shape)
+    check_variables(tensors, "variables")
+    moments = {k: _moments(k, v, model, tensors) for k, v in (("mean", mean), ("std", std))}
     weights = safetensors.numpy.save(tensors)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": _FORMAT,
         "version": _VERSION,
         "network": described,
         "classes": classes,
         "input_shape": None if input_shape is None else [int(n) for n in input_shape],
-        "mean": None if mean is None else [float(v) for v in np.asarray(mean).reshape(-1)],
-        "std": None if std is None else [float(v) for v in np.asarray(std).reshape(-1)],
+        **moments,
+        "centre": float(centre),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "about": dict(about or {}),
     }
+    text = json.dumps(description, indent=2) + "\n"  # what is no JSON is found before anything is written
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)  # never a description beside weights that are not its own
     _write(folder / WEIGHTS, weights)
-    _write(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    _write(folder / DESCRIPTION, text.encode())
     return folder
 
 
@@ -230,14 +245,44 @@ def load(folder: str | Path, *, model: QuantizedNetwork | None = None) -> Traine
         mean, std, shape = (
             None if description[k] is None else tuple(description[k]) for k in ("mean", "std", "input_shape")
         )
+        centre = float(description.get("centre", 1.0))
+        if not 0 < centre <= 1:
+            raise ValueError(f"it looks at {centre} of a picture's short side")
         about = dict(description["about"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no network that this qpde knows: {error}") from None
     _check_shapes(model, tensors, str(weights), shape)
+    check_variables(tensors, str(weights))
     count = _num_classes(model, _nested(tensors), shape)
     if len(classes) != count:
         raise ValueError(f"{path} names {len(classes)} classes of a network that has {count}")
-    return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, about)
+    return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, centre, about)
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """SHA-256 of the weights of a trained network, or None where there is no network.
+
+    Args:
+      folder: Folder that `save` wrote. The digest is the one that its description holds.
+    """
+    try:
+        found = json.loads((Path(folder) / DESCRIPTION).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get("weights_sha256") if isinstance(found, dict) else None
+
+
+def _moments(name: str, values: Any, model: Any, tensors: dict[str, np.ndarray]) -> list | None:
+    """A mean or standard deviation by channel as values of JSON, checked."""
+    if values is None:
+        return None
+    found = np.asarray(values, np.float64).reshape(-1)
+    channels = tensors["params/stem/kernel"].shape[2] if isinstance(model, Network) else len(found)
+    if len(found) not in (1, channels):
+        raise ValueError(f"`{name}` has {len(found)} values, the images have {channels} channels")
+    if not np.isfinite(found).all() or (name == "std" and not (found > 0).all()):
+        raise ValueError(f"`{name}` (={found.tolist()}) must be finite{', and positive' if name == 'std' else ''}")
+    return found.tolist()
 
 
 def _num_classes(model: Any, variables: Mapping[str, Any], input_shape: Sequence[int] | None) -> int:

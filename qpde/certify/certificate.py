@@ -32,20 +32,25 @@ norms should have converged, see `qpde.models.converge_norms`:
     growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
     clip, ReLU, convex smoothing within its stable range    1; a step of another kind can amplify, and is refused
 
+What is deployed is certified alike: the candidate then starts as the states of the integer program, and i is the class
+that its logits name. Nothing is assumed of how they came about. So the defects hold every rounding there is: codes,
+requantizations in float32, thresholds that were settled, kernels of stem, neck and head in 8 bits, a flipped code.
+
 A certificate costs more than the twin itself, and as many Newton steps as the network has blocks end at the twin: what
 few of them add to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add
 up as the Jacobians carry them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
 from qpde.certify.chain import certify_chain, exact_chain
 from qpde.certify.proof import Certificate, pair_norms, proof
@@ -60,35 +65,39 @@ from qpde.certify.step_bounds import (
 )
 from qpde.models.images.parts import Head
 from qpde.models.layers import Mode
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["certify", "exact_twin"]
 
 
 def certify(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
-    x: Float[Array | np.ndarray, "n *shape"],
+    x: Batch,
     bits: Bits,
     *,
     newton_steps: int = 2,
     steps: StepBounds | None = None,
+    deployed: tuple[Any, Sequence[Any]] | None = None,
 ) -> Certificate:
     """The certificate of a quantized network on a batch of inputs.
 
     Args:
       model: Image network of `qpde.models.create`, or a `qpde.nn.Chain` that `qpde.quantized` made a network of.
       variables: Its collections.
-      x: Images (N, H, W, C), or what the chain takes.
+      x: Images (N, H, W, C), or what the chain takes, or a pair of these and labels, which are not used.
       bits: Scalars, or one value for each block, or quantized layer. Activations must have bits.
       newton_steps: Steps of Newton's method. 0 takes the injected errors as they are.
       steps: Result of `step_bounds`, which takes seconds, for this network, these variables, this image size and these
         bits. Pass it when certifying several batches. Default: computed.
+      deployed: Logits (N, C) and states of what is deployed, for these images: the outputs of the stem and of every
+        block, as `qpde.deploy.run(folded, return_states=True)` makes them. They may be those of any program: what is
+        certified is that the twin predicts the class of the largest of these logits, and other states only make the
+        bound worse. Default: those of the network itself.
     Returns:
-      `Certificate`.
+      `Certificate`, in which the quantized network is what is deployed.
     Raises:
-      ValueError: No bits for activations; a negative number of Newton steps; constants of
-        something else; a network of which no constants are proven, one with clips for each of several bits
+      ValueError: No bits for activations; a negative number of Newton steps; constants of something else; `deployed` of
+        other shapes; a network of which no constants are proven, one with clips for each of several bits
         (`Network.at_bits` makes an ordinary one of it), one that computes in bfloat16, or one that smooths by a kind
         that is not convex.
     """
@@ -96,12 +105,14 @@ def certify(
         raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
     if newton_steps < 0:
         raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0")
-    x = jnp.asarray(x)
+    x = jnp.asarray(read_batch(x, variables))
     if hasattr(model, "links"):
+        if deployed is not None:
+            raise ValueError("`deployed` is for networks of qpde.models: a chain is deployed as it runs")
         return certify_chain(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
     check_model(model)
     bits = model.checked_bits(bits)
-    size = x.shape[1:3]
+    size = (x.shape[1], x.shape[2])
     if steps is None:
         steps = step_bounds(model, variables, size, bits)
     else:
@@ -110,7 +121,11 @@ def certify(
     for step in steps.bounds:
         a_priori = step.lipschitz * a_priori + step.injected
     with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
-        run, rounded = _run(model, variables, x, bits), _rounded_parts(model, variables, bits)
+        if deployed is None:
+            run = _run(model, variables, x, bits)
+        else:
+            run, a_priori = _checked_run(model, variables, x, bits, deployed), np.inf
+        rounded = _rounded_parts(model, variables, bits)
     gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
     with in_float64():
         lipschitz = np.array([step.lipschitz for step in steps.bounds])
@@ -118,16 +133,18 @@ def certify(
         return jax.device_get(found)
 
 
-def exact_twin(
-    model: QuantizedNetwork, variables: Mapping[str, Any], x: Float[Array | np.ndarray, "n *shape"], bits: Bits
-) -> Float[np.ndarray, "n classes"]:
+def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
-      model, variables, x, bits: as for `certify`.
+      model: Network, as for `certify`.
+      variables: Its collections.
+      x: Images (N, H, W, C).
+      bits: Bits, as for `certify`.
     Raises:
       ValueError: a network with clips for each width, one that computes in bfloat16, or one that is no chain.
     """
+    x = read_batch(x, variables)
     if hasattr(model, "links"):
         return exact_chain(model, variables, jnp.asarray(x), bits)
     check_model(model)
@@ -146,6 +163,20 @@ def _run(model, variables, x, bits):
         states.append(x)
     tail = len(states) - 1 - len(model.blocks)  # neck and head
     return x, states[:-tail]
+
+
+def _checked_run(model, variables, x, bits, deployed):
+    """The logits and states that were given, in the shapes that the network's own have."""
+    logits, states = deployed
+    given, needed = (logits, list(states)), jax.eval_shape(partial(_run, model), variables, x, bits)
+    shapes = [[np.shape(v) for v in (run[0], *run[1])] for run in (given, needed)]
+    if shapes[0] != shapes[1]:
+        found = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), [len(v) for v in shapes])
+        raise ValueError(
+            f"`deployed` has values of shape {found[0]} where this network has {found[1]}: give the logits, then the "
+            "outputs of the stem and of every block, qpde.deploy.run(folded, return_states=True)(x)"
+        )
+    return jax.tree.map(jnp.asarray, given)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -178,7 +209,7 @@ def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, g
 
     states = [stem(to_float64(x)), *to_float64(states[1:])]
     pair = gain * pair_norms(to_float64(variables["params"]["head"]["kernel"]), jnp.argmax(logits, axis=-1))
-    return proof(twin, states, logits, estimate, lipschitz, pair, pair * a_priori, newton_steps)
+    return proof(twin, states, logits, estimate, lipschitz, pair, a_priori, newton_steps)
 
 
 def _twin_parts(model, variables, rounded, bits):

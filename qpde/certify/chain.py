@@ -89,7 +89,7 @@ def _proof(links, rounded, states, lipschitz, a_priori, newton_steps, *, has_hea
     if has_head:
         *twin, head = twin
         states, pair = states[:-1], pair_norms(links[-1].class_kernel(rounded[-1]), prediction)
-    return proof(twin, to_float64(list(states)), logits, head, lipschitz, pair, pair * a_priori, newton_steps)
+    return proof(twin, to_float64(list(states)), logits, head, lipschitz, pair, a_priori, newton_steps)
 
 
 def _check_logits(model, logits):

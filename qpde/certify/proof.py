@@ -1,6 +1,7 @@
 """The proof itself: what follows from a chain of steps, their constants, and the states of a quantized run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ class Certificate:
         compiled program may round it the other way: what is certified is this evaluation.
       certified: (N,) whether the twin provably predicts the same, a posteriori or a priori.
       bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
-      certified_a_priori, bound_a_priori: the same from the clips and bits alone.
+      certified_a_priori, bound_a_priori: the same from the clips and bits alone. Never and infinite for what is
+        deployed, whose arithmetic they do not cover.
       state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
       estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
     """
@@ -46,8 +48,8 @@ class Certificate:
 
     @property
     def certified_fraction(self) -> float:
-        """Share of the inputs that are certified."""
-        return float(np.mean(self.certified))
+        """Share of the inputs that are certified; NaN where there are none."""
+        return float(np.mean(self.certified)) if len(self.certified) else math.nan
 
 
 jax.tree_util.register_dataclass(Certificate)
@@ -60,7 +62,7 @@ def proof(
     head: Callable[[Array], Array],
     lipschitz: Any,
     pair: Array,
-    a_priori: Array,
+    a_priori: Any,
     newton_steps: Any,
 ) -> Certificate:
     """The certificate of a chain of steps, in float64 and traced.
@@ -72,7 +74,7 @@ def proof(
       head: The twin's, from the last state to logits.
       lipschitz: (L,) L_j.
       pair: (N, C), by how much z_i - z_k of the twin's head moves at most when the last state moves by 1.
-      a_priori: (N, C), the bound for all inputs.
+      a_priori: By how much the last state moves at most, for all inputs; infinite where nothing is known.
       newton_steps: Steps of Newton's method.
     """
     z, start = to_float64(logits), states[0]
@@ -99,6 +101,7 @@ def proof(
     rest = pair * distance[:, None]
     margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
     others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
+    a_priori = jnp.where(others, jnp.where(jnp.isinf(a_priori), jnp.inf, pair * a_priori), 0.0)
     certified_a_priori = jnp.all((margin > a_priori) | ~others, axis=-1)
     return Certificate(
         logits=logits,

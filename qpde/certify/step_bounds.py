@@ -18,7 +18,6 @@ from qpde.bits import Bits
 from qpde.models.images.blocks import Block
 from qpde.models.images.network import BoundPart, Network
 from qpde.models.images.parts import Factors, Part, StepBound
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = [
     "StepBound",
@@ -88,7 +87,7 @@ class StepBounds:
                 )
 
 
-def step_bounds(model: QuantizedNetwork, variables: Mapping[str, Any], size: tuple[int, ...], bits: Bits) -> StepBounds:
+def step_bounds(model: Any, variables: Mapping[str, Any], size: tuple[int, ...], bits: Bits) -> StepBounds:
     """Constants of every step, for images of that size; on the host, once for a network.
 
     Args:

@@ -5,11 +5,13 @@ arguments give the same images in the same order. Nothing is downloaded and noth
 `download_planetoid`.
 """
 
+from qpde.datasets.arrays import load_npz
 from qpde.datasets.camvid import load_camvid
 from qpde.datasets.cifar10 import load_cifar10
 from qpde.datasets.containers import Images, NodeGraph, SparseRows, Split, random_split
 from qpde.datasets.digits import load_digits, load_digits_graph
 from qpde.datasets.download import download_planetoid
+from qpde.datasets.folders import load_folder
 from qpde.datasets.node_graphs import load_node_graph
 from qpde.datasets.planetoid import load_planetoid
 
@@ -23,7 +25,9 @@ __all__ = [
     "load_cifar10",
     "load_digits",
     "load_digits_graph",
+    "load_folder",
     "load_node_graph",
+    "load_npz",
     "load_planetoid",
     "random_split",
 ]

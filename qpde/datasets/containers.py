@@ -34,6 +34,7 @@ class Images:
     classes: their names; label k is classes[k].
     mean, std: of the training split, per channel, on the scale where a full pixel is 1.
     ignored_label: a label that counts neither in losses nor in metrics, if there is one.
+    centre: share of a picture's short side that evaluation looks at, see `qpde.pictures.centre_crop`.
     """
 
     train: Split
@@ -43,6 +44,7 @@ class Images:
     mean: Float32[np.ndarray, " channels"]
     std: Float32[np.ndarray, " channels"]
     ignored_label: int | None = None
+    centre: float = 1.0
 
     @property
     def num_classes(self) -> int:
@@ -155,21 +157,26 @@ class NodeGraph:
         graph = from_edges(first, second, num_nodes=len(x))
         num_classes = int(y.max()) + 1 if classes is None else len(classes)
         y = y.astype(np.int32)
-        parts = [
-            _nodes(name, part, len(y)) for name, part in (("train", train), ("validation", validation), ("test", test))
-        ]
-        given = [part is not None for part in parts]
-        if any(given) and not all(given):
+        given = {"train": train, "validation": validation, "test": test}
+        missing = [name for name, part in given.items() if part is None]
+        if 0 < len(missing) < 3:
             raise ValueError("give `train`, `validation` and `test`, or none of them, for a split that is drawn")
-        if not any(given):
-            parts = _drawn(y, seed)
+        parts = _drawn(y, seed) if missing else [_nodes(name, part, len(y)) for name, part in given.items()]
         if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
             raise ValueError("`train`, `validation` and `test` must not share a node")
         row, column = np.nonzero(x)
-        features = SparseRows(row.astype(np.int32), column.astype(np.int32), x[row, column].astype(np.float32))
-        names = None if classes is None else tuple(map(str, classes))
-        ends = [np.asarray(end) for end in (graph.senders, graph.receivers)]
-        return cls(*ends, features, y, *parts, x.shape[1], num_classes, names)
+        return cls(
+            senders=np.asarray(graph.senders),
+            receivers=np.asarray(graph.receivers),
+            features=SparseRows(row.astype(np.int32), column.astype(np.int32), x[row, column].astype(np.float32)),
+            labels=y,
+            train=parts[0],
+            validation=parts[1],
+            test=parts[2],
+            num_features=x.shape[1],
+            num_classes=num_classes,
+            classes=None if classes is None else tuple(map(str, classes)),
+        )
 
     @classmethod
     def from_networkx(
@@ -294,6 +301,34 @@ def stratified_parts(labels: np.ndarray, sizes: Sequence[int], *, seed: int) -> 
     return [np.sort(part) for part in np.split(order, np.cumsum(sizes))[: len(sizes)]]
 
 
+def split_parts(
+    labels: np.ndarray, parts: dict[str, np.ndarray], *, validation: float, test: float, what: str
+) -> dict[str, np.ndarray]:
+    """The items of "train", "validation" and "test": the parts that are missing are held out from the training items.
+
+    Args:
+      labels: (N,) classes of all items.
+      parts: Numbers of the items of each part that is there, "train" at least.
+      validation: Share of the training items to validate on, with the classes in proportion.
+      test: Share to test on, alike, taken first.
+      what: What messages call the set.
+    Raises:
+      ValueError: A share is none, or a part would be empty.
+    """
+    found = dict(parts)
+    for part, share in (("test", test), ("validation", validation)):
+        if not 0 < share < 1:
+            raise ValueError(f"`{part}` (={share}) must be a share above 0 and below 1")
+        if part not in found:
+            whole = found["train"]
+            held = max(1, round(share * len(whole)))
+            rest, own = stratified_parts(labels[whole], [len(whole) - held, held], seed=0)
+            found["train"], found[part] = whole[rest], whole[own]
+    if empty := [part for part in ("train", "validation", "test") if not len(found[part])]:
+        raise ValueError(f"{what} has {len(labels)} images and none for {empty[0]}: more are needed")
+    return {part: found[part] for part in ("train", "validation", "test")}
+
+
 def channel_statistics(images: UInt8[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel on the scale where a full pixel is 1, exact, from histograms."""
     levels = np.arange(256) / 255
@@ -304,10 +339,8 @@ def channel_statistics(images: UInt8[np.ndarray, "n h w c"]) -> tuple[np.ndarray
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-def _nodes(name: str, part: np.ndarray | Sequence[Any] | None, count: int) -> np.ndarray | None:
+def _nodes(name: str, part: Any, count: int) -> np.ndarray:
     """Sorted indices of the nodes of a mask, or of a list of them."""
-    if part is None:
-        return None
     part = np.asarray(part)
     if part.dtype == bool and part.shape == (count,):
         part = np.flatnonzero(part)

@@ -2,12 +2,12 @@
 
 from qpde.deploy.c import c_source, save_c
 from qpde.deploy.export import FORMATS, export
-from qpde.deploy.files import load_packed, save_packed
-from qpde.deploy.folded import Folded, Note, fold
+from qpde.deploy.files import load_packed, save_packed, theoretical_bytes
+from qpde.deploy.folded import Folded, Note, State, fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.integer import run, run_reference
 from qpde.deploy.modules import PackedKernel, PackedModule, export_module, load_module, pack_module, save_module
-from qpde.deploy.onnx import OPENVINO_OPTIONS, onnx_model, save_onnx
+from qpde.deploy.onnx import OPENVINO_OPTIONS, onnx_model, require, save_onnx
 from qpde.deploy.program import accumulator_bound, whole_bounds
 from qpde.deploy.settle import Margin, margins, settle
 from qpde.deploy.stablehlo import export_graph, export_images, save_stablehlo
@@ -21,6 +21,7 @@ __all__ = [
     "Note",
     "PackedKernel",
     "PackedModule",
+    "State",
     "accumulator_bound",
     "c_source",
     "export",
@@ -34,6 +35,7 @@ __all__ = [
     "margins",
     "onnx_model",
     "pack_module",
+    "require",
     "run",
     "run_reference",
     "save_c",
@@ -42,5 +44,6 @@ __all__ = [
     "save_packed",
     "save_stablehlo",
     "settle",
+    "theoretical_bytes",
     "whole_bounds",
 ]

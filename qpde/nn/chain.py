@@ -277,7 +277,7 @@ class KernelLink:
 
     def _linear(self, variables, x):
         if self.layer is not None:
-            exact = {"bits": Bits()} if isinstance(self.layer, QuantLayer) else {}
+            exact: dict[str, Any] = {"bits": Bits()} if isinstance(self.layer, QuantLayer) else {}
             x = self.layer.apply({"params": variables["layer"]["params"]}, x, **exact)
         return x if self.norm is None else _evaluated(self.norm, variables["norm"], x)
 
@@ -422,7 +422,8 @@ def _own(variables, path):
 def _evaluated(layer, variables, x):
     if not isinstance(layer, nn.Module):
         return layer(x)
-    return layer.apply(variables, x, **training_arguments(layer, False))
+    arguments: dict[str, Any] = training_arguments(layer, False)
+    return layer.apply(variables, x, **arguments)
 
 
 def _check_linear(path, layer, own):

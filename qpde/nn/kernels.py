@@ -68,6 +68,7 @@ def stored_kernels(layer: Layer, params: Any, bits: int) -> dict[str, StoredKern
         bits = int(depthwise_bits(bits)) if is_depthwise(own[name].shape[1:]) else bits
     if name not in own or own.get("weight_clips") is None:
         return {}  # a quantizer alone
+    assert layer.settings is not None
     kernel, clips = own[name], own["weight_clips"]
     ndim = kernel.ndim - 1 if layer.kernel_shape is None else len(layer.kernel_shape)
     if name == "kernel1" and not layer.settings.per_channel:

@@ -142,7 +142,7 @@ class QuantConv(QuantLayer):
     def __call__(self, x: Array, *, bits: Bits | None = None, observe: Observe | None = None) -> Array:
         """(N, H', W', features) from images (N, H, W, C); arguments as for `QuantDense`."""
         kernel = self._kernel(self.kernel_init, (*self.kernel_size, x.shape[-1], self.features), bits, observe)
-        options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return self._biased(operators.conv(self._input(x, bits, observe), kernel, **options), self.use_bias)
 
 
@@ -169,7 +169,7 @@ class QuantDepthwise(QuantLayer):
     def __call__(self, x: Array, *, bits: Bits | None = None, observe: Observe | None = None) -> Array:
         """(N, H', W', C) from images (N, H, W, C); arguments as for `QuantDense`."""
         kernel = self._kernel(self.kernel_init, (*self.kernel_size, 1, x.shape[-1]), bits, observe)
-        options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return self._biased(operators.depthwise(self._input(x, bits, observe), kernel, **options), self.use_bias)
 
 
@@ -288,6 +288,12 @@ class SymmetricStep(QuantLayer):
             raise ValueError(f"step_size (={self.step_size!r}) must be positive, or 'auto' with norm='tied'")
         if self.smoothing is not None and self.smoothing.learned:
             raise ValueError("a SymmetricStep does not learn its smoothing: put a TVSmoothing beside it")
+        checked: dict[str, Any] = {  # names of choices, which are plain strings in a user's module
+            "norm": self.norm,
+            "residual": self.residual,
+            "levels": self.quantizers.levels,
+            "step_size": self.step_size if is_auto else float(self.step_size),
+        }
         return GradientStep(
             width_in=channels,
             width_out=channels,
@@ -295,15 +301,12 @@ class SymmetricStep(QuantLayer):
             symmetric=True,
             hidden=channels if self.hidden is None else self.hidden,
             taps=self.taps,
-            norm=self.norm,
-            residual=self.residual,
-            levels=self.quantizers.levels,
             standardize=self.standardize,
             per_channel=self.per_channel,
             signed_inputs=self.signed,
-            step_size=self.step_size if is_auto else float(self.step_size),
             lipschitz_target=self.lipschitz_target,
             smoothing=self.smoothing,
+            **checked,
         )
 
     @nn.compact

@@ -22,6 +22,7 @@ from flax.core import scope as flax_scope
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 
+from qpde.batches import Batch, read_batch, read_batches
 from qpde.bits import EXACT_BITS, LARGEST_BITS, Bits
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.cost import Row, Summary
@@ -173,26 +174,26 @@ class QuantizedModule(nn.Module):
           bits: Whole numbers or None.
           per_channel: A clip for each output channel of every kernel.
         """
-        changed = {"standardize": False, "per_channel": per_channel}
-        return self.clone(rules=tuple(dataclasses.replace(rule, **changed) for rule in self.rules), own_bits=bits)
+        rules = (dataclasses.replace(rule, standardize=False, per_channel=per_channel) for rule in self.rules)
+        return self.clone(rules=tuple(rules), own_bits=bits)
 
     @nn.nowrap
-    def with_signs(self, variables: Any, batches: Iterable[Any]) -> QuantizedModule:
+    def with_signs(self, variables: Any, batches: Iterable[Batch]) -> QuantizedModule:
         """This network, knowing which layers of signed="auto" have inputs below 0 on the data.
 
         Args:
           variables: Its collections, or the module's own.
-          batches: Inputs without labels.
+          batches: Inputs, or pairs of inputs and labels, which are not used.
         Raises:
-          ValueError: no batches.
+          ValueError: no batches, or one of another form.
         """
         signs: dict[str, bool] = {}
         empty = True
-        for x in batches:
+        for x, _ in read_batches(batches, variables):
             empty, observed = False, jax.device_get(_negative(self, variables, x))
             layers = [layer for layer in self.layers(variables, x).values() if layer.settings is not None]
             for layer, records in zip(layers, self.activation_records(observed, variables, x), strict=True):
-                if layer.settings.signed == "auto":
+                if layer.settings is not None and layer.settings.signed == "auto":
                     negative = any(bool(np.any(record)) for record in records)
                     signs[layer.path] = signs.get(layer.path, False) or negative
         if empty:
@@ -204,10 +205,10 @@ class QuantizedModule(nn.Module):
         """The module's own variables with all parameters of this network: missing ones get their starting values.
 
         Args:
-          variables: Of the module, for instance from a checkpoint, or of this network.
-          x: An input.
+          variables: Variables of the module, for instance from a checkpoint, or of this network.
+          x: An input, or a pair of inputs and labels.
         """
-        return _adopted(self, unfreeze(variables), x)
+        return _adopted(self, unfreeze(variables), read_batch(x, variables))
 
     @nn.nowrap
     def layers(self, variables: Any, x: Any) -> dict[str, Layer]:
@@ -272,7 +273,7 @@ class QuantizedModule(nn.Module):
         params = unfreeze(variables)["params"]
         bits = self.layer_bits(variables, x) if bits is None else bits
         layers = [layer for layer in self.layers(variables, x).values() if layer.settings is not None]
-        found = {}
+        found: dict[str, StoredKernel] = {}
         for index, layer in enumerate(layers):
             width = bits_of_layer(bits, index).weights
             if width is not None and int(width) < EXACT_BITS:
@@ -296,11 +297,12 @@ class QuantizedModule(nn.Module):
                 f"{type(self.module).__name__} may do anything between its layers: write it as "
                 "qpde.nn.Chain((layer, layer, ...)), whose parts have known constants"
             )
-        variables, layers = unfreeze(variables), {}
+        variables = unfreeze(variables)
+        layers: dict[str, tuple[LayerQuantizers, bool, Bits]] = {}
         for layer in self.layers(variables, x).values():
             if (settings := layer.settings) is not None:
                 signed = dict(self.signs).get(layer.path, True) if settings.signed == "auto" else settings.signed
-                layers[layer.path] = (settings, signed, bits_of_layer(bits, len(layers)))
+                layers[layer.path] = (settings, bool(signed), bits_of_layer(bits, len(layers)))
         for field, value in zip(Bits._fields, bits, strict=True):
             if np.ndim(value) > 0 and np.shape(value) != (len(layers),):
                 raise ValueError(
@@ -335,7 +337,7 @@ class QuantizedModule(nn.Module):
     def _traced(self, variables: Any, x: Any) -> tuple[_Layers, dict]:
         """Layers of one call, and the shapes of its parameters."""
         found: list[Any] = []
-        options = {"train": False, "bits": Bits(), "listen": found.append}
+        options: dict[str, Any] = {"train": False, "bits": Bits(), "listen": found.append}
         if variables is None:
             variables = jax.eval_shape(lambda x: self.init(jax.random.key(0), x, **options), x)
         else:
@@ -410,7 +412,7 @@ class _Call:
             self._check_carried(module, path)
             self._check_input(module, path, settings, bits, x)
             x = x if jnp.issubdtype(x.dtype, jnp.inexact) or bits.activations is None else x.astype(jnp.float32)
-            signed = self.signs.get(path, True) if settings.signed == "auto" else settings.signed
+            signed = self.signs.get(path, True) if settings.signed == "auto" else bool(settings.signed)
             x = rounded_input(module, x, settings, bits.activations, self.observe, signed=signed, call=number)
         if name:
             kwargs = {**kwargs, name: x}
@@ -538,8 +540,8 @@ class _Call:
 def _follow_scope(module: nn.Module) -> None:
     """Move paths along where submodules were there before their parent's scope was shared, as in `nn.Sequential`."""
     for child in module._state.children.values():
-        if isinstance(child, nn.Module) and child.scope is not None:
-            child.scope.path = (*module.scope.path, child.scope.name)
+        if isinstance(child, nn.Module) and child.scope is not None and module.scope is not None:
+            child.scope.path = (*module.scope.path, str(child.scope.name))
             _follow_scope(child)
 
 
@@ -574,7 +576,7 @@ def _equation(module, rest, kwargs) -> str:
     if not isinstance(module, nn.Einsum):
         return ""
     given = rest[0] if rest else kwargs.get("einsum_str")
-    return (given or module.einsum_str).replace(" ", "")
+    return (given or module.einsum_str or "").replace(" ", "")
 
 
 def _output_axes(module, kernel, equation) -> tuple[int, ...]:

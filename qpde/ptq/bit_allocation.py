@@ -9,6 +9,7 @@ C[c, j] the bit-operations of the block at them, an allocation c(j) minimises
 independent add in squares: so the sum stands for the divergence with all blocks rounded.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.bit_widths import BitsComparison, compare_bits
 from qpde.models.images.cost import summary
 from qpde.models.protocol import QuantizedNetwork
@@ -38,15 +39,18 @@ def sensitivity(
     *,
     statistics_batches: Iterable[Batch] | None = None,
 ) -> BitsComparison:
-    """What rounding one block alone does to the outputs, for each block and each of the widths.
+    """Measure what rounding one block alone does to the outputs, for each block and each choice of bits.
 
     Args:
-      model, variables, batches, statistics_batches: as for `qpde.measure.compare_bits`; labels are not needed.
-      choices: widths, two scalars each.
+      model: Network.
+      variables: Its collections.
+      batches: Inputs, as for `qpde.measure.compare_bits`. Labels are not needed.
+      choices: Bits, two scalars each.
+      statistics_batches: Inputs on which batch statistics are estimated again, as for `qpde.measure.compare_bits`.
     Returns:
       `BitsComparison` with full precision, whose arrays are (choices, blocks).
     Raises:
-      ValueError: as `compare_bits`; choices that are no scalars, or None.
+      ValueError: As `compare_bits`; choices that are no scalars, or None.
     """
     if any(np.ndim(width) for choice in choices for width in choice):
         raise ValueError("choices are widths of one block, two numbers each")
@@ -59,14 +63,19 @@ def sensitivity(
     references = [block_bits([FULL] * count)] * len(rows)
     found = compare_bits(model, variables, batches, rows, references=references, statistics_batches=statistics_batches)
     shape = (len(choices), count)
-    return BitsComparison(**{k: v.reshape(shape) if isinstance(v, np.ndarray) else v for k, v in vars(found).items()})
+    arrays: dict[str, Any] = {
+        name: value.reshape(shape) for name, value in vars(found).items() if isinstance(value, np.ndarray)
+    }
+    return dataclasses.replace(found, **arrays)
 
 
 def block_bits(widths: Sequence[Bits]) -> Bits:
-    """The widths of a network whose blocks have these, in their order, as one `Bits` of int32 arrays (blocks,).
+    """Collect the bits of a network's blocks into one `Bits` of int32 arrays (blocks,).
 
+    Args:
+      widths: Bits of each block, in the order of the blocks.
     Raises:
-      ValueError: a width that is None.
+      ValueError: Bits that are None.
     """
     if any(width is None for both in widths for width in both):
         raise ValueError("a block's width is None: give 32, which rounds nothing, in place of None")
@@ -77,30 +86,37 @@ def block_bits(widths: Sequence[Bits]) -> Bits:
 def block_costs(
     model: QuantizedNetwork, image_shape: tuple[int, ...], choices: Sequence[Bits]
 ) -> Int[np.ndarray, "choices blocks"]:
-    """Bit-operations of each block for one input at each of the widths, see `qpde.models.summary`."""
+    """Count the bit-operations of each block for one input, at each of the choices of bits.
+
+    Args:
+      model: Network.
+      image_shape: (H, W, C) of one input.
+      choices: Bits, two scalars each.
+    Returns:
+      Whole numbers (choices, blocks), see `qpde.models.summary`.
+    """
     blocks = set(model.block_names(None, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)))
     tables = [summary(model, image_shape, bits=choice).rows for choice in choices]
-    tables = [[row for row in rows if row.name in blocks] for rows in tables]
-    return np.array([[row.bit_operations for row in rows] for rows in tables], np.int64)
+    return np.array([[row.bit_operations for row in rows if row.name in blocks] for rows in tables], np.int64)
 
 
 def allocate(
     errors: Float[np.ndarray, "choices blocks"] | list, costs: Int[np.ndarray, "_ _"] | list, budget: int | float
 ) -> tuple[int, ...]:
-    """For each block a choice, such that the sum of errors is smallest among all whose sum of costs is within budget.
+    """Choose bits for each block: the least sum of errors among all choices whose costs keep to the budget.
 
     Exact: block after block it keeps every partial allocation that is not both costlier and worse than another one
     (Nemhauser and Ullmann, 1969). There are as many as different sums of costs at most, which are few where blocks are
     alike.
 
     Args:
-      errors: of each choice for each block, an array or nested lists.
-      costs: of each choice for each block, whole numbers.
-      budget: in the unit of the costs.
+      errors: Errors of each choice for each block, an array or nested lists.
+      costs: Costs of each choice for each block, whole numbers.
+      budget: In the unit of the costs.
     Returns:
       The index of the choice, for each block; of equally good allocations the cheapest.
     Raises:
-      ValueError: arrays of different shapes, errors that are not finite, costs that are not whole numbers, or a
+      ValueError: Arrays of different shapes, errors that are not finite, costs that are not whole numbers, or a
         budget that is NaN or that no allocation keeps.
     """
     errors, costs = np.asarray(errors, np.float64), np.asarray(costs)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.faithfulness import reestimate_statistics
 from qpde.measure.histograms import Histogram, clip_from, histogram, merge
 from qpde.models.clips import calibrate_clips, converge_norms, replace_clips
@@ -35,7 +35,7 @@ EXACT = Bits()
 
 
 def calibrate(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Batch],
     *,
@@ -63,7 +63,7 @@ def calibrate(
         a network with clips for each of several bits, or an own layer of which it is open whether its input can be
         negative (`model.with_signs` decides it).
     """
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     batches = _read(batches, variables)
     if hasattr(model, "adopt"):
         variables = model.adopt(variables, batches[0])
@@ -117,28 +117,29 @@ def quantize(
     equalize: bool = False,
     bias_correction: bool = True,
 ) -> tuple[QuantizedNetwork, dict]:
-    """A network trained in full precision, with quantizers.
+    """Quantize a network that was trained in full precision, without labels and without training.
 
     Args:
-      model: a network of `qpde.models.create` with weight_bits=None and act_bits=None, or one of `qpde.quantized`.
-      variables: its collections; for `qpde.quantized` those of the module itself will do.
-      batches: inputs, (N, ...) such as images, or graphs, or pairs of these and labels, which are not used; a list, as
+      model: A network of `qpde.models.create` with weight_bits=None and act_bits=None, or one of `qpde.quantized`.
+      variables: Its collections; for `qpde.quantized` those of the module itself will do.
+      batches: Inputs, (N, ...) such as images, or graphs, or pairs of these and labels, which are not used; a list, as
         it is read several times. A few hundred images are enough; equally long batches compile once.
-      bits: widths of the new network, whole numbers from 2 to 32 or None for exact.
-      weights, activations: how clips are chosen, methods of `qpde.quantizers.initial_clip`: "absmax", "percentile",
-        "mse", "entropy".
-      per_channel: a clip for each output channel of a kernel.
-      equalize: rescale channels first, see `qpde.equalization.equalize`; image networks only.
-      bias_correction: see `correct_bias`.
+      bits: Widths of the new network, whole numbers from 2 to 32 or None for exact.
+      weights: Method that chooses the clips of weights, of `qpde.quantizers.initial_clip`: "absmax", "percentile",
+        "mse" or "entropy".
+      activations: Method that chooses the clips of activations.
+      per_channel: A clip for each output channel of a kernel.
+      equalize: Rescale channels first, see `qpde.equalization.equalize`; image networks only.
+      bias_correction: See `correct_bias`.
     Returns:
       The network with these widths, whose weights are rounded as they are (`standardize=False`) and, for MobileNets,
       block inputs with their sign; and its variables.
     Raises:
-      ValueError: a network that has quantizers already, no batches or batches that can be read only once, a width out
+      ValueError: A network that has quantizers already, no batches or batches that can be read only once, a width out
         of range, an unknown method, or activations that are not finite, naming the block.
     """
-    variables = unfreeze(variables)
-    batches = _read(batches, variables)
+    new = unfreeze(dict(variables))
+    inputs = _read(batches, new)
     bits = _checked_bits(bits)
     if isinstance(model, Network | GraphNetwork) and model.bits != EXACT:
         raise ValueError(
@@ -146,23 +147,25 @@ def quantize(
             "choose new clips for it by `qpde.models.calibrate_clips`"
         )
     if equalize:
-        variables = equalized(model, variables, batches)
+        new = equalized(model, new, inputs)
     if hasattr(model, "adopt"):
-        model, variables = model.with_signs(variables, batches), model.adopt(variables, batches[0])
+        new = model.adopt(new, inputs[0])
+    if hasattr(model, "with_signs"):
+        model = model.with_signs(new, inputs)
     # One network for all widths: they are traced, so that other widths compile nothing.
     model = model.with_quantizers(EXACT, per_channel=per_channel)
-    exact = variables = _with_clips_of(model, variables, batches[0])
+    exact = new = _with_clips_of(model, new, inputs[0])
     if bits.weights is not None:
         only = bits._replace(activations=None)
-        variables = calibrate_clips(model, variables, batches[0], method=weights, bits=only)
+        new = calibrate_clips(model, new, inputs[0], method=weights, bits=only)
     if bits.activations is not None:
-        clips = _activation_clips(model, exact, batches, bits.activations, method=activations)
-        variables = replace_clips(variables, clips)
-    if "spectral" in variables:
-        variables = converge_norms(model, variables, batches[0], bits=bits)
+        clips = _activation_clips(model, exact, inputs, bits.activations, method=activations)
+        new = replace_clips(new, clips)
+    if "spectral" in new:
+        new = converge_norms(model, new, inputs[0], bits=bits)
     if bias_correction:
-        variables = correct_bias(model, variables, batches, bits, exact=exact)
-    return model.with_bits(bits), variables
+        new = correct_bias(model, new, inputs, bits, exact=exact)
+    return model.with_bits(bits), new
 
 
 def correct_bias(
@@ -173,7 +176,7 @@ def correct_bias(
     *,
     exact: Mapping[str, Any],
 ) -> dict:
-    """A quantized network whose channels have the exact network's moments again, at every norm and at the logits.
+    """Give a quantized network's channels the exact network's moments again, at every norm and at the logits.
 
     Rounding, and clipping above all, shifts the mean of a convolution's output and changes its variance. With m_q, v_q
     its moments on the data in the quantized network and m, v in the exact one, the norm behind it subtracts m_q - m
@@ -182,22 +185,24 @@ def correct_bias(
     last layer takes up the mean difference of the logits, if it has one; for networks without norms that is all.
 
     Args:
-      model, variables: a network and its collections.
-      batches: as for `quantize`.   bits: of the quantized network.
-      exact: collections of the exact network, which is run without any quantizer.
+      model: Network.
+      variables: Its collections.
+      batches: Inputs, as for `quantize`.
+      bits: Bits of the quantized network.
+      exact: Collections of the exact network, which is run without any quantizer.
     Returns:
       `variables` with other batch statistics and another last bias.
     """
-    variables, exact = unfreeze(variables), unfreeze(exact)
-    batches = _read(batches, variables)
+    variables, exact = unfreeze(dict(variables)), unfreeze(dict(exact))
+    inputs = _read(batches, variables)
     if "batch_stats" in variables:
-        before = reestimate_statistics(model, exact, batches, EXACT)["batch_stats"]
-        after = reestimate_statistics(model, variables, batches, bits)["batch_stats"]
+        before = reestimate_statistics(model, exact, inputs, EXACT)["batch_stats"]
+        after = reestimate_statistics(model, variables, inputs, bits)["batch_stats"]
         variables = {**variables, "batch_stats": _shifted(variables["batch_stats"], before, after)}
-    bias = model.output_bias(variables, batches[0])
+    bias = model.output_bias(variables, inputs[0])
     if bias is None:
         return variables
-    shift = _mean_logits(model, exact, batches, EXACT) - _mean_logits(model, variables, batches, bits)
+    shift = _mean_logits(model, exact, inputs, EXACT) - _mean_logits(model, variables, inputs, bits)
     return {**variables, "params": _added(variables["params"], bias, shift)}
 
 
@@ -306,7 +311,7 @@ def _added(params, place, shift):
     return {**params, place[0]: _added(params[place[0]], place[1:], shift)}
 
 
-def _read(batches, variables):
+def _read(batches: Iterable[Batch], variables: Mapping[str, Any]) -> list[Any]:
     """The inputs of all batches, which are read several times."""
     if iter(batches) is batches:
         raise ValueError("`batches` is an iterator, which can be read only once: give a list of batches")
@@ -316,7 +321,7 @@ def _read(batches, variables):
     return inputs
 
 
-def _checked_bits(bits):
+def _checked_bits(bits: Bits) -> Bits:
     for field, value in zip(Bits._fields, bits, strict=True):
         if value is not None and not (isinstance(value, int | np.integer) and 2 <= value <= 32):
             raise ValueError(f"bits.{field} (={value}) must be a whole number from 2 to 32, or None for exact")

@@ -20,35 +20,36 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
 from jaxtyping import Array
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.models.images.blocks import Block, is_depthwise
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, Quantizer
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["equalize"]
 
 
-def equalize(model: nn.Module, variables: Mapping[str, Any], batches: Iterable[Batch]) -> dict:
+def equalize(model: QuantizedNetwork, variables: Mapping[str, Any], batches: Iterable[Batch]) -> dict:
     """A network of the same function in full precision, whose channels have similar ranges.
 
     With r the largest |K| of a channel and r_z the largest value of its activation on the data, the free scales are
     a = r, and c = sqrt(r / r_z), after which K / c and c z both have the range sqrt(r r_z).
 
     Args:
-      model: an image network.   variables: its collections.
-      batches: images (N, H, W, C), or pairs of these and labels, which are not used. The activations' ranges are read
+      model: An image network.
+      variables: Its collections.
+      batches: Images (N, H, W, C), or pairs of these and labels, which are not used. The activations' ranges are read
         from them in full precision.
     Returns:
       `variables` with other kernels and norms. Outputs in evaluation are the same up to float32 rounding.
     Raises:
-      ValueError: not an image network, or no batches.
+      ValueError: Not an image network, or no batches.
     """
     if not isinstance(model, Network):
         raise ValueError(
@@ -56,7 +57,7 @@ def equalize(model: nn.Module, variables: Mapping[str, Any], batches: Iterable[B
             "known which norm stands behind which kernel: equalize image networks of qpde.models, and give the kernels "
             "of others a clip for each channel, by per_channel=True"
         )
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     ranges = None
     for x, _ in read_batches(batches, variables):
         new = _largest_activations(model, variables, jnp.asarray(x))

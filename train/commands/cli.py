@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
@@ -14,7 +14,10 @@ from train.commands.budget import Budget, prepare_budget
 from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
+from train.commands.export import Export, prepare_export
 from train.commands.options import filled, parse
+from train.commands.paper import Paper, prepare_paper
+from train.commands.predict import parse_predict
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -23,7 +26,7 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
 from train.config.suggestions import did_you_mean
-from train.data.tfds_records import DataError
+from train.data.records import DataError
 from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
@@ -71,7 +74,8 @@ def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment
     """The options of `run`; the defaults are those of the file and recipe that the arguments name.
 
     Raises:
-      ValueError: no file is named, or it has no such recipe.   FileNotFoundError: it does not exist.
+      ValueError: no file is named, or it has no such recipe.
+      FileNotFoundError: it does not exist.
       SystemExit: an option is unknown or wrong, or help was asked for; tyro has printed why.
     """
     return _parse_with_recipe(Run, "run", arguments)
@@ -88,8 +92,10 @@ def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
         raise ValueError(f"{paths[0]} has no recipe {recipe!r}: {meant}choose from {list(recipes)}")
     experiment = recipes[recipe]
     if command is Sweep and not isinstance(experiment, Experiment):
-        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and widths in one run: use {_PROGRAM} run")
-    kind = Run[type(experiment)] if command is Run else command
+        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and bits in one run: use {_PROGRAM} run")
+    kind: Any = command
+    if command is Run:
+        kind = Run[type(experiment)]  # type: ignore[misc]  # a class that only the file of the experiment names
     return parse(
         kind,
         arguments[1:],
@@ -120,7 +126,7 @@ def parse_sweep(arguments: Sequence[str]) -> Callable[[Console], None]:
     spelled = [argument.replace("_", "-") for argument in arguments]
     for option in ("--model.weight-bits", "--model.act-bits"):
         if options.bits is not None and _value_of(option, spelled) is not None:
-            raise ValueError(f"{option} and --bits both give widths: leave one of them out")
+            raise ValueError(f"{option} and --bits both give bits: leave one of them out")
     return prepare_sweep(options)
 
 
@@ -128,7 +134,9 @@ def command_of(name: str, options: type, prepare: Callable) -> Callable[[Sequenc
     """arguments -> the job that they describe, for a command whose options are the fields of a dataclass.
 
     Args:
-      name: of the command.   options: the dataclass.   prepare: options -> the job, everything about it checked.
+      name: Name of the command.
+      options: the dataclass.
+      prepare: options -> the job, everything about it checked.
     """
     return lambda arguments: prepare(parse(options, arguments, prog=f"{_PROGRAM} {name}"))
 
@@ -177,15 +185,30 @@ COMMANDS = {
     "elastic": Command(
         command_of("elastic", ElasticRun, prepare_elastic),
         "elastic RUN --bits 2 3 4 6 8 32",
-        "the same weights at several widths",
+        "the same weights at several bits",
     ),
     "budget": Command(
         command_of("budget", Budget, prepare_budget),
         "budget RUN --bits 2 3 4 6 8 --at 3 4",
-        "widths for each block, within a cost",
+        "bits for each block, within a cost",
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+    ),
+    "export": Command(
+        command_of("export", Export, prepare_export),
+        "export RUN [--settle]",
+        "files for other runtimes, with a table",
+    ),
+    "predict": Command(
+        parse_predict,
+        "predict RUN FILE [FILE ...]",
+        "the classes of pictures",
+    ),
+    "paper": Command(
+        command_of("paper", Paper, prepare_paper),
+        "paper --minutes 60 --data-dir FOLDER",
+        "the paper's experiments, as far as time reaches",
     ),
     "data": Command(
         parse_data,
@@ -202,7 +225,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Returns:
       The exit status: 0 done, 1 training broke down, a file could not be read or written, or a reproduction differs,
@@ -216,12 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose from {list(COMMANDS)}")
-    if rest[:1] in (["-h"], ["--help"]) and COMMANDS[name].help:
-        print(_help_of(COMMANDS[name]))
+    command = COMMANDS[name]
+    if rest[:1] in (["-h"], ["--help"]) and command.help:
+        print(_help_of(command.usage, *command.help))
         return 0
     try:
         try:
-            work = COMMANDS[name].prepare(rest)
+            work = command.prepare(rest)
         except (ValueError, OSError, ImportError) as error:
             return _fail(str(error))
         return work(Console(quiet=not is_first())) or 0
@@ -259,11 +283,10 @@ def _help() -> str:
     )
 
 
-def _help_of(command: Command) -> str:
-    options, words = command.help
-    paragraphs = inspect.getdoc(options).split("\n\n")
+def _help_of(usage: str, options: type, words: str) -> str:
+    paragraphs = (inspect.getdoc(options) or "").split("\n\n")
     paragraphs.append(f"`{_PROGRAM} {words} --help` lists the options with their defaults.")
-    return "\n\n".join((f"usage: {_PROGRAM} {command.usage}", *map(filled, paragraphs)))
+    return "\n\n".join((f"usage: {_PROGRAM} {usage}", *map(filled, paragraphs)))
 
 
 def _fail(message: str, *, status: int = 2) -> int:

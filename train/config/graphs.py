@@ -2,11 +2,12 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from qpde.models import GraphSmoothing
+from qpde.quantizers import Levels
 from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
 from train.config.suggestions import did_you_mean
 
@@ -74,7 +75,7 @@ class GraphModel:
     """Start of pde_gcn's K."""
     smoothing: tyro.conf.AvoidSubcommands[GraphSmoothing | None] = None
     """Total-variation smoothing of pde_gcn's states."""
-    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    levels: Levels = "uniform"
     """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -91,6 +92,11 @@ class GraphVariant(Variant):
 @dataclass(frozen=True)
 class GraphExperiment(Comparison):
     """Graph networks, each trained from several seeds, in full precision and in few bits."""
+
+    if TYPE_CHECKING:  # what `Comparison` does with these variants
+
+        @property
+        def chosen(self) -> tuple[GraphVariant, ...]: ...
 
     variants: tyro.conf.Fixed[tuple[GraphVariant, ...]]
     data: GraphData = field(default_factory=GraphData)
@@ -124,10 +130,10 @@ class GraphExperiment(Comparison):
         if self.seeds_at_once is not None and (self.seeds_at_once < 1 or self.seeds % self.seeds_at_once):
             raise ValueError(f"seeds_at_once (={self.seeds_at_once}) must divide the {self.seeds} seeds")
         if len(set(self.bits)) < len(self.bits):
-            raise ValueError(f"bits (={self.bits}) lists a pair of widths twice")
-        outside = [width for pair in self.bits for width in pair if not 2 <= width <= 32]
+            raise ValueError(f"bits (={self.bits}) lists a pair of bits twice")
+        outside = [bits for pair in self.bits for bits in pair if not 2 <= bits <= 32]
         if outside:
-            raise ValueError(f"bits holds {outside[0]}: widths are 2 to 32")
+            raise ValueError(f"bits holds {outside[0]}: give some of 2 to 32")
         if not 0 < self.tune_learning_rate <= 1:
             raise ValueError(f"tune_learning_rate (={self.tune_learning_rate}) must lie in (0, 1]")
 

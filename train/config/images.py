@@ -6,13 +6,15 @@ is also an option of `python -m train run`, spelled as in `--optimizer.learning-
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from qpde.models import NetworkOptions, Smoothing
+from qpde.pictures import CENTRE
 from train.config.suggestions import did_you_mean
 
 _LARGEST = 2**31 - 1
@@ -26,6 +28,10 @@ _LONGEST_NAME = 128
 
 
 _RESERVED = ("checkpoints", "report", "tensorboard")
+_FILES = (".json", ".jsonl", ".part", ".png")
+
+FOLDER, NPZ = "folder/", "npz/"
+"""Own pictures and own arrays have a name that is this and their path."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,24 @@ class Data:
     """The images, and how each training batch is varied."""
 
     name: str = "digits"
-    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; or tfds/NAME, any
-    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012."""
+    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; tfds/NAME, any
+    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012; folder/PATH,
+    your own pictures, a folder for each class; or npz/PATH, your own arrays. PATH is kept as an absolute one."""
     test: str | None = None
-    """Test on the test images of another such set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
+    """Test on the test images of a prepared set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
     validation: float = 0.1
-    """Share of the training images held out to choose the best epoch. The digits have their own split."""
+    """Share of the training images held out to choose the best epoch. The digits have their own split, and so has a
+    folder or a file with a part "validation"."""
+    test_share: float = 0.2
+    """Share of your own images to test on, where they have no part "test"."""
     size: int = 16
     """Side in pixels of the digits, and of the squares that photographs are cropped to. Other images have their own."""
+    channels: Literal[1, 3] = 3
+    """Of pictures in a folder: 3 for colours, 1 for shades of grey."""
+    centre: float = CENTRE
+    """Evaluation looks at the square in the middle of a photograph, of this share of its short side."""
+    skip_unreadable: bool = False
+    """Leave pictures of a folder that cannot be read out, and say which, instead of refusing the folder."""
     smallest_crop: float = 0.08
     """Each training photograph is a random part, at least this share of its area, resized."""
     streamed: bool | None = None
@@ -53,10 +69,14 @@ class Data:
     """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
 
     def __post_init__(self):
-        _check_set("data.name", self.name, "digits", "cifar10")
+        object.__setattr__(self, "name", _from_everywhere(self.name))
+        if not self.name.startswith((FOLDER, NPZ)):
+            _check_set("data.name", self.name, "digits", "cifar10")
         if self.test is not None:
             _check_set("data.test", self.test)
-        for name, value, limit in (("validation", self.validation, 0.5), ("smallest_crop", self.smallest_crop, 1.0)):
+        limits = {"validation": 0.5, "test_share": 0.5, "centre": 1.0, "smallest_crop": 1.0}
+        for name, limit in limits.items():
+            value = getattr(self, name)
             if not 0 < value <= limit:
                 raise ValueError(f"data.{name} (={value}) must be above 0 and at most {limit}")
         check_at_least("data.size", self.size, 1)
@@ -87,8 +107,10 @@ class Variant:
 
     def __post_init__(self):
         check_folder_name("variant", self.name)
-        if self.name in _RESERVED:
-            raise ValueError(f"variant {self.name!r} has the name of a folder that every run has: choose another name")
+        if self.name in _RESERVED or self.name.endswith(_FILES):
+            raise ValueError(
+                f"variant {self.name!r} has the name of something that every run holds: choose another name"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,7 @@ class Rule:
     learning_rate: float = 1.0
     """Multiplier of the schedule's learning rate."""
     weight_decay: float | None = None
-    """Replaces the shared weight decay; None keeps it."""
+    """Replace the shared weight decay; None keeps it."""
 
     def __post_init__(self):
         try:
@@ -164,36 +186,36 @@ class Adam:
 
 @dataclass(frozen=True)
 class BitSchedule:
-    """Widths of weights or of activations over the epochs; they end at the model's."""
+    """Bits of weights or of activations over the epochs; they end at the model's."""
 
     schedule: Literal["constant", "staircase", "listed", "random"] = "constant"
-    """The model's width throughout; a bit less after every so many epochs; the widths of a list one after the other; or
-    for every step one drawn from the list and the model's, so that one network serves at all of them."""
+    """The model's bits throughout; one bit less after every so many epochs; those of a list one after the other; or for
+    every step a number drawn from the list and the model's, so that one network serves at all of them."""
     start: int = 16
-    """First width of the staircase."""
+    """First bits of the staircase."""
     every: int = 10
-    """Epochs at each width of a staircase or a list."""
-    widths: tuple[int, ...] = ()
-    """The list, from the first width on, without the model's; where widths are drawn, the model's may be in it."""
+    """Epochs at each number of bits of a staircase or a list."""
+    bits: tuple[int, ...] = ()
+    """The list, from the first on, without the model's; where bits are drawn, the model's may be in it."""
 
     def __post_init__(self):
         check_at_least("every", self.every, 1)
-        outside = [width for width in (self.start, *self.widths) if not 2 <= width <= 32]
+        outside = [bits for bits in (self.start, *self.bits) if not 2 <= bits <= 32]
         if outside:
-            raise ValueError(f"a bit schedule holds {outside[0]}: widths are 2 to 32")
-        if self.schedule == "random" and not self.widths:
-            raise ValueError("a random bit schedule needs widths to draw from: give them, such as --widths 2 3 6 8")
+            raise ValueError(f"a bit schedule holds {outside[0]}: bits are 2 to 32")
+        if self.schedule == "random" and not self.bits:
+            raise ValueError("a random bit schedule needs bits to draw from: give them, such as --bits 2 3 6 8")
 
 
 @dataclass(frozen=True)
-class StrengthSchedule:
-    """Strength of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
+class SmoothingSchedule:
+    """Share of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
 
     schedule: Literal["constant", "rise", "fall"] = "constant"
     """1 throughout, or what start_from ended with; from 0 to 1 in equal steps; or from 1 to 0, where smoothing helps to
     train a network that then does without."""
     epochs: int = 10
-    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final strength."""
+    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final smoothing scale."""
 
     def __post_init__(self):
         check_at_least("annealing.smoothing.epochs", self.epochs, 1)
@@ -201,13 +223,13 @@ class StrengthSchedule:
 
 @dataclass(frozen=True)
 class Annealing:
-    """How widths and smoothing change over a run. Only epochs at the model's own widths and at the final strength of
-    smoothing can be the best. Where widths are drawn for every step, an epoch is validated at the model's, with batch
-    statistics of these."""
+    """How bits and smoothing change over a run. Only epochs at the model's own bits and at the final smoothing can be
+    the best. Where bits are drawn for every step, an epoch is validated at the model's, with batch statistics of
+    these."""
 
     weights: BitSchedule = field(default_factory=BitSchedule)
     activations: BitSchedule = field(default_factory=BitSchedule)
-    smoothing: StrengthSchedule = field(default_factory=StrengthSchedule)
+    smoothing: SmoothingSchedule = field(default_factory=SmoothingSchedule)
     reestimate: bool = False
     """Estimate batch statistics again after each change, from training images as the network now takes them."""
 
@@ -235,7 +257,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Post-training quantization of the network that training starts from, see `qpde.calibration.quantize`."""
+    """Post-training quantization of the network that training starts from, see `qpde.ptq.quantize`."""
 
     weights: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
     """How the clips of kernels are chosen."""
@@ -255,6 +277,12 @@ class Calibration:
 @dataclass(frozen=True)
 class Comparison:
     """What every kind of experiment has: variants of one `model`, trained alike and compared."""
+
+    if TYPE_CHECKING:  # not a field of this class, which would come before those without defaults
+
+        @property
+        def model(self) -> Any:
+            """The network, a dataclass of options."""
 
     name: str
     """The run lives in the folder of this name."""
@@ -361,9 +389,24 @@ def check_seeds(name: str, first: int, count: int = 1) -> None:
         raise ValueError(f"{name} (={first}) must lie in 0 to {_LARGEST_SEED - (count - 1)}")
 
 
+def _from_everywhere(name: str) -> str:
+    """The name of own images with an absolute path, so that a run is read, or repeated, from any working directory.
+
+    Raises:
+      ValueError: The path is empty.
+    """
+    for prefix in (FOLDER, NPZ):
+        if name == prefix:
+            raise ValueError(f"data.name (={name!r}) has no path: give {prefix}PATH")
+        if name.startswith(prefix):
+            return prefix + os.path.abspath(os.path.expanduser(name.removeprefix(prefix)))
+    return name
+
+
 def _check_set(name: str, value: str, *others: str) -> None:
     if value not in others and not re.fullmatch(r"tfds/\w[\w./-]*", value):
-        known = ", ".join(repr(other) for other in (*others, "tfds/NAME"))
+        own = ("folder/PATH", "npz/PATH") if others else ()
+        known = ", ".join(repr(other) for other in (*others, "tfds/NAME", *own))
         raise ValueError(f"{name} (={value!r}) is no set of images: {did_you_mean(value, others)}choose {known}")
 
 

@@ -13,7 +13,8 @@ def cifar10(model: str, *, fast_epochs: int, clip_rate: float = 3.0) -> dict[str
     they clip, and learn at a rate of their own, without decay.
 
     Args:
-      model: name of the architecture.   fast_epochs: length of the fast recipe.
+      model: name of the architecture.
+      fast_epochs: length of the fast recipe.
       clip_rate: that of the clips, over the weights', in the fast recipe.
     """
     published = Experiment(
@@ -97,17 +98,17 @@ def stable(recipe: Experiment, *, name: str) -> Experiment:
 
 
 def any_bit(recipe: Experiment, *, name: str) -> Experiment:
-    """The same with widths of its own for every step: one network for all of them, and clips for each.
+    """The same with bits of its own for every step: one network for all of them, and clips for each.
 
-    The clips start where they round with the least squared error at their width: from 4 rms, two bits round nearly
-    everything to nothing. They learn slowly, for each width is drawn in a few of the steps only.
+    The clips start where they round with the least squared error at their bits: from 4 rms, two bits round nearly
+    everything to nothing. They learn slowly, for each number of bits is drawn in a few of the steps only.
     """
-    widths = (2, 3, 4, 6, 8, 32)
-    drawn = BitSchedule("random", widths=widths)
+    bits = (2, 3, 4, 6, 8, 32)
+    drawn = BitSchedule("random", bits=bits)
     return replace(
         recipe,
         name=name,
-        model=replace(recipe.model, clip_bits=widths),
+        model=replace(recipe.model, clip_bits=bits),
         annealing=Annealing(weights=drawn, activations=drawn),
         optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.3, weight_decay=0.0),)),
         clip_start="mse",

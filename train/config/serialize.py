@@ -10,25 +10,25 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.suggestions import did_you_mean
 
-KINDS = {"images": Experiment, "graph": GraphExperiment}
+EXPERIMENTS = {"images": Experiment, "graph": GraphExperiment}
 """Every kind of experiment, by the name that its JSON text carries."""
 
 
 def to_json(experiment: Experiment | GraphExperiment) -> str:
     """The experiment as JSON text; `from_json` reads it back to an equal value."""
-    (kind,) = [name for name, cls in KINDS.items() if isinstance(experiment, cls)]
+    (kind,) = [name for name, cls in EXPERIMENTS.items() if isinstance(experiment, cls)]
     return json.dumps({"kind": kind} | dataclasses.asdict(experiment), indent=2) + "\n"
 
 
 def from_json(text: str) -> Experiment | GraphExperiment:
-    """Reads what `to_json` wrote.
+    """Read what `to_json` wrote.
 
     Raises:
       ValueError: not JSON, an unknown or missing field, or a value that is out of its range.
     """
     try:
         values = json.loads(text)
-        experiment = _build(KINDS[values.pop("kind")], values)
+        experiment = _build(EXPERIMENTS[values.pop("kind")], values)
         hints = get_type_hints(type(experiment.model))
         variants = tuple(
             dataclasses.replace(
@@ -47,7 +47,8 @@ def _build(hint: Any, value: Any, name: str = "the text") -> Any:
     """`value`, made of JSON's lists and objects, as the tuples and dataclasses that the annotation asks for.
 
     Raises:
-      TypeError: it is of another type; names it.   ValueError: a dataclass refuses it.
+      TypeError: it is of another type; names it.
+      ValueError: a dataclass refuses it.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -62,7 +63,7 @@ def _build(hint: Any, value: Any, name: str = "the text") -> Any:
         raise TypeError(f"{name} (={value!r}) must be {_described(hint)}")
     if origin is tuple:
         return tuple(_build(arguments[0], item, name) for item in value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         unknown = sorted(value.keys() - hints.keys())
         if unknown:

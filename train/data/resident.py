@@ -1,7 +1,6 @@
 """What training asks of a set of images, and the sets that answer by keeping all of them on the device as bytes."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from qpde.datasets import Images, Split
 from train.config.images import Data
 from train.data.augment import mixup, random_crop, random_flip
+from train.data.fingerprint import fingerprint_of
 from train.data.order import epoch_order, make_select
 from train.host.mesh import put, replicated, stacked_sharding
 from train.steps.losses import IGNORED
@@ -28,21 +28,32 @@ class ImageSet(Protocol):
     """The images of an experiment, in batches of its size, wherever they are.
 
     Attributes:
-      shape: (height, width, channels) of what the network sees.   num_classes: of the labels.
-      count: training images.   chance: validation accuracy of guessing the commonest class.
+      shape: (height, width, channels) of what the network sees.
+      num_classes: Number of the labels.
+      count: training images.
+      chance: validation accuracy of guessing the commonest class.
       normalize: bytes -> the network's input, inside jit.
-      stored: the set itself, for the names of its classes, mean and std.   fingerprint: tells it from any other.
+      stored: the set itself, for the names of its classes, mean and std.
+      fingerprint: tells it from any other.
       select: (state, *arguments) -> ((images, labels), key): the batch of the step that the state stands at.
     """
 
-    shape: tuple[int, int, int]
-    num_classes: int
-    count: int
-    chance: float
-    normalize: Callable
-    stored: Images
-    fingerprint: str
-    select: Callable
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def chance(self) -> float: ...
+    @property
+    def normalize(self) -> Callable: ...
+    @property
+    def stored(self) -> Images: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def select(self) -> Callable: ...
 
     def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
         """`batches(state)`: `select`'s arguments, on the devices of the mesh, for the step that the state stands at and
@@ -64,7 +75,8 @@ class Resident:
     """An `ImageSet` that keeps all images on the device.
 
     Attributes:
-      images: the set.   batch_size: images a step.
+      images: the set.
+      batch_size: images a step.
     """
 
     images: Images
@@ -97,11 +109,7 @@ class Resident:
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for array in (*self.images.train, *self.images.validation, *self.images.test):
-            digest.update(f"{array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return fingerprint_of((*self.images.train, *self.images.validation, *self.images.test))
 
     @property
     def select(self) -> Callable:
@@ -158,22 +166,22 @@ def make_vary(config: Data, images: ImageSet):
     return vary
 
 
-def make_prepare(config: Data, images: ImageSet):
-    """`prepare(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
+def make_inputs(config: Data, images: ImageSet):
+    """`inputs(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
     vary = make_vary(config, images)
 
     # Of several trainings at once one after the other: vmapped, the generator `train.state.RANDOM` draws other numbers.
     @jax.custom_batching.sequential_vmap
-    def prepare(
+    def inputs(
         key: Key[Array, ""], x: UInt8[Array, "n h w c"], labels: Int[Array, " n"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
         targets = jax.nn.one_hot(labels, images.num_classes)
         if not config.mixup:
             return vary(key, x), targets
         vary_key, mix_key = jax.random.split(key)
-        return mixup(mix_key, vary(vary_key, x), targets, strength=config.mixup)
+        return mixup(mix_key, vary(vary_key, x), targets, mixup_alpha=config.mixup)
 
-    return prepare
+    return inputs
 
 
 def stack_batches(split: Split, batch_size: int, mesh: Mesh | None = None) -> Split:

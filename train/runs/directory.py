@@ -16,15 +16,15 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
+from qpde.trained import weights_digest
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.serialize import from_json, to_json
 from train.host.distributed import from_first, is_first
-from train.runs.checkpoints import best_identity
 from train.runs.tensorboard import FOLDER, Board
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
@@ -34,6 +34,8 @@ _START, _LOCK, _PART = "start.json", ".lock", ".part"
 _BEGUN = {_LOCK, CONFIG + _PART, _START, _START + _PART}
 """What there is of a run before it has a config.json."""
 
+AnyExperiment = TypeVar("AnyExperiment", bound=Experiment | GraphExperiment)
+
 
 class RunDirectory:
     """The folder `runs_dir / experiment.name`, held by this run alone during the `with` statement.
@@ -41,7 +43,8 @@ class RunDirectory:
     Of several processes that train together the first one writes, and the others read what it reads.
 
     Attributes:
-      path: of the folder.   changes: what differs from the configuration that it was held under before.
+      path: Path of the folder.
+      changes: what differs from the configuration that it was held under before.
     """
 
     def __init__(self, path: Path, locks: list, changes: list[str], board: Board | None = None):
@@ -73,7 +76,7 @@ class RunDirectory:
         return from_first(lambda: [line for line in read_lines(self.path) if line["variant"] == variant])
 
     def forget_after(self, variant: str, epoch: int) -> None:
-        """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
+        """Drop the lines of epochs that were logged but whose state was not saved before an interruption."""
         kept = [line for line in read_lines(self.path) if line["variant"] != variant or line["epoch"] <= epoch]
         if is_first():
             _write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
@@ -81,7 +84,7 @@ class RunDirectory:
             self._board.restart(variant, [line for line in kept if line["variant"] == variant])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json: from now on the run is finished."""
+        """Write summary.json: from now on the run is finished."""
         _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
@@ -120,13 +123,12 @@ def open_run(
     return RunDirectory(Path(folder), locks, changes, board if is_first() else None)
 
 
-def unfinished(
-    runs_dir: Path, experiments: Sequence[Experiment | GraphExperiment], *, advice: str
-) -> list[Experiment | GraphExperiment]:
+def unfinished(runs_dir: Path, experiments: Sequence[AnyExperiment], *, advice: str) -> list[AnyExperiment]:
     """Those of the experiments that have no finished run in their folders yet.
 
     Args:
-      runs_dir, experiments: as for `open_run`.   advice: what to do about a folder of another experiment.
+      runs_dir, experiments: as for `open_run`.
+      advice: what to do about a folder of another experiment.
     Raises:
       FileExistsError: there is one.
     """
@@ -176,7 +178,7 @@ def _claim(
         with open(path / "config_history.jsonl", "a") as file:
             file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
     if changed or not (path / CONFIG).exists():
-        if start := _states_of_start(experiment):
+        if start := _starts(experiment):
             _write(path / _START, json.dumps(start, indent=2) + "\n")
         _write(path / CONFIG, to_json(experiment))
     return path, lock, _describe(changed)
@@ -209,7 +211,8 @@ def read_experiment(path: Path) -> Experiment | GraphExperiment:
     """The experiment of the run in a folder.
 
     Raises:
-      FileNotFoundError: it is no folder of a run.   ValueError: its config.json is not one of this version, or damaged.
+      FileNotFoundError: it is no folder of a run.
+      ValueError: its config.json is not one of this version, or damaged.
     """
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no folder of a run: it has no {CONFIG}")
@@ -223,7 +226,8 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """The results by variant of the finished run in a folder.
 
     Raises:
-      FileNotFoundError: no finished run is there.   ValueError: its summary.json is damaged.
+      FileNotFoundError: no finished run is there.
+      ValueError: its summary.json is damaged.
     """
     if not (path / SUMMARY).is_file():
         raise FileNotFoundError(f"{path} holds no finished run: it has no {SUMMARY}")
@@ -289,30 +293,33 @@ def _differences(path: Path, experiment: Experiment | GraphExperiment, advice: s
 
 
 def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[str, str]]:
-    """What has become of the states that the run in a folder started from: by variant, the one then and the one now.
+    """What has become of the networks that the run in a folder started from: by variant, the one then and the one now.
 
     Args:
       path: The run's folder. Where it does not say, as in older versions, nothing has changed.
-      experiment: The run's. A state that is no longer there has not changed either.
+      experiment: The run's. A network that is no longer there has not changed either.
     """
     recorded = {}
     with contextlib.suppress(OSError, RecursionError, ValueError):
         recorded = json.loads((path / _START).read_text())
-    now = _states_of_start(experiment) if isinstance(recorded, dict) and recorded else {}
+    start, now = (
+        getattr(experiment, "start_from", None),
+        _starts(experiment) if isinstance(recorded, dict) and recorded else {},
+    )
     return {
-        f"state of {name} in {experiment.start_from}": (recorded[name], now[name])
+        f"network {name} of {start}": (recorded[name], now[name])
         for name in now
         if name in recorded and recorded[name] != now[name]
     }
 
 
-def _states_of_start(experiment: Experiment | GraphExperiment) -> dict[str, str]:
-    """By variant, what tells the state that it starts from; nothing where it starts anew."""
-    if getattr(experiment, "start_from", None) is None:
+def _starts(experiment: Experiment | GraphExperiment) -> dict[str, str]:
+    """By variant, the digest of the network that it starts from; nothing where it starts anew."""
+    start = getattr(experiment, "start_from", None)
+    if start is None:
         return {}
-    folder = Path(experiment.start_from) / CHECKPOINTS
-    found = {variant.name: best_identity(folder / variant.name) for variant in experiment.chosen}
-    return {name: identity for name, identity in found.items() if identity is not None}
+    digests = {variant.name: weights_digest(Path(start) / variant.name) for variant in experiment.chosen}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def _describe(changed: dict[str, tuple[Any, Any]]) -> list[str]:
@@ -328,7 +335,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
+    """Write the file whole or not at all."""
     part = path.with_name(path.name + _PART)
     part.write_text(text)
     part.replace(path)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +46,8 @@ def hold(params: PyTree, ranges: Ranges) -> tuple[PyTree, Float[Array, ""]]:
     What is not finite is left as it is: that step broke down, and `all_finite` is to see it.
 
     Args:
-      params: the clips among them have to be at least `SMALLEST_CLIP`.   ranges: of others.
+      params: the clips among them have to be at least `SMALLEST_CLIP`.
+      ranges: Ranges of others.
     """
     ranges = {CLIPS: (SMALLEST_CLIP, math.inf)} | dict(ranges)
 
@@ -67,17 +67,23 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 
 
 def make_explain(
-    model: nn.Module, loss: Callable[..., tuple[Array, Any]], prepare: Callable[..., Array], draw: Callable[..., Any]
+    model: Any,
+    loss: Callable[..., tuple[Array, Any]],
+    inputs: Callable[..., Array],
+    draw: Callable[..., Any],
 ) -> Callable[..., str]:
     """`explain(state, batch, key, bits) -> str`: where the step from that state breaks down, and the clips there.
 
     Args:
-      model, prepare, draw: as for `train.step.make_train_step`.   loss: of `train.step.make_loss`.
+      model: The network.
+      loss: Result of `train.steps.train_step.make_loss`.
+      inputs: See `train.steps.train_step.make_train_step`.
+      draw: See there.
     """
 
     @jax.jit
     def probe(state, batch, key, bits):
-        x, targets = prepare(key, *batch)
+        x, targets = inputs(key, *batch)
         bits = draw(key, bits)
         (logits, states), _ = model.apply(
             state.variables, x, train=True, bits=bits, return_states=True, mutable=list(state.model_state)

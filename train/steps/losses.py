@@ -1,6 +1,6 @@
 """What training minimises, one row a loss, and counts over batches in which some labels do not count.
 
-Two passes share their weights: "low" at the network's widths, "high" with the same quantized weights and activations
+Two passes share their weights: "low" at the network's bits, "high" with the same quantized weights and activations
 that are clipped, by clips of their own, but not rounded.  With CE the mean cross entropy (Ben-Yair et al., 2022):
 
     cross_entropy    CE(low)
@@ -64,7 +64,8 @@ def cross_entropy(
     """Mean of -sum_k t_k log softmax(logits)_k, with t = (1 - smoothing) targets + smoothing / classes.
 
     Args:
-      logits: before the softmax.   targets: distributions over the classes, one-hot or mixed.
+      logits: before the softmax.
+      targets: distributions over the classes, one-hot or mixed.
       smoothing: in [0, 1) (Szegedy et al., 2016).
     """
     return jnp.mean(optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)))

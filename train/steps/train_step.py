@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,7 +22,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(
-    model: nn.Module, config: Loss
+    model: Any, config: Loss
 ) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
     """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
@@ -31,7 +30,7 @@ def make_loss(
       model: called as `model.apply(variables, x, train=True, bits=bits, return_states=..., mutable=...)`.
       config: names the row of `train.losses.LOSSES`.
     Returns:
-      A function of the network's input x, the targets (N, classes) and the widths, traced, or None for the network's
+      A function of the network's input x, the targets (N, classes) and the bits, traced, or None for the network's
       own.  Logits and batch statistics are those of the quantized network, not of its twin.
     """
     row = LOSSES[config.name]
@@ -51,9 +50,10 @@ def make_loss(
         low, updated = forward(twin_clips.low(params), model_state, x, bits)
         high, act_bits = None, None
         if row.twin:
-            widths = model.bits if bits is None else bits
-            high, _ = forward(twin_clips.high(params), model_state, x, widths.twin)
-            act_bits = widths.activations
+            own = model.bits if bits is None else bits
+            assert own is not None, "a network that is trained has bits of its own"
+            high, _ = forward(twin_clips.high(params), model_state, x, own.twin)
+            act_bits = own.activations
         terms = row.formula(low, high, targets, act_bits, config)
         return terms["loss"], (terms, low.logits, updated)
 
@@ -63,7 +63,7 @@ def make_loss(
 def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    prepare: Callable[..., tuple[Array, Array]],
+    inputs: Callable[..., tuple[Array, Array]],
     *,
     draw: Callable[[Key[Array, ""], Bits | None], Bits | None] = lambda key, bits: bits,
     ranges: Ranges | None = None,
@@ -73,22 +73,22 @@ def make_train_step(
     """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
 
     Args:
-      loss: of `make_loss`.
+      loss: Result of `make_loss`.
       optimizer: its state is `state.opt_state`.
-      prepare: (key, images, labels) -> the model's input and the targets, as `train.data.make_prepare` makes it.
-      draw: (key, bits) -> the widths of the step, as `train.annealing.make_draw` makes it.
+      inputs: (key, images, labels) -> the model's input and the targets, as `train.data.resident.make_inputs` makes it.
+      draw: (key, bits) -> the bits of the step, as `train.steps.annealing.make_draw` makes it.
       ranges: where parameters have to stay; each step ends with their projection. None: only clips have a limit.
       averaging: share that moving averages keep; 0 for a state without them.
       accumulate: parts of the batch, a divisor of its size, whose gradients are averaged.  Batch norms normalise each
         part by its own statistics, and running ones move after each; without batch norms the step is the same.
     Returns:
       A pure function.  Its batch is (images, labels); its sums over the images are the loss's terms, "correct", "count"
-      and "collapsed_clips", the clips that had to be held up (`train.guards.hold`).
+      and "collapsed_clips", the clips that had to be held up (`train.steps.guards.hold`).
     """
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
-        x, targets = prepare(key, images, labels)
+        x, targets = inputs(key, images, labels)
         bits = draw(key, bits)
         model_state, grads, sums = gradients(state.params, state.model_state, (x, targets, labels), bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -109,10 +109,10 @@ def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
     `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
     Python; a scan over ten steps of resnet20 took the same time, within noise.
 
-    A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.guards`).
+    A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.steps.guards`).
 
     Args:
-      train_step: of `make_train_step`.
+      train_step: Result of `make_train_step`.
       select: (state, *data) -> (batch, key), of `make_select` or `select_given`.
       mesh: devices that share the batch and hold the state; None is the one that the arguments are on.
     """
@@ -161,10 +161,10 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
     return whole if parts == 1 else in_parts
 
 
-def make_evaluate(model: nn.Module, normalize) -> Callable[..., dict[str, float]]:
+def make_evaluate(model: Any, normalize) -> Callable[..., dict[str, float]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
-    The widths are traced; None takes the model's own.
+    The bits are traced; None takes the model's own.
     """
 
     @jax.jit

@@ -39,7 +39,8 @@ def write_report(
     """Prints the table, draws layer_error.png, and closes the run with summary.json.
 
     Args:
-      experiment: for the heading.   stages: number of blocks in each stage, for the picture.
+      experiment: for the heading.
+      stages: number of blocks in each stage, for the picture.
       run: the folder.
       results: by variant: "parameters", the fields of `qpde.measure.Faithfulness` (of a quantized
         network), and the history of its training.
@@ -67,20 +68,32 @@ def check_drawable(variants: Collection) -> None:
         )
 
 
+def cells(experiment: Experiment, results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The table of a run: a column for each variant, its head first.
+
+    Args:
+      experiment: The run's configuration.
+      results: See `write_report`.
+    """
+    rows = [["", *results], ["bits, weights and activations", *(_bits_of(experiment, name) for name in results)]]
+    for label, key, form in _ROWS:
+        if any(key in result for result in results.values()):
+            rows.append([label, *(form.format(r[key]) if key in r else "-" for r in results.values())])
+    return rows
+
+
 def _table(experiment: Experiment, results: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=f"{experiment.name}: {experiment.model.name} on {experiment.data.name}, test images")
-    table.add_column("")
-    for name in results:
+    (first, *names), *rows = cells(experiment, results)
+    table.add_column(first)
+    for name in names:
         table.add_column(name, justify="right")
-    table.add_row("bits, weights and activations", *[_widths(experiment, name) for name in results])
-    for label, key, form in _ROWS:
-        if not any(key in result for result in results.values()):
-            continue
-        table.add_row(label, *[form.format(result[key]) if key in result else "-" for result in results.values()])
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _widths(experiment: Experiment, name: str) -> str:
+def _bits_of(experiment: Experiment, name: str) -> str:
     (variant,) = [variant for variant in experiment.variants if variant.name == name]
     model = experiment.model_of(variant)
     return " and ".join("32" if bits is None else str(bits) for bits in (model.weight_bits, model.act_bits))

@@ -16,7 +16,10 @@ from train.host.device import device_line
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
-_PREPARE = {Experiment: train.tasks.images.prepare, GraphExperiment: train.tasks.nodes.prepare}
+_TASKS: dict[type, Callable[..., tuple[Any, Any]]] = {
+    Experiment: train.tasks.images.trainings_of,
+    GraphExperiment: train.tasks.nodes.trainings_of,
+}
 
 
 def prepare_job(
@@ -28,24 +31,28 @@ def prepare_job(
     resume_changed: bool = False,
     tensorboard: bool = False,
     elsewhere: str = "--name",
+    check: Callable[[Any], None] = lambda training: None,
 ) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
     Args:
-      experiment: what to do.
-      data_dir: root of the data, for data sets in files; None takes the environment's.
-      runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
-      overwrite: delete what the run's folder holds.
-      resume_changed: take it up though the experiment differs.
-      tensorboard: write TensorBoard's events, too.
-      elsewhere: the command's option that chooses another folder, for messages.
+      experiment: What to do.
+      data_dir: Root of the data, for data sets in files. None takes the environment's.
+      runs_dir: Folder of the runs' folders. The run's is made in it, or taken up if it holds this experiment.
+      overwrite: Delete what the run's folder holds.
+      resume_changed: Take it up though the experiment differs.
+      tensorboard: Write TensorBoard's events, too.
+      elsewhere: The command's option that chooses another folder, for messages.
+      check: What else each training has to pass before the folder is made; raises otherwise.
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
       ImportError: a package is missing.
     """
     if jax.process_count() > 1 and not isinstance(experiment, Experiment):
         raise ValueError(f"{experiment.name} trains on one graph, which several processes cannot share: start one")
-    trainings, report = _PREPARE[type(experiment)](experiment, data_dir)
+    trainings, report = _TASKS[type(experiment)](experiment, data_dir)
+    for training in trainings.values():
+        check(training)
     run = open_run(
         runs_dir,
         experiment,
@@ -72,7 +79,7 @@ class Job:
     run: RunDirectory
 
     def __call__(self, console: Console) -> None:
-        """Trains and evaluates the variants and writes the report; progress and table go to `console`.
+        """Train and evaluate the variants, and write the report; progress and table go to `console`.
 
         Raises:
           FloatingPointError: training broke down.

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +16,9 @@ from rich.console import Console
 import qpde
 import qpde.models
 from qpde.bits import Bits
-from qpde.datasets import NodeGraph
 from qpde.measure.faithfulness import compare
 from train.config.graphs import GraphExperiment, GraphVariant
+from train.data.fingerprint import fingerprint_of
 from train.host.console import Display
 from train.host.interrupt import Interrupted, StopRequest
 from train.host.provenance import provenance
@@ -35,12 +34,15 @@ from train.tasks.nodes_summary import FULL, check_pictures, name_of, write_repor
 _EXACT = Bits(None, None)
 
 
-def prepare(experiment: GraphExperiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
-    """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
+def trainings_of(experiment: GraphExperiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
+    """The trainings by variant and the report of `train.tasks.job.Job`, everything about them checked."""
     check_pictures(experiment)
     graph = load_graph(experiment.data, data_dir)
     task = make_task(graph)
-    trainings = {variant.name: Training.create(experiment, variant, graph, task) for variant in experiment.chosen}
+    trainings = {
+        variant.name: Training.create(experiment, variant, task, num_classes=graph.num_classes, classes=graph.classes)
+        for variant in experiment.chosen
+    }
     return trainings, partial(write_report, experiment)
 
 
@@ -50,15 +52,23 @@ class Training:
 
     experiment: GraphExperiment
     variant: GraphVariant
-    graph: NodeGraph
     task: Task
-    model: nn.Module
+    classes: tuple[str, ...] | None
+    model: Any
     optimizer: optax.GradientTransformation
     tuner: optax.GradientTransformation
 
     @classmethod
-    def create(cls, experiment: GraphExperiment, variant: GraphVariant, graph: NodeGraph, task: Task) -> "Training":
-        """Builds the variant and traces it, so that unusable options are found.
+    def create(
+        cls,
+        experiment: GraphExperiment,
+        variant: GraphVariant,
+        task: Task,
+        *,
+        num_classes: int,
+        classes: tuple[str, ...] | None = None,
+    ) -> "Training":
+        """Build the variant and trace it, so that unusable options are found.
 
         Raises:
           ValueError: the network or the optimizer refuses an option.
@@ -67,40 +77,45 @@ class Training:
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         builder = getattr(qpde.models, options.pop("name"))
         known = inspect.signature(builder).parameters
-        model = builder(num_classes=graph.num_classes, **{k: v for k, v in options.items() if k in known})
+        model = builder(num_classes=num_classes, **{k: v for k, v in options.items() if k in known})
         shapes = jax.eval_shape(model.init, jax.random.key(0, impl=RANDOM), task.graph)["params"]
         adam = experiment.optimizer_of(variant)
         slower = dataclasses.replace(adam, learning_rate=adam.learning_rate * experiment.tune_learning_rate)
         optimizer, tuner = (create_optimizer(config, shapes, steps=experiment.epochs) for config in (adam, slower))
-        return cls(experiment, variant, graph, task, model, optimizer, tuner)
+        return cls(experiment, variant, task, classes, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
-        """Trains every seed in full precision and at each pair of widths; results by part, lists over seeds."""
+        """Train every seed in full precision and at each pair of bits; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
-        check_same_graph(run, self.graph)
+        check_same_graph(run, self.fingerprint)
         seeds = jnp.asarray(np.arange(experiment.seed, experiment.seed + experiment.seeds).astype(np.uint32))
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
         init_keys, keys = keys[:, 0], keys[:, 1]
         params = init_seeds(model, init_keys, task, _EXACT, methods=_EXACT, at_once=self.at_once)
         full = self._fit(FULL, params, keys, _EXACT, run, console)
         accuracy, energy = jax.device_get(test_seeds(model, full.best_params, task, at_once=self.at_once))
-        self._keep(run, FULL, full, _EXACT)
-        results = {"parameters": _count(params)}
+        results: dict[str, Any] = {"parameters": _count(params)}
+        self._keep(run.path / self.variant.name / FULL, full, _EXACT)
         results[FULL] = {"accuracy": accuracy.tolist(), "energy": energy.tolist()} | _best_epoch(full)
-        for widths in experiment.bits:
-            part, bits = name_of(widths), Bits(*(jnp.float32(width) for width in widths))
-            clips = {"methods": Bits(*(_clip_method(width) for width in widths)), "at_once": self.at_once}
+        for pair in experiment.bits:
+            part, bits = name_of(pair), Bits(*map(jnp.float32, pair))
+            clips = {"methods": Bits(*map(_clip_method, pair)), "at_once": self.at_once}
             if experiment.start == "random":
                 params = init_seeds(model, init_keys, task, bits, **clips)
             else:
                 params = calibrate_seeds(model, full.best_params, task, bits, **clips)
                 before = self._compare(params, bits)
             state = self._fit(part, params, keys, bits, run, console)
-            self._keep(run, part, state, Bits(*widths))
+            self._keep(run.path / self.variant.name / part, state, Bits(*pair))
             results[part] = self._compare(state.best_params, bits) | _best_epoch(state)
             if experiment.start == "trained":
                 results[part]["untuned"] = {key: before[key] for key in ("accuracy", "agreement")}
         return results
+
+    @property
+    def fingerprint(self) -> str:
+        """Tell the data from any other."""
+        return fingerprint_of(jax.tree.leaves(self.task))
 
     @property
     def at_once(self) -> int:
@@ -109,7 +124,7 @@ class Training:
         return experiment.seeds_at_once or (1 if jax.default_backend() == "cpu" else experiment.seeds)
 
     def _fit(self, part: str, params, keys, bits: Bits, run: RunDirectory, console: Console) -> NodeState:
-        """Trains all seeds from `params`, or goes on with training."""
+        """Train all seeds from `params`, or go on with training."""
         experiment, name = self.experiment, f"{self.variant.name}/{part}"
         tunes = part != FULL and experiment.start == "trained"
         epochs = experiment.tune_epochs if tunes else experiment.epochs
@@ -156,22 +171,17 @@ class Training:
             display.line(f"{name}: {epochs} epochs of {experiment.seeds} seeds, best validation accuracy {best:.1%}")
         return state
 
-    def _keep(self, run: RunDirectory, part: str, state: NodeState, bits: Bits) -> None:
-        """Writes the seed that is best on the validation nodes where `qpde.load` reads it without the graph."""
-        best = int(np.argmax(state.best_accuracy))
+    def _keep(self, folder: Path, state: NodeState, bits: Bits) -> None:
+        """Write the network of the seed with the best validation accuracy where `qpde.load` reads it."""
+        best = int(jnp.argmax(state.best_accuracy))
+        seed = self.experiment.seed + best
+        about = {"variant": self.variant.name, "seed": seed, "data": self.experiment.data.name}
         qpde.save(
-            run.path / self.variant.name / part,
+            folder,
             self.model.with_bits(bits),
             {"params": jax.tree.map(lambda leaf: leaf[best], state.best_params)},
-            classes=self.graph.classes,
-            about={
-                "variant": self.variant.name,
-                "seed": self.experiment.seed + best,
-                "validation_accuracy": float(state.best_accuracy[best]),
-                "data": self.experiment.data.name,
-                "data_fingerprint": self.graph.fingerprint,
-            }
-            | provenance(),
+            classes=self.classes,
+            about=about | {"data_fingerprint": self.fingerprint} | provenance(),
         )
 
     def _compare(self, params, bits: Bits) -> dict[str, list]:
@@ -183,9 +193,9 @@ class Training:
         return {key: [result[key] for result in found] for key in found[0]}
 
 
-def _clip_method(width: int) -> str:
+def _clip_method(bits: int) -> str:
     """Few levels are better spent below the largest values."""
-    return "absmax" if width >= 8 else "percentile"
+    return "absmax" if bits >= 8 else "percentile"
 
 
 def _best_epoch(state: NodeState) -> dict[str, list[int]]:

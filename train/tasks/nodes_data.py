@@ -10,8 +10,8 @@ import numpy as np
 import qpde.datasets
 from qpde.datasets import NodeGraph
 from train.config.graphs import OWN_GRAPH, GraphData
+from train.data.records import DataError
 from train.data.resident import DATA_DIR_VARIABLE, data_root
-from train.data.tfds_records import DataError
 from train.runs.directory import RunDirectory
 from train.steps.losses import IGNORED
 from train.tasks.nodes_step import Task
@@ -23,7 +23,8 @@ def load_graph(config: GraphData, data_dir: Path | None) -> NodeGraph:
     """The graph as `qpde.datasets` returns it.
 
     Args:
-      config: which one.   data_dir: root of the data; None takes the environment's.
+      config: which one.
+      data_dir: root of the data; None takes the environment's.
     Raises:
       ValueError: the graph lies in files and no folder is given.
       FileNotFoundError: the files are not in the folder.
@@ -57,7 +58,7 @@ def make_task(graph: NodeGraph) -> Task:
     return Task(graph.to_jraph(), labels_of(graph.train), labels_of(graph.validation), labels_of(graph.test))
 
 
-def check_same_graph(run: RunDirectory, graph: NodeGraph) -> None:
+def check_same_graph(run: RunDirectory, fingerprint: str) -> None:
     """Notes which graph a run is on; for one that goes on, checks that it still is.
 
     Raises:
@@ -65,8 +66,8 @@ def check_same_graph(run: RunDirectory, graph: NodeGraph) -> None:
     """
     path = run.path / _GRAPH
     if not path.exists():
-        path.write_text(json.dumps({"fingerprint": graph.fingerprint}) + "\n")
-    elif json.loads(path.read_text())["fingerprint"] != graph.fingerprint:
+        path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+    elif json.loads(path.read_text())["fingerprint"] != fingerprint:
         raise DataError(
             f"the graph has changed since {run.path} began: take the old file, or start anew with --name or --overwrite"
         )

@@ -2,24 +2,27 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from qpde.bits import Bits
 from qpde.certify import certify, exact_twin, step_bounds
 from qpde.models import converge_norms
-from train.trained.finished import Finished
+from train.data.batches import of_one_shape
+from train.trained.finished import Finished, traced
 
 
-def measure(finished: Finished, width: int, *, images: int, newton_steps: int = 2) -> dict[str, float]:
+def measure(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, float]:
     """Shares of the first test images, and the median of bound over measured difference.
 
     Args:
-      finished: a trained network.   width: of its activations.   images: how many.   newton_steps: of `certify`.
+      finished: A trained network.
+      act_bits: Bits of its activations.
+      images: How many.
+      newton_steps: Of `certify`.
     Returns:
       "accuracy", "agreement", "certified", "a_priori" and "tightness".
     """
-    whole = measure_images(finished, width, images=images, newton_steps=newton_steps)
+    whole = measure_images(finished, act_bits, images=images, newton_steps=newton_steps)
     ratio = tightness(whole.pop("bound"), whole.pop("error"))
     return {key: float(values.mean()) for key, values in whole.items()} | {"tightness": ratio}
 
@@ -30,20 +33,21 @@ def tightness(bound: np.ndarray, error: np.ndarray) -> float:
     return float(np.median(bound[found] / error[found])) if found.any() else float("nan")
 
 
-def measure_images(finished: Finished, width: int, *, images: int, newton_steps: int = 2) -> dict[str, np.ndarray]:
+def measure_images(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, np.ndarray]:
     """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, "error" and
     "bound" of every logit difference from the predicted class.
     """
-    model = finished.training.model
-    bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(width))
+    model = finished.model
+    bits = traced(Bits(model.weight_bits, act_bits))
     variables = finished.at(bits)
-    if model.clip_bits is not None:  # else the network stays as it is, for one compiled program at all widths
-        model, variables = model.at_bits(variables, Bits(model.weight_bits, width))
+    if model.clip_bits is not None:  # else the network stays as it is, for one compiled program at all bits
+        model, variables = model.at_bits(variables, Bits(model.weight_bits, act_bits))
     parts: list[dict[str, Any]] = []
-    for x, labels in finished.test_images(images):
+    labels = [labels for _, labels in finished.test_images(images)]
+    for own, (x, count) in zip(labels, of_one_shape(finished.test_images(images)), strict=True):
         if not parts:
-            variables = converge_norms(model, variables, x, bits=bits)
-            steps = step_bounds(model, variables, x.shape[1:3], bits)
+            variables = converge_norms(model, variables, x[:1], bits=bits)
+            steps = step_bounds(model, variables, (x.shape[1], x.shape[2]), bits)
         found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
         twin = exact_twin(model, variables, x, bits)
         chosen, difference = found.prediction[:, None], found.logits - twin
@@ -51,12 +55,12 @@ def measure_images(finished: Finished, width: int, *, images: int, newton_steps:
         others = np.arange(twin.shape[1])[None] != chosen
         parts.append(
             {
-                "accuracy": found.prediction == labels,
-                "agreement": found.prediction == twin.argmax(-1),
-                "certified": found.certified,
-                "a_priori": found.certified_a_priori,
-                "error": error[others],
-                "bound": found.bound[others],
+                "accuracy": found.prediction[:count] == own,
+                "agreement": (found.prediction == twin.argmax(-1))[:count],
+                "certified": found.certified[:count],
+                "a_priori": found.certified_a_priori[:count],
+                "error": error[:count][others[:count]],
+                "bound": found.bound[:count][others[:count]],
             }
         )
     return {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}

@@ -71,7 +71,7 @@ class GraphSmoothing:
     Attributes:
       steps: explicit steps a layer.
       gamma2: their size, at most `eps` ("normalized") or 2 `eps` ("gcn").
-      eps: of the energy, see `qpde.graphs.tv_step`.
+      eps: Width of the energy, see `qpde.graphs.tv_step`.
     """
 
     steps: int = 1
@@ -103,7 +103,7 @@ class GraphLayer(abc.ABC):
 
     Attributes:
       width: channels, in and out.
-      levels: of the quantizers.
+      levels: Level set of the quantizers.
       per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
     """
 
@@ -111,16 +111,24 @@ class GraphLayer(abc.ABC):
     levels: str = "uniform"
     per_channel: bool = False
 
-    kernel_names = ("kernel",)
     act_count = 1  # quantizers of activations
     drops_inputs = True  # whether training drops entries of every layer's input
-    shared_params = ()  # scalars, starting at 0, that all layers share
+
+    @property
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels of a layer, in the order of their clips."""
+        return ("kernel",)
+
+    @property
+    def shared_params(self) -> tuple[str, ...]:
+        """Scalars, starting at 0, that all layers share."""
+        return ()
 
     def init(self, key: jax.Array) -> dict:
         """Parameters of one layer: kernels, and clips, a weight's being the largest magnitude of its kernel."""
         keys = jax.random.split(key, len(self.kernel_names))
         params = {name: self.initial_kernel(k) for name, k in zip(self.kernel_names, keys, strict=True)}
-        options = {"signed": True, "method": "absmax", "per_channel": self.per_channel}
+        options: dict[str, Any] = {"signed": True, "method": "absmax", "per_channel": self.per_channel}
         clips = [quantizers.initial_clip(k, None, **options).reshape(-1) for k in params.values()]
         return (
             params
@@ -164,8 +172,8 @@ class GraphLayer(abc.ABC):
         """One layer.
 
         Args:
-          state: of `start`.
-          params: of one layer.
+          state: State of `start`.
+          params: Parameters of one layer.
           step_size: scalar.
           bits: scalars or None.
           dropout: applied to the layer's input, or None.
@@ -249,8 +257,8 @@ class PDELayer(GraphLayer):
         else:
             a = jax.nn.sigmoid(call.shared["mixing"])
             x, before = state
-            strength = a * step_size * step_size + (1 - a) * step_size
-            after, before = x + a * (x - before) - strength * f(x, None), x
+            weight = a * step_size * step_size + (1 - a) * step_size
+            after, before = x + a * (x - before) - weight * f(x, None), x
         return self._smooth(after, call), before
 
     def _flux(self, x, q, call):
@@ -271,7 +279,7 @@ class PDELayer(GraphLayer):
     def _stable_step(self, kernel):
         norm = spectral_norm(lambda v: v @ kernel, (self.width,), key=jax.random.key(0))
         # A zero kernel has no bound; the floor keeps the step finite.
-        h = LIPSCHITZ_TARGET / (jnp.maximum(jnp.square(norm), 1e-6) * graphs.KINDS[self.kind])
+        h = LIPSCHITZ_TARGET / (jnp.maximum(jnp.square(norm), 1e-6) * graphs.GRADIENTS[self.kind])
         # The wave is stable for h^2 |K|^2 |G|^2 < 4, the mixture within both bounds.
         return {"diffusion": h, "wave": jnp.sqrt(h), "mixed": jnp.minimum(h, jnp.sqrt(h))}[self.dynamics]
 
@@ -295,17 +303,17 @@ class ConvolutionLayer(GraphLayer):
 
 @dataclasses.dataclass(frozen=True)
 class InitialResidualLayer(GraphLayer):
-    """relu((1 - beta_l) y + beta_l Q(y) W), y = (1 - alpha) A Q(x) + alpha x_0, beta_l = log(strength / l + 1).
+    """relu((1 - beta_l) y + beta_l Q(y) W), y = (1 - alpha) A Q(x) + alpha x_0, beta_l = log(lambda_ / l + 1).
 
     GCNII (Chen et al., Simple and Deep Graph Convolutional Networks, ICML 2020).
 
     Attributes:
       alpha: share of the stem's output x_0.
-      strength: lambda, of the weights.
+      lambda_: lambda, of the weights.
     """
 
     alpha: float = 0.1
-    strength: float = 0.5
+    lambda_: float = 0.5
 
     act_count = 2
 
@@ -313,7 +321,7 @@ class InitialResidualLayer(GraphLayer):
         return {}
 
     def step_size(self, depth):
-        return jnp.log(self.strength / jnp.arange(1, depth + 1, dtype=jnp.float32) + 1)
+        return jnp.log(self.lambda_ / jnp.arange(1, depth + 1, dtype=jnp.float32) + 1)
 
     def step(self, state, step_size, q, call):
         x = q.activation(q.dropout(state), 0)

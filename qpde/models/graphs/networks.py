@@ -38,11 +38,11 @@ from qpde.models.graphs.layers import (
     PDELayer,
 )
 from qpde.models.layers import Observe
+from qpde.quantizers import LEVEL_SETS
 
 __all__ = ["GraphNetwork", "gat", "gcn", "gcnii", "pde_gcn"]
 
 LOOPS = ("auto", "scan", "unroll")
-LEVELS = ("uniform", "pot", "apot")
 
 # The deepest network that "auto" unrolls. A scan compiles faster, but copies what the backward pass needs into stacks.
 # Rematerialisation is there to save memory and has little to copy.
@@ -232,7 +232,7 @@ def pde_gcn(
     Args:
       num_classes: at least 1.
       layers: depth, at least 1.
-      width: of the hidden fields.
+      width: Width of the hidden fields.
       dynamics: "diffusion" x' = x - h f(x); "wave" x' = 2x - x_before - h^2 f(x); "mixed", a learned mean of both.
       symmetric: K^T, instead of a second matrix, after the nonlinearity.
       nonlinearity: on edges: "identity", "tanh", "huber" (the clip to [-1, 1]) or "relu". All are odd, so the
@@ -243,13 +243,13 @@ def pde_gcn(
       gradient_kind: "normalized" (|G|^2 <= 2) or "gcn" (<= 1, as published), see `qpde.graphs.gradient`.
       rounding: "branch": the state is kept exact and rounded where it enters f; "state": it is rounded itself, as
         published, and the error grows with depth. The edges' activations are rounded in either case.
-      kernel_init: of K: "identity" or "orthogonal" (random).
+      kernel_init: Start of K: "identity" or "orthogonal" (random).
       dropout: rate, 0 <= rate < 1, before and after the stem and before the head layer; none on edges.
       smoothing: total variation, or None.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
         overrides them call by call.
       act_bits: Default bits of the activations, likewise.
-      levels: of the quantizers: "uniform", "pot" or "apot".
+      levels: Level set of the quantizers: "uniform", "pot" or "apot".
       loop: over the layers: "scan" (compiles fast), "unroll", or "auto", which scans more than 8 layers.
       remat: recompute each layer in the backward pass instead of keeping its intermediates.
     Returns:
@@ -260,7 +260,7 @@ def pde_gcn(
     for option, value, valid in (
         ("dynamics", dynamics, DYNAMICS),
         ("nonlinearity", nonlinearity, NONLINEARITIES),
-        ("gradient_kind", gradient_kind, graphs.KINDS),
+        ("gradient_kind", gradient_kind, graphs.GRADIENTS),
         ("rounding", rounding, ROUNDINGS),
         ("kernel_init", kernel_init, KERNEL_INITS),
     ):
@@ -332,7 +332,7 @@ def gcnii(
     layers: int = 64,
     width: int = 64,
     alpha: float = 0.1,
-    strength: float = 0.5,
+    lambda_: float = 0.5,
     dropout: float = 0.6,
     weight_bits: int | None = None,
     act_bits: int | None = None,
@@ -347,7 +347,7 @@ def gcnii(
       layers: Depth, at least 1.
       width: Channels of the hidden fields.
       alpha: Share of the stem layer's output in every layer, within [0, 1].
-      strength: lambda > 0; layer l weighs its matrix by log(lambda / l + 1).
+      lambda_: lambda > 0; layer l weighs its matrix by log(lambda / l + 1).
       dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
         overrides them call by call.
@@ -362,9 +362,9 @@ def gcnii(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1]; got {alpha}")
-    if not (strength > 0 and math.isfinite(strength)):
-        raise ValueError(f"strength must be positive and finite; got {strength}")
-    layer = InitialResidualLayer(width=width, levels=levels, alpha=alpha, strength=strength)
+    if not (lambda_ > 0 and math.isfinite(lambda_)):
+        raise ValueError(f"lambda_ must be positive and finite; got {lambda_}")
+    layer = InitialResidualLayer(width=width, levels=levels, alpha=alpha, lambda_=lambda_)
     return _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, remat)
 
 
@@ -417,7 +417,7 @@ def _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, r
     for option, value in (("weight_bits", weight_bits), ("act_bits", act_bits)):
         if value is not None and not 2 <= value <= 32:
             raise ValueError(f"{option} must be 2 to 32, or None for full precision; got {value}")
-    _check_known("levels", layer.levels, LEVELS)
+    _check_known("levels", layer.levels, LEVEL_SETS)
     _check_known("loop", loop, LOOPS)
     return GraphNetwork(
         layer=layer,
@@ -437,7 +437,7 @@ def _check_known(option, value, valid):
 
 
 def _check_smoothing(smoothing, kind):
-    bound = 2 * smoothing.eps / graphs.KINDS[kind]
+    bound = 2 * smoothing.eps / graphs.GRADIENTS[kind]
     if smoothing.steps < 1 or not (smoothing.eps > 0 and 0 <= smoothing.gamma2 <= bound):
         raise ValueError(
             f"smoothing needs steps >= 1, eps > 0 and gamma2 within [0, {bound:g}] for gradient_kind={kind!r}; "

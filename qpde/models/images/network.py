@@ -74,8 +74,10 @@ class Stage(nn.Module):
     """Blocks in a row, stacked where they are equal.
 
     Attributes:
-      blocks: their descriptions, in order.   first_block: index of the first one, counted through the network.
-      loop, remat: of `qpde.integrators.integrate`.
+      blocks: their descriptions, in order.
+      first_block: index of the first one, counted through the network.
+      loop: How blocks are chained, see `qpde.integrators.integrate`.
+      remat: Whether the backward pass computes activations again, see `qpde.integrators.integrate`.
     """
 
     blocks: tuple[Block, ...]
@@ -85,18 +87,18 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, bits: Bits, mode: Mode, strength: jax.Array | None, return_states: bool
+        self, x: jax.Array, bits: Bits, mode: Mode, smoothing_scale: jax.Array | None, return_states: bool
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The last block's output, and all of them in order when asked for (else none)."""
         states = []
         for name, block, start, count in groups(self.blocks, self.first_block):
             x, new = self._integrate(
-                block, count, name, self.first_block + start, x, bits, mode, strength, return_states
+                block, count, name, self.first_block + start, x, bits, mode, smoothing_scale, return_states
             )
             states += new
         return x, states
 
-    def _integrate(self, block, count, name, first, x, bits, mode, strength, return_states):
+    def _integrate(self, block, count, name, first, x, bits, mode, smoothing_scale, return_states):
         params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
         params = unfreeze(params)
         held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
@@ -113,7 +115,7 @@ class Stage(nn.Module):
 
         # Widths and smoothing given per block travel with the stacked variables; common ones stay outside the loop.
         own_bits = Bits(*(None if v is None or jnp.ndim(v) == 0 else v[first : first + count] for v in bits))
-        gamma2 = _gamma2(block.smoothing, params, strength, first, count)
+        gamma2 = _gamma2(block.smoothing, params, smoothing_scale, first, count)
         own_gamma2 = None if gamma2 is None or jnp.ndim(gamma2) == 0 else gamma2
 
         def step(x, scanned, step_size):
@@ -190,7 +192,7 @@ class BoundPart(NamedTuple):
 class Network(nn.Module):
     """Image classifier of qpde: a list of parts. Make one with `qpde.models.create` or `image_network`.
 
-    A collection "smoothing" with a scalar "strength" in [0, 1], added to the variables of a network that smooths,
+    A collection "smoothing" with a scalar "scale" in [0, 1], added to the variables of a network that smooths,
     multiplies every gamma2: at 0 it is the network without smoothing, at 1 what it is without the collection.
 
     Attributes:
@@ -309,7 +311,8 @@ class Network(nn.Module):
         be negative with their sign.
 
         Args:
-          bits: whole numbers or None.   per_channel: one weight clip for each output channel.
+          bits: whole numbers or None.
+          per_channel: one weight clip for each output channel.
         """
         return self.with_options(
             standardize=False,
@@ -320,15 +323,17 @@ class Network(nn.Module):
         )
 
     def at_bits(self, variables: Mapping[str, Any], bits: Bits) -> tuple[Network, dict]:
-        """Of a network with clips for each width, the ordinary one at these widths: the same function, and its twin is
-        that function without rounding.
+        """Specialise an any-bit network, which has clips for each of its bits, to one number of bits.
+
+        The function stays the same, and its twin is that function without rounding.
 
         Args:
-          variables: of this network.   bits: whole numbers or None.
+          variables: Variables of this network.
+          bits: whole numbers or None.
         Returns:
           The network, created with these widths and one clip for all, and its variables.
         """
-        variables = unfreeze(variables)
+        variables = unfreeze(dict(variables))
         params = dict(variables["params"])
         for stage, name, block, _ in self.stacks:
             own = params[stage][name]
@@ -343,7 +348,7 @@ class Network(nn.Module):
           variables: Collections of this network.
           bits: Scalars, or one value for each block. Default: the network's own.
         """
-        variables = unfreeze(variables)
+        variables = unfreeze(dict(variables))
         bits = self.checked_bits(self.bits if bits is None else bits)
 
         def exact(part, name):
@@ -360,14 +365,15 @@ class Network(nn.Module):
 
         One that is not chosen for smoothing comes without it, and its gamma2 is None.
         """
-        variables = unfreeze(variables)
-        found, strength = [], variables.get("smoothing", {}).get("strength")
+        variables = unfreeze(dict(variables))
+        found: list[tuple[Block, dict, Any, Any]] = []
+        smoothing_scale = variables.get("smoothing", {}).get("scale")
         for stage, name, block, count in self.stacks:
             step_size = block.step_size if isinstance(block.step_size, float) else 1.0
             stacked = {k: v[stage][name] for k, v in variables.items() if name in v.get(stage, {})}
             for i in range(count):
                 own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                gamma2 = _gamma2(block.smoothing, own["params"], strength, len(found), 1)
+                gamma2 = _gamma2(block.smoothing, own["params"], smoothing_scale, len(found), 1)
                 single = block if gamma2 is not None else dataclasses.replace(block, smoothing=None)
                 found.append((single, own, step_size, gamma2))
         return found
@@ -380,12 +386,9 @@ class Network(nn.Module):
         learning; from the ends themselves the gradient leads back.
         """
         return {
-            f"{stage}/{name}/gamma2": (
-                0.0,
-                stencils.max_stable_step(eps=block.smoothing.eps, kind=block.smoothing.kind),
-            )
+            f"{stage}/{name}/gamma2": (0.0, float(stencils.max_stable_step(eps=s.eps, kind=s.kind)))
             for stage, name, block, _ in self.stacks
-            if block.learns_gamma2
+            if (s := block.smoothing) is not None and s.learned
         }
 
     @property
@@ -425,7 +428,8 @@ class Network(nn.Module):
           observe: sees what every quantizer rounds, chooses its clip for this call, and records anything, which is
             sown into the collection "observed", each block's like its parameters: lists of records in place of
             `weight_clips` and `act_clips`. See `qpde.models.layers.Observe`.
-          power_iterations: of every spectral norm, from the carried vector on, which moves when "spectral" is mutable.
+          power_iterations: Power iterations of every spectral norm, from the carried vector on. The vector moves where
+            "spectral" is mutable.
         Returns:
           logits (N, num_classes), or (logits, tuple of states).
         Raises:
@@ -436,11 +440,13 @@ class Network(nn.Module):
         bits = self.checked_bits(self.bits if bits is None else bits)
         mode = Mode(train, momentum, observe, power_iterations, self.options.compute_dtype)
 
-        x = self._exact("stem", self.stem_part(x.shape[-1]), x, mode)
-        states, first, strength = [], 0, self.get_variable("smoothing", "strength")
+        x = self._exact("stem", self.stem_part(x.shape[-1]), jnp.asarray(x), mode)
+        states: list[jax.Array] = []
+        smoothing_scale: jax.Array | None = self.get_variable("smoothing", "scale")
+        first = 0
         for i, blocks in enumerate(self.stages):
             stage = Stage(blocks, first, self.options.loop, self.options.remat, name=f"stage{i}")
-            x, new = stage(x, bits, mode, strength, return_states)
+            x, new = stage(x, bits, mode, smoothing_scale, return_states)
             states, first = states + new, first + len(blocks)
         if self.neck_part:
             x = self._exact("neck", self.neck_part, x, mode)
@@ -511,13 +517,13 @@ def _smooths(smoothing: Smoothing | None, first: int, count: int) -> list[bool]:
 
 
 def _gamma2(
-    smoothing: Smoothing | None, params: dict, strength: jax.Array | None, first: int, count: int
+    smoothing: Smoothing | None, params: dict, smoothing_scale: jax.Array | None, first: int, count: int
 ) -> jax.Array | float | None:
     """gamma2 for each of these blocks where they may differ, or one for all of them, or None where none smooths."""
     chosen = _smooths(smoothing, first, count)
-    if not any(chosen):
+    if smoothing is None or not any(chosen):
         return None
     gamma2 = params["gamma2"] if smoothing.learned else smoothing.gamma2
-    if strength is not None:
-        gamma2 = strength * gamma2
+    if smoothing_scale is not None:
+        gamma2 = smoothing_scale * gamma2
     return gamma2 if all(chosen) else jnp.asarray(chosen, jnp.float32) * gamma2

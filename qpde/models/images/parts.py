@@ -87,8 +87,8 @@ def rounding_radius(clip: Any, bits: Any, *, levels: str, signed: bool) -> float
 
 def check_convex(smoothing: Smoothing) -> None:
     """ValueError for smoothing that is no gradient step on a convex energy."""
-    if not stencils.KINDS[smoothing.kind].convex:
-        convex = ", ".join(name for name, kind in stencils.KINDS.items() if kind.convex)
+    if not stencils.ENERGIES[smoothing.kind].convex:
+        convex = ", ".join(name for name, kind in stencils.ENERGIES.items() if kind.convex)
         raise ValueError(
             f"smoothing of kind {smoothing.kind!r} can amplify a difference, so no constant of its step is "
             f"proven: certify networks that smooth by a convex kind ({convex})"
@@ -105,7 +105,11 @@ class Part(abc.ABC):
 
     width_in: int
     width_out: int
-    smallest_map = 1  # side of an input that it can take
+
+    @property
+    def smallest_map(self) -> int:
+        """Side of the smallest input that it can take."""
+        return 1
 
     @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -264,7 +268,7 @@ class Head(Part):
         if self.kind == "scaled":
             old = variables["batch_stats"]["mean_square"]
             own = old
-            if mode.train:
+            if mode.train and pooled.size:
                 own = jnp.mean(pooled * pooled)
                 updates = {"batch_stats": {"mean_square": moved(old, jax.lax.stop_gradient(own), mode.momentum)}}
             pooled = divide_by_rms(pooled, own)

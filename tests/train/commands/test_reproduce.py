@@ -45,8 +45,8 @@ def test_a_replay_is_identical_unless_something_was_changed(finished, capsys):
     assert "differs: metrics.jsonl[0].train_loss[1]" in capsys.readouterr().out
 
 
-def test_parameters_are_compared_bit_by_bit(finished, capsys):
-    assert main(["run", "tiny.py", "--seed", "1", "--runs-dir", "elsewhere"]) == 0
+def test_networks_are_compared_bit_by_bit(finished, capsys):
+    assert main(["run", "tiny.py", "--seed", "5", "--runs-dir", "elsewhere"]) == 0
     for name in ("metrics.jsonl", "summary.json"):
         Path("elsewhere", "tiny", name).write_text((finished / name).read_text())
     Path("elsewhere", "tiny", "config.json").write_text((finished / "config.json").read_text())
@@ -64,3 +64,11 @@ def test_parameters_are_compared_bit_by_bit(finished, capsys):
 def test_what_cannot_be_reproduced_is_refused(finished, capsys, arguments, message):
     assert main(["reproduce", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_damaged_network_is_found_before_the_repetition_begins(finished, capsys):
+    (weights,) = finished.rglob("weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["reproduce", str(finished)]) == 2
+    assert "was cut short or altered" in capsys.readouterr().err
+    assert not Path("reproduced").exists()
