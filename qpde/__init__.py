@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qpde.models.protocol import QuantizedNetwork
     from qpde.nn import Rule, optimizer_labels, project
     from qpde.nn.quantized import quantized
+    from qpde.ptq import calibrate
     from qpde.trained import TrainedNetwork, load, save
 
 try:
@@ -42,6 +43,7 @@ __all__ = [
     "Rule",
     "TrainedNetwork",
     "__version__",
+    "calibrate",
     "certify",
     "datasets",
     "graphs",
@@ -67,6 +69,7 @@ _HOMES = {
     "QuantizedNetwork": "qpde.models.protocol",
     "Rule": "qpde.nn",
     "TrainedNetwork": "qpde.trained",
+    "calibrate": "qpde.ptq",
     "load": "qpde.trained",
     "optimizer_labels": "qpde.nn",
     "project": "qpde.nn",

@@ -38,6 +38,7 @@ from qpde.models.graphs.layers import (
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.network import Architecture, Network
 from qpde.models.options import NetworkOptions, Smoothing
+from qpde.models.protocol import QuantizedNetwork
 from qpde.models.registry import BLOCKS, image_network
 
 __all__ = ["DESCRIPTION", "WEIGHTS", "TrainedNetwork", "load", "save", "weights_digest"]
@@ -59,7 +60,7 @@ class TrainedNetwork:
     """A network with its weights and what is needed to use it.
 
     Attributes:
-      model: Flax Linen module of `qpde.models`.
+      model: Flax Linen module of `qpde.models`, or a network of `qpde.quantized`.
       variables: Its collections, plain or a FrozenDict.
       classes: Names of the classes, in the order of the logits.
       input_shape: (height, width, channels) of the images that it was trained on, or None.
@@ -69,7 +70,7 @@ class TrainedNetwork:
       about: Where it came from, as far as known: seed, command, versions, device, date, fingerprint of its data.
     """
 
-    model: Network | GraphNetwork
+    model: Any
     variables: Mapping[str, Any]
     classes: tuple[str, ...]
     input_shape: tuple[int, int, int] | None = None
@@ -89,8 +90,8 @@ class TrainedNetwork:
         x = jnp.asarray(images)
         if x.ndim != 4:
             raise ValueError(f"images must be (N, H, W, C); got shape {x.shape}: give one image as image[None]")
-        channels = self.variables["params"]["stem"]["kernel"].shape[2]
-        if x.shape[-1] != channels:
+        channels = self._channels
+        if channels is not None and x.shape[-1] != channels:
             raise ValueError(f"images have {x.shape[-1]} channels, the network takes {channels}: got shape {x.shape}")
         if x.dtype == jnp.uint8:
             x = x.astype(jnp.float32) / 255
@@ -115,7 +116,7 @@ class TrainedNetwork:
         if isinstance(self.model, GraphNetwork):
             return np.asarray(_apply(self.model, self.variables, inputs, bits))
         if len(inputs) == 0:
-            return np.zeros((0, self.model.num_classes), np.float32)
+            return np.zeros((0, len(self.classes)), np.float32)
         # Batches of a power of two, so that few programs serve every number of images.
         size = min(_LARGEST_BATCH, 1 << (len(inputs) - 1).bit_length())
         found = []
@@ -125,6 +126,12 @@ class TrainedNetwork:
             padded = jnp.pad(x, [(0, missing), (0, 0), (0, 0), (0, 0)])
             found.append(np.asarray(_apply(self.model, self.variables, padded, bits))[: len(x)])
         return np.concatenate(found)
+
+    @property
+    def _channels(self) -> int | None:
+        if isinstance(self.model, Network):
+            return self.variables["params"]["stem"]["kernel"].shape[2]
+        return None if self.input_shape is None else self.input_shape[-1]
 
     def predict(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
         """Index of the predicted class of every image, or node; names are in `classes`."""
@@ -138,7 +145,7 @@ def _apply(model, variables, x, bits):
 
 def save(
     folder: str | Path,
-    model: Network | GraphNetwork,
+    model: QuantizedNetwork,
     variables: Mapping[str, Any],
     *,
     classes: Sequence[str] | None = None,
@@ -152,10 +159,10 @@ def save(
 
     Args:
       folder: Folder to write, made if need be. A network that is there is replaced.
-      model: Network of `qpde.models`.
+      model: Network of `qpde.models`; or of `qpde.quantized`, whose code the folder does not hold.
       variables: Its collections, as they are to be evaluated.
       classes: Names of the classes. Default: their numbers.
-      input_shape: (height, width, channels) of the images.
+      input_shape: (height, width, channels) of the images. A network of `qpde.quantized` needs it.
       mean: Mean of the training images by channel, a full pixel being 1. Default: images are used as they are.
       std: Standard deviation alike.
       centre: Share of a picture's short side that it is evaluated on, above 0 and at most 1.
@@ -163,18 +170,19 @@ def save(
     Returns:
       The folder.
     Raises:
-      ValueError: Not a network of `qpde.models`, another number of classes, variables of other shapes, NaN or
-        infinite, clips that are not positive, or moments of another number than channels.
+      ValueError: Neither a network of `qpde.models` nor of `qpde.quantized`, another number of classes, variables of
+        other shapes, NaN or infinite, clips that are not positive, or moments of another number than channels.
       TypeError: A value in `about` is none of JSON.
     """
     if not 0 < centre <= 1:
         raise ValueError(f"`centre` (={centre}) must be a share above 0 and at most 1")
-    described = _described(model)
-    classes = [str(k) for k in range(model.num_classes)] if classes is None else [str(name) for name in classes]
-    if len(classes) != model.num_classes:
-        raise ValueError(f"`classes` names {len(classes)} classes, the network has {model.num_classes}")
-    tensors = _flat({k: v for k, v in unfreeze(dict(variables)).items() if k != "observed"})
-    _check_shapes(model, tensors, "variables")
+    described, variables = _described(model), unfreeze(dict(variables))
+    count = _num_classes(model, variables, input_shape)
+    classes = [str(k) for k in range(count)] if classes is None else [str(name) for name in classes]
+    if len(classes) != count:
+        raise ValueError(f"`classes` names {len(classes)} classes, the network has {count}")
+    tensors = _flat({k: v for k, v in variables.items() if k != "observed"})
+    _check_shapes(model, tensors, "variables", input_shape)
     check_variables(tensors, "variables")
     moments = {k: _moments(k, v, model, tensors) for k, v in (("mean", mean), ("std", std))}
     weights = safetensors.numpy.save(tensors)
@@ -198,11 +206,13 @@ def save(
     return folder
 
 
-def load(folder: str | Path) -> TrainedNetwork:
+def load(folder: str | Path, *, model: QuantizedNetwork | None = None) -> TrainedNetwork:
     """Read a network that `save`, or a finished run, wrote.
 
     Args:
       folder: Folder with network.json and weights.safetensors.
+      model: The network of `qpde.quantized` that was saved, made anew from its code and rules; its bits, and the signs
+        that data decided, are those of the folder. None for networks of `qpde.models`.
     Raises:
       FileNotFoundError: One of them is missing.
       ValueError: One of them is damaged, of another program or of an unknown version.
@@ -230,7 +240,7 @@ def load(folder: str | Path) -> TrainedNetwork:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{weights} is damaged: {error}") from None
     try:
-        model = _built(description["network"])
+        model = _built(description["network"], model)
         classes = tuple(str(name) for name in description["classes"])
         mean, std, shape = (
             None if description[k] is None else tuple(description[k]) for k in ("mean", "std", "input_shape")
@@ -241,10 +251,11 @@ def load(folder: str | Path) -> TrainedNetwork:
         about = dict(description["about"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no network that this qpde knows: {error}") from None
-    if len(classes) != model.num_classes:
-        raise ValueError(f"{path} names {len(classes)} classes of a network that has {model.num_classes}")
-    _check_shapes(model, tensors, str(weights))
+    _check_shapes(model, tensors, str(weights), shape)
     check_variables(tensors, str(weights))
+    count = _num_classes(model, _nested(tensors), shape)
+    if len(classes) != count:
+        raise ValueError(f"{path} names {len(classes)} classes of a network that has {count}")
     return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, centre, about)
 
 
@@ -261,7 +272,7 @@ def weights_digest(folder: str | Path) -> str | None:
     return found.get("weights_sha256") if isinstance(found, dict) else None
 
 
-def _moments(name: str, values: Any, model: Network | GraphNetwork, tensors: dict[str, np.ndarray]) -> list | None:
+def _moments(name: str, values: Any, model: Any, tensors: dict[str, np.ndarray]) -> list | None:
     """A mean or standard deviation by channel as values of JSON, checked."""
     if values is None:
         return None
@@ -274,8 +285,19 @@ def _moments(name: str, values: Any, model: Network | GraphNetwork, tensors: dic
     return found.tolist()
 
 
-def _described(model: Network | GraphNetwork) -> dict[str, Any]:
+def _num_classes(model: Any, variables: Mapping[str, Any], input_shape: Sequence[int] | None) -> int:
+    if hasattr(model, "num_classes"):
+        return model.num_classes
+    if input_shape is None:
+        raise ValueError(f"{type(model).__name__} does not say what it takes: give `input_shape`, that of one input")
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    return jax.eval_shape(lambda variables, x: model.apply(variables, x, bits=Bits()), variables, x).shape[-1]
+
+
+def _described(model: QuantizedNetwork) -> dict[str, Any]:
     """The network as values of JSON."""
+    if hasattr(model, "description"):
+        return {"kind": "own", **model.description()}
     if isinstance(model, Network):
         architecture = dataclasses.asdict(model.architecture)
         kinds = {kind: name for name, kind in BLOCKS.items()}
@@ -301,10 +323,19 @@ def _described(model: Network | GraphNetwork) -> dict[str, Any]:
     )
 
 
-def _built(described: dict[str, Any]) -> Network | GraphNetwork:
+def _built(described: dict[str, Any], own: Any) -> QuantizedNetwork:
     """The network that `_described` described."""
     described = dict(described)
     kind = described.pop("kind")
+    if kind == "own":
+        if not hasattr(own, "described"):
+            raise ValueError(
+                f"it holds weights of your own module {described['module']}, not its code: give it, "
+                f"qpde.load(folder, model=qpde.quantized({described['module']}(...), rules))"
+            )
+        return own.described(described)
+    if own is not None:
+        raise ValueError("it describes its network itself: leave `model` out")
     if kind == "image":
         architecture = dict(described["architecture"])
         architecture["block"] = BLOCKS[architecture["block"]]
@@ -349,16 +380,26 @@ def _nested(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def _check_shapes(model: Network | GraphNetwork, tensors: dict[str, np.ndarray], where: str) -> None:
+def _check_shapes(
+    model: Any, tensors: dict[str, np.ndarray], where: str, input_shape: Sequence[int] | None = None
+) -> None:
     """ValueError where parameters are missing, left over, or of another shape than the network's."""
     own = {name: value.shape for name, value in tensors.items() if name.startswith("params/")}
-    needed = _parameter_shapes(model, tensors)
+    needed = _parameter_shapes(model, tensors, input_shape)
     for name in sorted(own.keys() | needed.keys()):
         if own.get(name) != needed.get(name):
             raise ValueError(f"{where}: {name} has shape {own.get(name)}, the network needs {needed.get(name)}")
 
 
-def _parameter_shapes(model: Network | GraphNetwork, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+def _parameter_shapes(
+    model: Any, tensors: dict[str, np.ndarray], input_shape: Sequence[int] | None
+) -> dict[str, tuple[int, ...]]:
+    if not isinstance(model, Network | GraphNetwork):
+        if input_shape is None:
+            raise ValueError(
+                f"{type(model).__name__} does not say what it takes: give `input_shape`, that of one input"
+            )
+        return _shapes_of(model, jnp.zeros((1, *input_shape)))
     stem = "params/stem/kernel" if isinstance(model, Network) else "params/stem_kernel"
     if stem not in tensors or tensors[stem].ndim < 2:
         raise ValueError(f"there is no {stem}, so these are no weights of {type(model).__name__}")
@@ -369,6 +410,10 @@ def _parameter_shapes(model: Network | GraphNetwork, tensors: dict[str, np.ndarr
         x = from_edges(
             np.array([0]), np.array([1]), num_nodes=2, nodes=np.zeros((2, tensors[stem].shape[0]), np.float32)
         )
+    return _shapes_of(model, x)
+
+
+def _shapes_of(model: Any, x: Any) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     leaves = jax.tree_util.tree_leaves_with_path({"params": shapes})
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}

@@ -41,8 +41,6 @@ few of them add to the twin's own prediction is why it is the same. Errors were 
 up as the Jacobians carry them.
 """
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -50,10 +48,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float
 
 from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
+from qpde.certify.chain import certify_chain, exact_chain
+from qpde.certify.proof import Certificate, pair_norms, proof
 from qpde.certify.step_bounds import (
     StepBounds,
     check_model,
@@ -63,52 +63,14 @@ from qpde.certify.step_bounds import (
     step_bounds,
     to_float64,
 )
-from qpde.models.images.network import Network
 from qpde.models.images.parts import Head
 from qpde.models.layers import Mode
 
-__all__ = ["Certificate", "certify", "exact_twin"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Certificate:
-    """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction. NumPy arrays,
-    of float64 but for the logits.
-
-    Attributes:
-      logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
-        compiled program may round it the other way: what is certified is this evaluation.
-      certified: (N,) whether the twin provably predicts the same, a posteriori or a priori.
-      bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
-      certified_a_priori, bound_a_priori: the same from the clips and bits alone. Never and infinite for what is
-        deployed, whose arithmetic they do not cover.
-      state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
-      estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
-    """
-
-    logits: Float[Array | np.ndarray, "n c"]
-    certified: Bool[Array | np.ndarray, " n"]
-    bound: Float[Array | np.ndarray, "n c"]
-    certified_a_priori: Bool[Array | np.ndarray, " n"]
-    bound_a_priori: Float[Array | np.ndarray, "n c"]
-    state_bound: Float[Array | np.ndarray, "n l"]
-    defect: Float[Array | np.ndarray, "n l"]
-    lipschitz: Float[Array | np.ndarray, " l"]
-    estimate: Float[Array | np.ndarray, "n c"]
-
-    @property
-    def prediction(self) -> Int[np.ndarray, " n"]:
-        """Argmax of the quantized network's logits, (N,)."""
-        return np.argmax(self.logits, axis=-1)
-
-    @property
-    def certified_fraction(self) -> float:
-        """Share of the inputs that are certified; NaN where there are none."""
-        return float(np.mean(self.certified)) if len(self.certified) else math.nan
+__all__ = ["certify", "exact_twin"]
 
 
 def certify(
-    model: Network,
+    model: Any,
     variables: Mapping[str, Any],
     x: Batch,
     bits: Bits,
@@ -117,13 +79,13 @@ def certify(
     steps: StepBounds | None = None,
     deployed: tuple[Any, Sequence[Any]] | None = None,
 ) -> Certificate:
-    """The certificate of a quantized image network on a batch of inputs.
+    """The certificate of a quantized network on a batch of inputs.
 
     Args:
-      model: Network of `qpde.models.create`.
+      model: Image network of `qpde.models.create`, or a `qpde.nn.Chain` that `qpde.quantized` made a network of.
       variables: Its collections.
-      x: Images (N, H, W, C), or a pair of these and labels, which are not used.
-      bits: Scalars, or one value for each block. Activations must have bits.
+      x: Images (N, H, W, C), or what the chain takes, or a pair of these and labels, which are not used.
+      bits: Scalars, or one value for each block, or quantized layer. Activations must have bits.
       newton_steps: Steps of Newton's method. 0 takes the injected errors as they are.
       steps: Result of `step_bounds`, which takes seconds, for this network, these variables, this image size and these
         bits. Pass it when certifying several batches. Default: computed.
@@ -135,17 +97,20 @@ def certify(
       `Certificate`, in which the quantized network is what is deployed.
     Raises:
       ValueError: No bits for activations; a negative number of Newton steps; constants of something else; `deployed` of
-        other shapes; not an image network, one with clips for each of several bits (`Network.at_bits` makes an ordinary
-        one of it), one that computes in bfloat16, or one that smooths by a kind that is not convex.
+        other shapes; a network of which no constants are proven, one with clips for each of several bits
+        (`Network.at_bits` makes an ordinary one of it), one that computes in bfloat16, or one that smooths by a kind
+        that is not convex.
     """
-    if not isinstance(model, Network):
-        raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
     if bits.activations is None:
         raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
     if newton_steps < 0:
         raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0")
-    check_model(model)
     x = jnp.asarray(read_batch(x, variables))
+    if hasattr(model, "links"):
+        if deployed is not None:
+            raise ValueError("`deployed` is for networks of qpde.models: a chain is deployed as it runs")
+        return certify_chain(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
+    check_model(model)
     bits = model.checked_bits(bits)
     size = (x.shape[1], x.shape[2])
     if steps is None:
@@ -168,7 +133,7 @@ def certify(
         return jax.device_get(found)
 
 
-def exact_twin(model: Network, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
+def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
@@ -177,12 +142,14 @@ def exact_twin(model: Network, variables: Mapping[str, Any], x: Batch, bits: Bit
       x: Images (N, H, W, C).
       bits: Bits, as for `certify`.
     Raises:
-      ValueError: a network with clips for each width, or one that computes in bfloat16.
+      ValueError: a network with clips for each width, one that computes in bfloat16, or one that is no chain.
     """
+    x = read_batch(x, variables)
+    if hasattr(model, "links"):
+        return exact_chain(model, variables, jnp.asarray(x), bits)
     check_model(model)
     bits = model.checked_bits(bits)
     rounded = _rounded_parts(model, variables, bits)
-    x = read_batch(x, variables)
     with in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
 
@@ -232,51 +199,17 @@ def _exact_twin(model, variables, rounded, x, bits):
 @partial(jax.jit, static_argnames="model")
 def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, gain, newton_steps):
     logits, states = run
-    z, states = to_float64((logits, states))
     stem, *twin = _twin_parts(model, variables, rounded, bits)
     twin, tail = twin[: len(model.blocks)], twin[len(model.blocks) :]
-    start = stem(to_float64(x))
 
-    def newton_step(_, candidate):
-        v, improved = jnp.zeros_like(start), [start]
-        for step, entering, leaving in zip(twin, candidate, candidate[1:], strict=False):
-            reached, v = _jvp(step, entering, v)
-            v = v + (leaving - reached)
-            improved.append(leaving - v)
-        return improved
+    def estimate(state):
+        for part in tail:
+            state = part(state)
+        return state
 
-    candidate = jax.lax.fori_loop(0, newton_steps, newton_step, [start, *states[1:]])
-    candidate[-1] = twin[-1](candidate[-2])  # without a defect in the last step, what is known of it needs no bound
-    distance, defects, bounds = jnp.zeros(len(x)), [], []
-    for j, step in enumerate(twin):
-        defects.append(_norms(candidate[j + 1] - step(candidate[j])))
-        distance = lipschitz[j] * distance + defects[-1]
-        bounds.append(distance + _norms(states[j + 1] - candidate[j + 1]))
-
-    estimate = candidate[-1]
-    for part in tail:
-        estimate = part(estimate)
-    prediction = jnp.argmax(z, axis=-1)
-    pair = _pair_norms(to_float64(variables["params"]["head"]["kernel"]), prediction)
-    rest = pair * (gain * distance)[:, None]
-    margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
-    others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
-    a_priori = jnp.where(others, jnp.where(jnp.isinf(a_priori), jnp.inf, pair * (gain * a_priori)), 0.0)
-    certified_a_priori = jnp.all((margin > a_priori) | ~others, axis=-1)
-    return Certificate(
-        logits=logits,
-        certified=jnp.all((margin_estimate > rest) | ~others, axis=-1) | certified_a_priori,
-        bound=jnp.abs(margin - margin_estimate) + rest,
-        certified_a_priori=certified_a_priori,
-        bound_a_priori=a_priori,
-        state_bound=jnp.stack(bounds, axis=1),
-        defect=jnp.stack(defects, axis=1),
-        lipschitz=lipschitz,
-        estimate=estimate,
-    )
-
-
-jax.tree_util.register_dataclass(Certificate)
+    states = [stem(to_float64(x)), *to_float64(states[1:])]
+    pair = gain * pair_norms(to_float64(variables["params"]["head"]["kernel"]), jnp.argmax(logits, axis=-1))
+    return proof(twin, states, logits, estimate, lipschitz, pair, a_priori, newton_steps)
 
 
 def _twin_parts(model, variables, rounded, bits):
@@ -297,24 +230,3 @@ def _tail_gain(model, variables, size):
         if isinstance(bound.part, Head):
             return gain * bound.part.feature_gain(factors, size)
         gain *= bound.part.step_bound(factors, Bits(), size).lipschitz
-
-
-def _pair_norms(kernel, prediction):
-    """|w_i - w_k| for every input's prediction i and all k."""
-    return jnp.linalg.norm(kernel[:, prediction].T[:, :, None] - kernel[None], axis=1)
-
-
-def _margins(logits, prediction):
-    """z_i - z_k of every input, i its prediction."""
-    return jnp.take_along_axis(logits, prediction[:, None], axis=-1) - logits
-
-
-def _norms(x):
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2, 3)))
-
-
-def _jvp(f, x, v):
-    """f(x) and J v, by the vjp of the vjp: custom_vjp rules out forward mode."""
-    y, pullback = jax.vjp(f, x)
-    _, transposed = jax.vjp(lambda u: pullback(u)[0], jnp.zeros_like(y))
-    return y, transposed(v)[0]

@@ -14,7 +14,6 @@ from flax.core import unfreeze
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from qpde import stencils
 from qpde.bits import Bits
 from qpde.models.images.blocks import Block
 from qpde.models.images.network import BoundPart, Network
@@ -27,6 +26,7 @@ __all__ = [
     "exact_factors",
     "in_float64",
     "rounded",
+    "rounded_link",
     "step_bound",
     "step_bounds",
     "step_lipschitz",
@@ -71,9 +71,9 @@ class StepBounds:
     """
 
     bounds: tuple[StepBound, ...]
-    proven_for: tuple[Network, tuple[int, int], str, str]
+    proven_for: tuple[Any, tuple[int, ...], str, str]
 
-    def check(self, model: Network, variables: Mapping[str, Any], size: tuple[int, int], bits: Bits) -> None:
+    def check(self, model: Any, variables: Mapping[str, Any], size: tuple[int, ...], bits: Bits) -> None:
         """ValueError where these are constants of something else than what is given; names it."""
         needed = _proven_for(model, variables, size, bits)
         for what, found, wanted in zip(
@@ -87,17 +87,19 @@ class StepBounds:
                 )
 
 
-def step_bounds(model: Network, variables: Mapping[str, Any], size: tuple[int, int], bits: Bits) -> StepBounds:
+def step_bounds(model: Any, variables: Mapping[str, Any], size: tuple[int, ...], bits: Bits) -> StepBounds:
     """Constants of every step, for images of that size; on the host, once for a network.
 
     Args:
       model: As for `certify`.
       variables: As for `certify`.
-      size: Height and width of the images.
+      size: Height and width of the images; of a chain, the shape of one input.
       bits: As for `certify`.
     Raises:
       ValueError: As `certify`, for the network.
     """
+    if hasattr(model, "links"):
+        return StepBounds(tuple(_link_bounds(model, variables, size, bits)), _proven_for(model, variables, size, bits))
     check_model(model)
     bits = model.checked_bits(bits)
     found, (height, width) = [], size
@@ -106,6 +108,29 @@ def step_bounds(model: Network, variables: Mapping[str, Any], size: tuple[int, i
             found.append(step_bound(bound, (height, width)))
         height, width = bound.part.output_size(height, width)
     return StepBounds(tuple(found), _proven_for(model, variables, size, bits))
+
+
+def _link_bounds(model, variables, size, bits):
+    """Constants of every part of a chain."""
+    shape = jax.ShapeDtypeStruct((1, *size), jnp.float32)
+    for link, own, own_bits in model.links(variables, shape, bits):
+        scalars = Bits(*(None if v is None else int(v) for v in own_bits))
+        rounded = rounded_link(link, own, own_bits)
+        with in_float64():
+            factors = jax.tree.map(np.asarray, _link_factors(link, rounded))
+        yield link.bound(factors, scalars, shape.shape[1:])
+        shape = jax.eval_shape(partial(link.run, bits=own_bits), own, shape)
+
+
+@partial(jax.jit, static_argnames="link")
+def rounded_link(link: Any, variables: Any, bits: Bits) -> Any:
+    """The variables of a part of a chain with its kernels as they are rounded, in float32 as in a run."""
+    return link.rounded(variables, bits)
+
+
+@partial(jax.jit, static_argnames="link")
+def _link_factors(link, rounded):
+    return link.factors(to_float64(rounded))
 
 
 def step_bound(bound: BoundPart, size: tuple[int, int]) -> StepBound:
@@ -117,13 +142,6 @@ def step_bound(bound: BoundPart, size: tuple[int, int]) -> StepBound:
     Raises:
       ValueError: The block smooths by a kind that is not convex.
     """
-    smoothing = getattr(bound.part, "smoothing", None)
-    if smoothing is not None and not stencils.ENERGIES[smoothing.kind].convex:
-        convex = ", ".join(name for name, kind in stencils.ENERGIES.items() if kind.convex)
-        raise ValueError(
-            f"smoothing of kind {smoothing.kind!r} can amplify a difference, so no constant of its step is "
-            f"proven: certify networks that smooth by a convex kind ({convex})"
-        )
     return bound.part.step_bound(exact_factors(bound), bound.bits, size)
 
 
@@ -145,8 +163,13 @@ def _proven_for(model, variables, size, bits):
     return model, tuple(int(n) for n in size), f"W{values[0]}A{values[1]}", digest.hexdigest()
 
 
-def check_model(model):
+def check_model(model: Any) -> None:
     """Raise ValueError for a network that no bound covers."""
+    if not isinstance(model, Network):
+        raise ValueError(
+            f"no Lipschitz constants are proven of {type(model).__name__}: certify image networks of qpde.models, or a "
+            "qpde.nn.Chain in qpde.quantized. Without constants, qpde.measure.compare measures agreement on your data"
+        )
     if model.clip_bits is not None:
         raise ValueError(
             f"the twin of a network with clips for each of {model.clip_bits} clips elsewhere, which no bound covers: "

@@ -12,6 +12,7 @@ from qpde.datasets.containers import Images, NodeGraph, SparseRows, Split, rando
 from qpde.datasets.digits import load_digits, load_digits_graph
 from qpde.datasets.download import download_planetoid
 from qpde.datasets.folders import load_folder
+from qpde.datasets.node_graphs import load_node_graph
 from qpde.datasets.planetoid import load_planetoid
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "load_digits",
     "load_digits_graph",
     "load_folder",
+    "load_node_graph",
     "load_npz",
     "load_planetoid",
     "random_split",

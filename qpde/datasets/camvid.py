@@ -72,7 +72,7 @@ def _stack(paths: list[Path], *, mode: str) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError("images are decoded by pillow: pip install 'qpde[train]'") from error
+        raise ImportError("images are decoded by pillow, which is missing: pip install pillow") from error
     arrays = []
     for path in paths:
         try:

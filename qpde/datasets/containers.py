@@ -1,9 +1,10 @@
 """The shapes in which data is handed over, and the deterministic ways to split it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jraph
@@ -69,12 +70,14 @@ class SparseRows(NamedTuple):
 
 @dataclass(frozen=True)
 class NodeGraph:
-    """One undirected graph with features and a label on every node.
+    """One undirected graph with features and a label on every node. Your own is made by `from_arrays`, `from_networkx`,
+    or read by `qpde.datasets.load_node_graph`.
 
     senders, receivers: each edge once with sender < receiver, sorted; no self-loops.
     features: sparse (nodes, num_features).
     labels: class of each node, -1 where it is unknown.
     train, validation, test: disjoint sorted node indices, all labelled; ValueError for one that is not.
+    classes: their names; None stands for their numbers.
     """
 
     senders: Int32[np.ndarray, " edges"]
@@ -86,8 +89,11 @@ class NodeGraph:
     test: Int32[np.ndarray, " test"]
     num_features: int
     num_classes: int
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self):
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(f"`classes` names {len(self.classes)} classes of {self.num_classes}")
         for part in ("train", "validation", "test"):
             nodes = getattr(self, part)
             unknown = nodes[(self.labels[nodes] < 0) | (self.labels[nodes] >= self.num_classes)]
@@ -97,9 +103,140 @@ class NodeGraph:
                     f"labels inside the splits must lie in 0 to {self.num_classes - 1}"
                 )
 
+    @classmethod
+    def from_arrays(
+        cls,
+        x: np.ndarray,
+        y: np.ndarray,
+        edge_index: np.ndarray,
+        *,
+        train: np.ndarray | Sequence[int] | None = None,
+        validation: np.ndarray | Sequence[int] | None = None,
+        test: np.ndarray | Sequence[int] | None = None,
+        classes: Sequence[str] | np.ndarray | None = None,
+        edge_weight: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> "NodeGraph":
+        """Your own graph.
+
+        Its operators are those of undirected graphs without weights. So an edge that is given in one direction counts
+        in both, duplicates count once, self-loops are dropped, and nodes without edges are allowed.
+
+        Args:
+          x: Features (nodes, F), finite numbers.
+          y: Class of each node (nodes,), whole numbers from 0 on, -1 where it is unknown.
+          edge_index: Both ends of each edge: whole numbers (2, edges), or a list of edges (edges, 2).
+          train: Training nodes, a mask (nodes,) of booleans or their indices.
+          validation: Validation nodes, likewise.
+          test: Test nodes, likewise. None of the three: 60, 20 and 20% of the labelled nodes, stratified by class.
+          classes: Names of the classes.
+          edge_weight: Weights (edges,) that a file came with. They must all be 1.
+          seed: Of the split that is drawn.
+        Raises:
+          ValueError: Arrays that do not fit together, an end outside the nodes, features that are not finite, weights,
+            one or two parts of three, parts that overlap, or a node without a label in one of them.
+        """
+        x, y, ends = np.asarray(x), np.asarray(y), np.asarray(edge_index)
+        if x.ndim != 2 or not np.issubdtype(x.dtype, np.number) or np.iscomplexobj(x) or not np.isfinite(x).all():
+            raise ValueError(f"`x` must be finite numbers (nodes, features); got {x.dtype} of shape {x.shape}")
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or not len(y) or y.min() < -1:
+            raise ValueError(
+                f"`y` must be whole numbers from 0 on, -1 for unknown, one for each of the {len(x)} nodes; got "
+                f"{y.dtype} of shape {y.shape}: np.unique(names, return_inverse=True)[1] makes numbers of names"
+            )
+        if ends.ndim != 2 or 2 not in ends.shape or not np.issubdtype(ends.dtype, np.integer):
+            raise ValueError(
+                f"`edge_index` must be whole numbers (2, edges) or (edges, 2); got {ends.dtype} {ends.shape}"
+            )
+        if edge_weight is not None and (np.asarray(edge_weight) != 1).any():
+            raise ValueError(
+                "the operators of qpde.graphs know edges, not weights: choose the edges that count, such as "
+                "edge_index[:, weight > 0.5], and leave the weights out"
+            )
+        first, second = ends if len(ends) == 2 else ends.T
+        graph = from_edges(first, second, num_nodes=len(x))
+        num_classes = int(y.max()) + 1 if classes is None else len(classes)
+        y = y.astype(np.int32)
+        given = {"train": train, "validation": validation, "test": test}
+        missing = [name for name, part in given.items() if part is None]
+        if 0 < len(missing) < 3:
+            raise ValueError("give `train`, `validation` and `test`, or none of them, for a split that is drawn")
+        parts = _drawn(y, seed) if missing else [_nodes(name, part, len(y)) for name, part in given.items()]
+        if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
+            raise ValueError("`train`, `validation` and `test` must not share a node")
+        row, column = np.nonzero(x)
+        return cls(
+            senders=np.asarray(graph.senders),
+            receivers=np.asarray(graph.receivers),
+            features=SparseRows(row.astype(np.int32), column.astype(np.int32), x[row, column].astype(np.float32)),
+            labels=y,
+            train=parts[0],
+            validation=parts[1],
+            test=parts[2],
+            num_features=x.shape[1],
+            num_classes=num_classes,
+            classes=None if classes is None else tuple(map(str, classes)),
+        )
+
+    @classmethod
+    def from_networkx(
+        cls, graph: Any, *, features: str = "x", label: str = "y", split: str = "split", seed: int = 0
+    ) -> "NodeGraph":
+        """A graph of networkx, directed or not, whose nodes carry attributes.
+
+        Args:
+          graph: A `networkx` graph. Nodes are numbered in its order. Weights of edges are not looked at.
+          features: Attribute with a node's features, a number or a sequence of numbers.
+          label: Attribute with its class, of any kind that can be sorted. A node without one is unknown.
+          split: Attribute that says "train", "validation" or "test". No node has it: see `from_arrays`.
+          seed: Of the split that is drawn.
+        Raises:
+          ValueError: A node without features, no node with a label, or as `from_arrays`.
+        """
+        number = {node: i for i, node in enumerate(graph.nodes)}
+        rows = dict(graph.nodes(data=features))
+        if missing := [node for node, row in rows.items() if row is None]:
+            raise ValueError(f"node {missing[0]!r} has no attribute {features!r}: every node needs features")
+        labels = dict(graph.nodes(data=label))
+        classes = sorted({name for name in labels.values() if name is not None})
+        if not classes:
+            raise ValueError(f"no node has an attribute {label!r}, so there is no class to learn")
+        index = {name: i for i, name in enumerate(classes)}
+        parts = dict(graph.nodes(data=split))
+        chosen = {}
+        if any(part is not None for part in parts.values()):
+            names = ("train", "validation", "test")
+            chosen = {name: np.array([part == name for part in parts.values()]) for name in names}
+        edges = [(number[a], number[b]) for a, b in graph.edges()]
+        return cls.from_arrays(
+            np.array([np.atleast_1d(row) for row in rows.values()]),
+            np.array([index.get(name, -1) for name in labels.values()]),
+            np.array(edges, np.int64).reshape(-1, 2).T,
+            classes=[str(name) for name in classes],
+            seed=seed,
+            **chosen,
+        )
+
     @property
     def num_nodes(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the graph with its split from any other: a digest of all its arrays."""
+        digest = hashlib.sha256()
+        for array in (
+            self.senders,
+            self.receivers,
+            *self.features,
+            self.labels,
+            self.train,
+            self.validation,
+            self.test,
+        ):
+            digest.update(f"{array.dtype} {array.shape};".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def to_jraph(self) -> jraph.GraphsTuple:
         """What the networks take: every edge once, `nodes` being the features as a BCOO matrix (nodes, features)."""
@@ -200,6 +337,30 @@ def channel_statistics(images: UInt8[np.ndarray, "n h w c"]) -> tuple[np.ndarray
     mean = weights @ levels
     deviation = np.sqrt(np.sum(weights * (levels[None, :] - mean[:, None]) ** 2, axis=1))
     return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def _nodes(name: str, part: Any, count: int) -> np.ndarray:
+    """Sorted indices of the nodes of a mask, or of a list of them."""
+    part = np.asarray(part)
+    if part.dtype == bool and part.shape == (count,):
+        part = np.flatnonzero(part)
+    if part.ndim != 1 or (len(part) and not np.issubdtype(part.dtype, np.integer)):
+        raise ValueError(f"`{name}` must be a mask ({count},) of booleans, or indices; got {part.dtype} {part.shape}")
+    if len(part) == 0 or part.min() < 0 or part.max() >= count:
+        raise ValueError(f"`{name}` must name nodes in 0 to {count - 1}, at least one")
+    return np.unique(part).astype(np.int32)
+
+
+def _drawn(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Training, validation and test nodes: 60, 20 and 20% of the labelled ones, stratified."""
+    known = np.flatnonzero(labels >= 0)
+    share = len(known) // 5
+    if share == 0:
+        raise ValueError(
+            f"{len(known)} nodes have a label, too few for training, validation and test nodes: 5 at least"
+        )
+    sizes = (len(known) - 2 * share, share, share)
+    return [known[part].astype(np.int32) for part in stratified_parts(labels[known], sizes, seed=seed)]
 
 
 def find_folder(root: Path, below: Sequence[str], contains: str, *, what: str, source: str) -> Path:

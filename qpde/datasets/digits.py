@@ -92,7 +92,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits as read
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'qpde[train]'") from error
+        raise ImportError("the digits come with scikit-learn, which is missing: pip install scikit-learn") from error
     bunch = read()
     return bunch.images, bunch.target.astype(np.int32)
 

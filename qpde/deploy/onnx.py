@@ -66,7 +66,7 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"this needs the package {package}: pip install 'qpde[deploy]'") from error
+        raise ImportError(f"this needs the package {package}, which is missing: pip install {package}") from error
 
 
 def save_onnx(path: str | Path, folded: Folded, **options: Any) -> Path:

@@ -1,5 +1,6 @@
 """Layers for users' own Linen modules, quantizers for modules left as they are, and help for own training loops."""
 
+from qpde.nn.chain import Chain, Proven, flatten, global_mean
 from qpde.nn.layers import (
     GradientStep,
     QuantActivation,
@@ -15,9 +16,11 @@ from qpde.nn.rules import LayerQuantizers, Rule
 from qpde.nn.training import optimizer_labels, project
 
 __all__ = [
+    "Chain",
     "GradientStep",
     "Layer",
     "LayerQuantizers",
+    "Proven",
     "QuantActivation",
     "QuantConv",
     "QuantDense",
@@ -27,6 +30,8 @@ __all__ = [
     "Rule",
     "SymmetricStep",
     "TVSmoothing",
+    "flatten",
+    "global_mean",
     "optimizer_labels",
     "project",
     "quantized",

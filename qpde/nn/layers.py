@@ -336,7 +336,7 @@ class SymmetricStep(QuantLayer):
         return stage(x, self._bits(bits), mode, None, False)[0]
 
 
-def kernel_macs(module: QuantLayer, x: Any, y: Any, kernel: Any) -> int:
+def kernel_macs(module: QuantLayer, x: Any, y: Any, kernel: Any) -> Any:
     """Multiply-accumulates of one call of a layer, from the shapes of its input, output and kernel."""
     if isinstance(module, SymmetricStep):
         pixels = math.prod(x.shape[:-1])

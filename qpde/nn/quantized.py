@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,12 +23,15 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 
 from qpde.batches import Batch, read_batch, read_batches
-from qpde.bits import LARGEST_BITS, Bits
+from qpde.bits import EXACT_BITS, LARGEST_BITS, Bits
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.cost import Row, Summary
 from qpde.models.images.network import Network
 from qpde.models.layers import Observe
+from qpde.nn.chain import BoundLink, Chain, links_of
+from qpde.nn.kernels import Layer, StoredKernel, stored_kernels
 from qpde.nn.layers import QuantLayer, SymmetricStep, kernel_macs
+from qpde.nn.modes import training_arguments
 from qpde.nn.rounding import rounded_input, rounded_kernel
 from qpde.nn.rules import LayerQuantizers, Rule, check_rules, first_match
 
@@ -39,13 +41,6 @@ LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn
 """Layers that a rule can quantize, and what is derived from them."""
 
 STATES = "states"
-TRAINING = {  # how modules call what we call `train`, and whether it means the same or its opposite
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
 
 
 def quantized(model: nn.Module, rules: Sequence[Rule] = ()) -> QuantizedModule:
@@ -80,24 +75,6 @@ def quantized(model: nn.Module, rules: Sequence[Rule] = ()) -> QuantizedModule:
     return QuantizedModule(model, tuple(rules))
 
 
-class Layer(NamedTuple):
-    """A layer with a kernel, as one call of the network met it.
-
-    Attributes:
-      path: Its path.
-      settings: What it rounds; None for one that is left alone.
-      kernel_shape: Shape of the kernel, None where there are several.
-      output_shape: Shape of the output.
-      macs: Multiply-accumulates of all its calls together.
-    """
-
-    path: str
-    settings: LayerQuantizers | None
-    kernel_shape: tuple[int, ...] | None
-    output_shape: tuple[int, ...]
-    macs: int
-
-
 class QuantizedModule(nn.Module):
     """A Linen module with quantizers; make one by `qpde.quantized`.
 
@@ -115,6 +92,7 @@ class QuantizedModule(nn.Module):
 
     def setup(self):
         nn.share_scope(self, self.module)
+        _follow_scope(self.module)
 
     def __hash__(self):
         # Without the module, whose fields may be lists: networks are static arguments of compiled functions.
@@ -262,6 +240,78 @@ class QuantizedModule(nn.Module):
         return place if place in flatten_dict(params) else None
 
     @nn.nowrap
+    def description(self) -> dict[str, Any]:
+        """What `qpde.save` keeps of it beside the variables, values of JSON: all but the module and its rules."""
+        bits = None if self.own_bits is None else list(self.own_bits)
+        return {"module": type(self.module).__name__, "bits": bits, "signs": [list(sign) for sign in self.signs]}
+
+    @nn.nowrap
+    def described(self, description: Mapping[str, Any]) -> QuantizedModule:
+        """This network with the bits and signs of a description.
+
+        Args:
+          description: As `description` returned it, for the same module.
+        Raises:
+          ValueError: It is of another module.
+        """
+        name = type(self.module).__name__
+        if description["module"] != name:
+            raise ValueError(f"they are weights of a {description['module']}, not of a {name}")
+        bits = description["bits"]
+        signs = tuple((str(path), bool(sign)) for path, sign in description["signs"])
+        return self.clone(own_bits=None if bits is None else Bits(*bits), signs=signs)
+
+    @nn.nowrap
+    def stored_kernels(self, variables: Any, x: Any, bits: Bits | None = None) -> dict[str, StoredKernel]:
+        """The kernels as they are rounded, by their paths in "params"; those that no call rounds are left out.
+
+        Args:
+          variables: The network's collections.
+          x: An input, or its shape and dtype.
+          bits: Whole numbers, scalars or one value for each quantized layer. None: the network's own.
+        """
+        params = unfreeze(variables)["params"]
+        bits = self.layer_bits(variables, x) if bits is None else bits
+        layers = [layer for layer in self.layers(variables, x).values() if layer.settings is not None]
+        found: dict[str, StoredKernel] = {}
+        for index, layer in enumerate(layers):
+            width = bits_of_layer(bits, index).weights
+            if width is not None and int(width) < EXACT_BITS:
+                found |= stored_kernels(layer, params, int(width))
+        return found
+
+    @nn.nowrap
+    def links(self, variables: Any, x: Any, bits: Bits) -> list[BoundLink]:
+        """The parts of a network made of a `qpde.nn.Chain`, with what `qpde.certify` needs to know of them.
+
+        Args:
+          variables: The network's collections.
+          x: Inputs, of which only shape and dtype count.
+          bits: Scalars, or one value for each quantized layer.
+        Raises:
+          ValueError: Something else than a chain, or a part of which no constant is proven.
+        """
+        if not isinstance(self.module, Chain):
+            raise ValueError(
+                f"a certificate needs a proven Lipschitz constant of all that a network does, and "
+                f"{type(self.module).__name__} may do anything between its layers: write it as "
+                "qpde.nn.Chain((layer, layer, ...)), whose parts have known constants"
+            )
+        variables = unfreeze(variables)
+        layers: dict[str, tuple[LayerQuantizers, bool, Bits]] = {}
+        for layer in self.layers(variables, x).values():
+            if (settings := layer.settings) is not None:
+                signed = dict(self.signs).get(layer.path, True) if settings.signed == "auto" else settings.signed
+                layers[layer.path] = (settings, bool(signed), bits_of_layer(bits, len(layers)))
+        for field, value in zip(Bits._fields, bits, strict=True):
+            if np.ndim(value) > 0 and np.shape(value) != (len(layers),):
+                raise ValueError(
+                    f"bits.{field} has shape {np.shape(value)}; give one value, or one for each of the {len(layers)} "
+                    "quantized layers"
+                )
+        return links_of(self.module, variables, x, layers)
+
+    @nn.nowrap
     def activation_records(self, observed: dict, variables: Any, x: Any) -> list[list[Any]]:
         """Records of an `observe` for every quantized layer's activations, in order; inside scans they are stacked."""
         found = flatten_dict(unfreeze(observed), is_leaf=lambda _, node: not isinstance(node, Mapping))
@@ -292,14 +342,13 @@ class QuantizedModule(nn.Module):
             variables = jax.eval_shape(lambda x: self.init(jax.random.key(0), x, **options), x)
         else:
             jax.eval_shape(lambda variables, x: self.apply(variables, x, **options), variables, x)
-        return found[-1], unfreeze(variables["params"])
+        return found[-1], unfreeze(variables.get("params", {}))
 
     def _training(self, train: bool | None, given: dict) -> dict[str, bool]:
         """`train` by the names that the module's call has for it."""
         if train is None:
             return {}
-        known = inspect.signature(type(self.module).__call__).parameters
-        return {name: train == same for name, same in TRAINING.items() if name in known and name not in given}
+        return training_arguments(self.module, train, given=given)
 
 
 class _Layers(dict):
@@ -370,7 +419,8 @@ class _Call:
         with _kernel_through(module, rounded):
             y = call_module(*(() if name else (x,)), *rest, **kwargs)
         (kernel,) = kernels
-        self._record(module, path, settings, kernel.shape, y, _macs(module, x, y, kernel, equation), number)
+        axes = _output_axes(module, kernel, equation)
+        self._record(module, path, settings, kernel.shape, axes, y, _macs(module, x, y, kernel, equation), number)
         return y
 
     def _own_layer(self, module, path, call_module, args, kwargs):
@@ -390,7 +440,7 @@ class _Call:
         y = call_module(*args, **{**options, **given})
         kernel = module.get_variable("params", "kernel")
         macs = kernel_macs(module, args[0], y, kernel)
-        self._record(module, path, settings, None if kernel is None else kernel.shape, y, macs, number)
+        self._record(module, path, settings, None if kernel is None else kernel.shape, (-1,), y, macs, number)
         return y
 
     def _batch_norm(self, module, call_module, args, kwargs):
@@ -410,7 +460,7 @@ class _Call:
             return Bits(settings.weights, settings.activations)
         order = [p for p, layer in self.layers.items() if layer.settings is not None]
         index = order.index(path) if path in order else len(order)
-        return Bits(*(v if v is None or np.ndim(v) == 0 else jnp.asarray(v)[index] for v in self.bits))
+        return bits_of_layer(self.bits, index)
 
     def _number(self, module) -> int:
         """1 for the first call of this module here, 2 for the next; traced again it starts anew."""
@@ -419,9 +469,9 @@ class _Call:
         object.__setattr__(module, "_qpde_calls", (self, count))
         return count
 
-    def _record(self, module, path, settings, kernel_shape, y, macs, number):
+    def _record(self, module, path, settings, kernel_shape, output_axes, y, macs, number):
         before = self.layers[path].macs if number > 1 else 0
-        self.layers[path] = Layer(path, settings, kernel_shape, y.shape, before + macs)
+        self.layers[path] = Layer(path, settings, kernel_shape, output_axes, y.shape, before + macs)
         self.last = (path, y)
         if settings is not None and self.return_states:
             name = f"output{number}"
@@ -487,6 +537,14 @@ class _Call:
         return tuple(states)
 
 
+def _follow_scope(module: nn.Module) -> None:
+    """Move paths along where submodules were there before their parent's scope was shared, as in `nn.Sequential`."""
+    for child in module._state.children.values():
+        if isinstance(child, nn.Module) and child.scope is not None and module.scope is not None:
+            child.scope.path = (*module.scope.path, str(child.scope.name))
+            _follow_scope(child)
+
+
 @contextlib.contextmanager
 def _attributes(module: nn.Module, **values: Any):
     """Attributes of a module that are others for a while."""
@@ -534,8 +592,8 @@ def _output_axes(module, kernel, equation) -> tuple[int, ...]:
     return (-1,)
 
 
-def _macs(module, x, y, kernel, equation) -> int:
-    """Multiply-accumulates of one call."""
+def _macs(module, x, y, kernel, equation) -> Any:
+    """Multiply-accumulates of one call, an integer, or an expression where the batch is symbolic."""
     if isinstance(module, nn.ConvTranspose):
         return math.prod(x.shape[:-1]) * kernel.size
     if isinstance(module, nn.ConvLocal):
@@ -548,6 +606,11 @@ def _macs(module, x, y, kernel, equation) -> int:
         summed = [i for i, letter in enumerate(inputs.split(",")[1]) if letter not in result]
         return y.size * math.prod(kernel.shape[i] for i in summed)
     return y.size * kernel.size // kernel.shape[-1]
+
+
+def bits_of_layer(bits: Bits, index: int) -> Bits:
+    """Scalars of the quantized layer of that index."""
+    return Bits(*(v if v is None or np.ndim(v) == 0 else jnp.asarray(v)[index] for v in bits))
 
 
 def _own_bits(model: QuantizedModule, settings: LayerQuantizers) -> Bits:

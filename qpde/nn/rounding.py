@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
 
 from qpde import quantizers, stencils
 from qpde.models.layers import Observe, Quantizer
 from qpde.models.options import Smoothing
 from qpde.nn.rules import LayerQuantizers
 
-__all__ = ["parameter", "rounded_input", "rounded_kernel", "smoothed"]
+__all__ = ["columns_of", "encoded_kernel", "parameter", "rounded_input", "rounded_kernel", "smoothed"]
+
+Numbers = jax.Array | np.ndarray
+"""What a call outside of jit may be given."""
 
 
-def parameter(module: nn.Module, name: str, start: Callable[[], jax.Array], *, temporary: bool = False) -> jax.Array:
+def parameter(module: nn.Module, name: str, start: Callable[[], jax.Array], *, temporary: bool = False) -> Numbers:
     """A parameter of a module, which is made where it is missing and parameters may be made.
 
     Unlike `module.param` it draws no random numbers, so that the module's other parameters start as they always do.
@@ -47,12 +51,12 @@ def parameter(module: nn.Module, name: str, start: Callable[[], jax.Array], *, t
 
 def rounded_kernel(
     module: nn.Module,
-    kernel: jax.Array,
+    kernel: Numbers,
     settings: LayerQuantizers,
     bits: Any,
     observe: Observe | None = None,
     outputs: tuple[int, ...] = (-1,),
-) -> jax.Array:
+) -> Numbers:
     """The kernel of a module, rounded, with the clip "weight_clips" beside it.
 
     Args:
@@ -65,30 +69,68 @@ def rounded_kernel(
     """
     if settings.standardize and bits is not None:
         kernel = quantizers.standardize_weight(kernel)
-    outputs = tuple(axis % kernel.ndim for axis in outputs)
-    order = [axis for axis in range(kernel.ndim) if axis not in outputs] + list(outputs)
-    last = kernel.transpose(order)
-    columns = last.reshape(*last.shape[: kernel.ndim - len(outputs)], -1)
+    columns, restored = columns_of(kernel, outputs)
 
     def start():
         method = "constant" if settings.standardize else "absmax"
         return quantizers.initial_clip(columns, None, signed=True, method=method, per_channel=settings.per_channel)
 
     quantizer = Quantizer(True, bits, True, settings.levels)
-    rounded = _rounded(module, columns, "weight_clips", quantizer, start, observe)
-    return rounded.reshape(last.shape).transpose([order.index(axis) for axis in range(kernel.ndim)])
+    return restored(_rounded(module, columns, "weight_clips", quantizer, start, observe))
+
+
+def columns_of(kernel: Numbers, outputs: tuple[int, ...]) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """A kernel with all output channels on the last axis, and the way back.
+
+    Args:
+      kernel: Any shape.
+      outputs: Axes of the output channels.
+    Returns:
+      (..., C), and a function that brings such an array, or one that broadcasts to it, into the kernel's order of axes.
+    """
+    outputs = tuple(axis % kernel.ndim for axis in outputs)
+    inputs = [axis for axis in range(kernel.ndim) if axis not in outputs]
+    order = [*inputs, *outputs]
+    channels = [kernel.shape[axis] for axis in outputs]
+
+    def restored(columns):
+        own = channels if columns.shape[-1] > 1 or math.prod(channels) == 1 else [1] * len(outputs)
+        return columns.reshape(*columns.shape[:-1], *own).transpose([order.index(a) for a in range(kernel.ndim)])
+
+    return jnp.transpose(kernel, order).reshape(*(kernel.shape[axis] for axis in inputs), -1), restored
+
+
+def encoded_kernel(
+    kernel: Numbers, clip: Numbers, settings: LayerQuantizers, bits: int, outputs: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """A kernel as whole numbers and their scale: the product is the rounded kernel, bit for bit.
+
+    Args:
+      kernel: Any shape.
+      clip: Its clip, () or (C,).
+      settings: How to round, with uniform levels.
+      bits: 2 to 8.
+      outputs: Axes of the output channels.
+    Returns:
+      int8 in the shape of the kernel, and a scale that broadcasts to it.
+    """
+    if settings.standardize:
+        kernel = quantizers.standardize_weight(kernel)
+    columns, restored = columns_of(kernel, outputs)
+    codes, scale = quantizers.encode_weight(columns, clip, bits)
+    return restored(codes), restored(scale.reshape((1,) * (columns.ndim - 1) + (-1,)))
 
 
 def rounded_input(
     module: nn.Module,
-    x: jax.Array,
+    x: Numbers,
     settings: LayerQuantizers,
     bits: Any,
     observe: Observe | None = None,
     *,
     signed: bool,
     call: int = 1,
-) -> jax.Array:
+) -> Numbers:
     """The input of a module, smoothed and rounded, with the clip "act_clips" beside its kernel.
 
     Args:
@@ -108,12 +150,12 @@ def rounded_input(
     return _rounded(module, x, name, quantizer, lambda: jnp.float32(quantizers.ACTIVATION_CLIP), observe)
 
 
-def smoothed(module: nn.Module, x: jax.Array, smoothing: Smoothing, boundary: str = "neumann") -> jax.Array:
+def smoothed(module: nn.Module, x: Numbers, smoothing: Smoothing, boundary: str = "neumann") -> jax.Array:
     """x after steps of total-variation smoothing.
 
     A learned step is the parameter "gamma2_share" of the module: the share of the largest stable one, from 0 to 1.
     """
-    gamma2: Array | float = smoothing.gamma2
+    gamma2: Any = smoothing.gamma2
     if smoothing.learned:
         bound = stencils.max_stable_step(eps=smoothing.eps, kind=smoothing.kind)
         gamma2 = bound * parameter(module, "gamma2_share", lambda: jnp.float32(smoothing.gamma2 / bound))

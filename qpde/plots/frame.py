@@ -93,7 +93,7 @@ def new_figure(panels: int = 1, *, title: str | None = None, height: float = 4.2
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("qpde.plots needs matplotlib: pip install 'qpde[train]'") from error
+        raise ImportError("figures are drawn by matplotlib, which is missing: pip install matplotlib") from error
     figure = Figure(figsize=(5.4 * panels, height), dpi=160)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08, wspace=0.04)
     if title:

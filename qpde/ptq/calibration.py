@@ -30,8 +30,79 @@ from qpde.models.layers import Quantizer
 from qpde.models.protocol import QuantizedNetwork
 from qpde.ptq.equalization import equalize as equalized
 
-__all__ = ["correct_bias", "quantize"]
+__all__ = ["calibrate", "correct_bias", "quantize"]
 EXACT = Bits()
+
+
+def calibrate(
+    model: Any,
+    variables: Mapping[str, Any],
+    batches: Iterable[Batch],
+    *,
+    bits: Bits | None = None,
+    weights: str = "mse",
+    activations: str = "mse",
+) -> dict:
+    """Read all clips of a network off data: those of kernels off the kernels, those of activations off all batches.
+
+    For a network that is trained further, or measured as it is. `quantize` does more: it also corrects biases, and
+    makes the quantized network of an exact one. At the start of training, where batch statistics say nothing yet, take
+    `qpde.models.calibrate_clips` with train=True.
+
+    Args:
+      model: A network with quantizers, see `qpde.QuantizedNetwork`.
+      variables: Its collections; of `qpde.quantized` those of the module itself will do.
+      batches: As for `quantize`, a list.
+      bits: Bits that the clips are for. None: the network's own. An exact part keeps its clips.
+      weights: How clips of kernels are chosen, see `qpde.quantizers.initial_clip`.
+      activations: Likewise those of activations.
+    Returns:
+      `variables` with new clips.
+    Raises:
+      ValueError: No batches, batches that can be read only once, an unknown method, activations that are not finite,
+        a network with clips for each of several bits, or an own layer of which it is open whether its input can be
+        negative (`model.with_signs` decides it).
+    """
+    variables = unfreeze(dict(variables))
+    batches = _read(batches, variables)
+    if hasattr(model, "adopt"):
+        variables = model.adopt(variables, batches[0])
+    if getattr(model, "clip_bits", None) is not None:
+        raise ValueError(
+            f"this network has clips for each of {model.clip_bits} bits, which `qpde.models.calibrate_clips` reads off "
+            "one batch; or calibrate `model.at_bits(variables, bits)`"
+        )
+    bits = model.bits if bits is None else bits
+    if bits is None:
+        bits = model.layer_bits(variables, batches[0])
+    return _calibrated(model, variables, batches, bits, weights, activations)
+
+
+def _calibrated(model, variables, batches, bits, weights, activations):
+    if bits.weights is not None:
+        only = bits._replace(activations=None)
+        variables = calibrate_clips(model, variables, batches[0], method=weights, bits=only)
+    if bits.activations is None:
+        return variables
+    # Rounded kernels, since a network that standardizes them is no other without; exact activations, in one pass.
+    total = _seen(model, variables, batches, bits._replace(activations=None))
+    if np.ndim(bits.activations) == 0:
+        return replace_clips(variables, _clips(total, bits.activations, activations))
+    widths = [int(width) for width in bits.activations]
+    by_width = {width: _clips(total, width, activations) for width in set(widths)}
+    names = model.block_names(variables, batches[0])
+    return replace_clips(variables, _chosen(by_width, dict(zip(names, widths, strict=True))))
+
+
+def _chosen(by_width, widths):
+    """Of the clips at several widths those of each layer's own, by its path."""
+
+    def own(path, *found):
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        (layer,) = [name for name in widths if not name or where.startswith(f"{name}/")][-1:]
+        return dict(zip(by_width, found, strict=True))[widths[layer]]
+
+    return jax.tree_util.tree_map_with_path(own, *by_width.values())
 
 
 def quantize(
@@ -146,24 +217,29 @@ class _Seen:
 
 def _activation_clips(model, variables, batches, bits, *, method):
     """Records for `replace_clips` with a clip for every activation, from one pass of the exact network."""
+    return _clips(_seen(model, variables, batches, EXACT), bits, method)
+
+
+def _seen(model, variables, batches, bits):
+    """Histograms of all activations of the network at these bits, which leave activations exact."""
     total = None
     for x in batches:
-        new = _histograms(model, variables, x)
+        new = _histograms(model, variables, x, bits)
         total = new if total is None else _merged(total, new)
     for path, seen in jax.tree_util.tree_leaves_with_path(total, is_leaf=_is_seen):
         if not np.isfinite(seen.histogram.largest).all():
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"activations of {where} are NaN or infinite; look for NaN in the batches and the weights")
-    return _clips(total, bits, method)
+    return total
 
 
 @partial(jax.jit, static_argnames="model")
-def _histograms(model, variables, x):
+def _histograms(model, variables, x, bits):
     def observe(x, clip, quantizer):
         seen = None if quantizer.is_weight else _Seen(histogram(x, signed=quantizer.signed), quantizer)
         return seen, clip
 
-    return model.apply(variables, x, train=False, bits=EXACT, observe=observe, mutable=["observed"])[1]["observed"]
+    return model.apply(variables, x, train=False, bits=bits, observe=observe, mutable=["observed"])[1]["observed"]
 
 
 @jax.jit

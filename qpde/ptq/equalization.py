@@ -52,7 +52,11 @@ def equalize(model: QuantizedNetwork, variables: Mapping[str, Any], batches: Ite
       ValueError: Not an image network, or no batches.
     """
     if not isinstance(model, Network):
-        raise ValueError(f"{type(model).__name__} has no norms to take up a scale: equalize image networks only")
+        raise ValueError(
+            f"equalization moves a scale from a kernel to the norm behind it, and of {type(model).__name__} it is not "
+            "known which norm stands behind which kernel: equalize image networks of qpde.models, and give the kernels "
+            "of others a clip for each channel, by per_channel=True"
+        )
     variables = unfreeze(dict(variables))
     ranges = None
     for x, _ in read_batches(batches, variables):

@@ -1,5 +1,6 @@
 """What an experiment on a graph is. Files in configs/ define `recipes: dict[str, GraphExperiment]`."""
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -8,23 +9,38 @@ import tyro
 from qpde.models import GraphSmoothing
 from qpde.quantizers import Levels
 from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
+from train.config.suggestions import did_you_mean
+
+GRAPHS = ("digits", "cora", "citeseer", "pubmed")
+
+OWN_GRAPH = "npz/"
+"""Your own graph has a name that is this and its path."""
 
 
 @dataclass(frozen=True)
 class GraphData:
     """The graph and which of its labels are known."""
 
-    name: Literal["digits", "cora", "citeseer", "pubmed"] = "digits"
-    """Data set. The digits' graph of nearest neighbours comes with scikit-learn; the others are read from the data
-    folder."""
+    name: str = "digits"
+    """digits, the graph of nearest neighbours that comes with scikit-learn; cora, citeseer or pubmed, read from the
+    data folder; or npz/PATH, your own graph, see `qpde.datasets.load_node_graph`. PATH is kept as an absolute one."""
     split: Literal["public", "full", "random"] = "public"
     """Labels to train on: of the citation graphs the published ones, all others beside validation and test, or 20
-    a class drawn by `split_seed`. The digits have the random split only, also called public."""
+    a class drawn by `split_seed`. The digits have the random split only, also called public. Of your own graph public
+    are the parts that the file names, or 60, 20 and 20% drawn by `split_seed`."""
     split_seed: int = 0
     """Of the random split."""
 
     def __post_init__(self):
         check_seeds("data.split_seed", self.split_seed)
+        if self.name.startswith(OWN_GRAPH) and self.name != OWN_GRAPH:
+            path = os.path.abspath(os.path.expanduser(self.name.removeprefix(OWN_GRAPH)))
+            object.__setattr__(self, "name", OWN_GRAPH + path)
+        elif self.name not in GRAPHS:
+            known = ", ".join((*GRAPHS, f"{OWN_GRAPH}PATH"))
+            raise ValueError(f"data.name (={self.name!r}) is no graph: {did_you_mean(self.name, GRAPHS)}choose {known}")
+        if self.name.startswith(OWN_GRAPH) and self.split == "full":
+            raise ValueError("data.split (='full') needs a citation graph: your own names its parts in the file")
         if self.name == "digits" and self.split == "full":
             raise ValueError("data.split (='full') needs a citation graph: the digits have no published split")
 

@@ -12,6 +12,7 @@ import train.tasks.images
 import train.tasks.nodes
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
+from train.host.device import device_line
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
@@ -87,6 +88,7 @@ class Job:
           DataError: an image cannot be read.
         """
         with self.run as run:
+            console.print(device_line(), markup=False, highlight=False, soft_wrap=True)
             for change in run.changes:
                 console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
             results = {name: training(run, console) for name, training in self.trainings.items()}

@@ -27,7 +27,7 @@ from train.runs.directory import RunDirectory
 from train.steps.optimizer import create_optimizer
 from train.steps.paths import path_name
 from train.steps.state import RANDOM
-from train.tasks.nodes_data import load_graph, make_task
+from train.tasks.nodes_data import check_same_graph, load_graph, make_task
 from train.tasks.nodes_step import NodeState, Task, calibrate_seeds, init_seeds, start_seeds, test_seeds, train_seeds
 from train.tasks.nodes_summary import FULL, check_pictures, name_of, write_report
 
@@ -40,7 +40,7 @@ def trainings_of(experiment: GraphExperiment, data_dir: Path | None) -> tuple[di
     graph = load_graph(experiment.data, data_dir)
     task = make_task(graph)
     trainings = {
-        variant.name: Training.create(experiment, variant, task, num_classes=graph.num_classes)
+        variant.name: Training.create(experiment, variant, task, num_classes=graph.num_classes, classes=graph.classes)
         for variant in experiment.chosen
     }
     return trainings, partial(write_report, experiment)
@@ -53,12 +53,21 @@ class Training:
     experiment: GraphExperiment
     variant: GraphVariant
     task: Task
+    classes: tuple[str, ...] | None
     model: Any
     optimizer: optax.GradientTransformation
     tuner: optax.GradientTransformation
 
     @classmethod
-    def create(cls, experiment: GraphExperiment, variant: GraphVariant, task: Task, *, num_classes: int) -> "Training":
+    def create(
+        cls,
+        experiment: GraphExperiment,
+        variant: GraphVariant,
+        task: Task,
+        *,
+        num_classes: int,
+        classes: tuple[str, ...] | None = None,
+    ) -> "Training":
         """Build the variant and trace it, so that unusable options are found.
 
         Raises:
@@ -73,11 +82,12 @@ class Training:
         adam = experiment.optimizer_of(variant)
         slower = dataclasses.replace(adam, learning_rate=adam.learning_rate * experiment.tune_learning_rate)
         optimizer, tuner = (create_optimizer(config, shapes, steps=experiment.epochs) for config in (adam, slower))
-        return cls(experiment, variant, task, model, optimizer, tuner)
+        return cls(experiment, variant, task, classes, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Train every seed in full precision and at each pair of bits; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
+        check_same_graph(run, self.fingerprint)
         seeds = jnp.asarray(np.arange(experiment.seed, experiment.seed + experiment.seeds).astype(np.uint32))
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
         init_keys, keys = keys[:, 0], keys[:, 1]
@@ -170,6 +180,7 @@ class Training:
             folder,
             self.model.with_bits(bits),
             {"params": jax.tree.map(lambda leaf: leaf[best], state.best_params)},
+            classes=self.classes,
             about=about | {"data_fingerprint": self.fingerprint} | provenance(),
         )
 

@@ -1,5 +1,7 @@
 """The graph of an experiment, on the device."""
 
+import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,10 +9,14 @@ import numpy as np
 
 import qpde.datasets
 from qpde.datasets import NodeGraph
-from train.config.graphs import GraphData
-from train.data.resident import data_root
+from train.config.graphs import OWN_GRAPH, GraphData
+from train.data.records import DataError
+from train.data.resident import DATA_DIR_VARIABLE, data_root
+from train.runs.directory import RunDirectory
 from train.steps.losses import IGNORED
 from train.tasks.nodes_step import Task
+
+_GRAPH = "graph.json"
 
 
 def load_graph(config: GraphData, data_dir: Path | None) -> NodeGraph:
@@ -23,10 +29,22 @@ def load_graph(config: GraphData, data_dir: Path | None) -> NodeGraph:
       ValueError: the graph lies in files and no folder is given.
       FileNotFoundError: the files are not in the folder.
     """
+    if config.name.startswith(OWN_GRAPH):
+        graph = qpde.datasets.load_node_graph(_own_path(config.name, data_dir), seed=config.split_seed)
+        return qpde.datasets.random_split(graph, seed=config.split_seed) if config.split == "random" else graph
     if config.name == "digits":
         return qpde.datasets.load_digits_graph(seed=config.split_seed)
     root = data_root(config.name, data_dir)
     return qpde.datasets.load_planetoid(config.name, root, split=config.split, seed=config.split_seed)
+
+
+def _own_path(name: str, data_dir: Path | None) -> Path:
+    """The path of an own graph, or of a file of the same name in the data folder, where it was moved to."""
+    path, root = Path(name.removeprefix(OWN_GRAPH)), data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if path.is_file() or root is None:
+        return path
+    moved = Path(root) / path.name
+    return moved if moved.is_file() else path
 
 
 def make_task(graph: NodeGraph) -> Task:
@@ -38,3 +56,18 @@ def make_task(graph: NodeGraph) -> Task:
         return jnp.asarray(labels)
 
     return Task(graph.to_jraph(), labels_of(graph.train), labels_of(graph.validation), labels_of(graph.test))
+
+
+def check_same_graph(run: RunDirectory, fingerprint: str) -> None:
+    """Notes which graph a run is on; for one that goes on, checks that it still is.
+
+    Raises:
+      DataError: the graph is another than when the run began.
+    """
+    path = run.path / _GRAPH
+    if not path.exists():
+        path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+    elif json.loads(path.read_text())["fingerprint"] != fingerprint:
+        raise DataError(
+            f"the graph has changed since {run.path} began: take the old file, or start anew with --name or --overwrite"
+        )

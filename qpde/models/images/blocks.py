@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from qpde import norms, operators, quantizers, stencils
 from qpde.bits import EXACT_BITS, Bits
 from qpde.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
-from qpde.models.images.parts import Factors, Part, Read, StepBound, norm_scale
+from qpde.models.images.parts import Factors, Part, Read, StepBound, check_convex, norm_scale, rounding_radius
 from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
 from qpde.models.options import BlockOptions
 
@@ -222,19 +222,13 @@ class Block(Part, BlockOptions):
             scales["norm1"], step_size = self._tied_scale(*self.linear_pair(kernels), var, step_size, call)
         return kernels, scales, step_size
 
-    def rounding_radius(self, clip: Any, bits: Any, index: int) -> float:
-        """The largest |Q(v) - clip(v)| of the activation of that index: half a step, or half the widest gap."""
-        if bits >= EXACT_BITS:
-            return 0.0
-        signed = index == 0 and self.signed_inputs
-        if self.levels == "uniform":
-            return float(quantizers.quantization_step(float(clip), bits, signed=signed)) / 2
-        v = np.linspace(0, 1, 1 << 14, dtype=np.float32)
-        rounded = quantizers.quantize_activation(v, 1.0, bits, levels=self.levels, signed=signed)
-        return float(clip) * float(np.abs(np.asarray(rounded) - v).max() + v[1])
-
     def step_bound(self, factors: Factors, bits: Bits, size: tuple[int, int]) -> StepBound:
-        radii = [self.rounding_radius(clip, bits.activations, i) for i, clip in enumerate(factors.act_clips)]
+        if self.smoothing is not None:
+            check_convex(self.smoothing)
+        radii = [
+            rounding_radius(clip, bits.activations, levels=self.levels, signed=i == 0 and self.signed_inputs)
+            for i, clip in enumerate(factors.act_clips)
+        ]
         first = radii[0] * math.sqrt(math.prod(size) * self.width_in)
         if self.symmetric:
             return self._symmetric_bound(factors, first, radii[1], size)
@@ -402,7 +396,9 @@ class StableBlock(BasicBlock):
         at_full_size = dataclasses.replace(self, stride=1)
         lipschitz, injected = Block.step_bound(at_full_size, factors, bits, size)
         if self.width_out > self.width_in:
-            radius = self.rounding_radius(factors.act_clips[0], bits.activations, 0)
+            radius = rounding_radius(
+                factors.act_clips[0], bits.activations, levels=self.levels, signed=self.signed_inputs
+            )
             first = radius * math.sqrt(math.prod(size) * self.width_in)
             lipschitz = math.hypot(lipschitz, 1.0)
             injected = math.hypot(injected, first if self.residual == "rounded" else 0.0)

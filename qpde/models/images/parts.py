@@ -18,12 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from qpde import operators
-from qpde.bits import Bits
+from qpde import operators, quantizers, stencils
+from qpde.bits import EXACT_BITS, Bits
 from qpde.kernel_norms import conv_norm_bound
 from qpde.models.layers import NORM_EPSILON, Mode, divide_by_rms, he_normal, moments, moved, normalize
+from qpde.models.options import Smoothing
 
-__all__ = ["ExactConv", "Factors", "Head", "Part", "StepBound", "read_norms"]
+__all__ = [
+    "ExactConv",
+    "Factors",
+    "Head",
+    "Part",
+    "StepBound",
+    "check_convex",
+    "read_norms",
+    "rounding_radius",
+]
 
 Read = Callable[[str], np.ndarray]
 """Published name -> array."""
@@ -55,6 +65,34 @@ class Factors(NamedTuple):
     scales: dict[str, Any]
     step_size: Any
     act_clips: Any
+
+
+def rounding_radius(clip: Any, bits: Any, *, levels: str, signed: bool) -> float:
+    """The largest |Q(v) - clip(v)| of an activation's quantizer: half a step, or half the widest gap.
+
+    Args:
+      clip: Its clip.
+      bits: Scalar.
+      levels: Its set of levels.
+      signed: Whether it has negative levels.
+    """
+    if bits >= EXACT_BITS:
+        return 0.0
+    if levels == "uniform":
+        return float(quantizers.quantization_step(float(clip), bits, signed=signed)) / 2
+    v = np.linspace(0, 1, 1 << 14, dtype=np.float32)
+    rounded = quantizers.quantize_activation(v, 1.0, bits, levels=levels, signed=signed)
+    return float(clip) * float(np.abs(np.asarray(rounded) - v).max() + v[1])
+
+
+def check_convex(smoothing: Smoothing) -> None:
+    """ValueError for smoothing that is no gradient step on a convex energy."""
+    if not stencils.ENERGIES[smoothing.kind].convex:
+        convex = ", ".join(name for name, kind in stencils.ENERGIES.items() if kind.convex)
+        raise ValueError(
+            f"smoothing of kind {smoothing.kind!r} can amplify a difference, so no constant of its step is "
+            f"proven: certify networks that smooth by a convex kind ({convex})"
+        )
 
 
 class Part(abc.ABC):

@@ -410,6 +410,15 @@ class Outer(nn.Module):
         return nn.Dense(2)(quantized(nn.Dense(4), ALL)(x))
 
 
+def test_a_sequential_module_has_the_paths_of_its_parameters():
+    module = nn.Sequential([nn.Dense(4), nn.relu, nn.Sequential([nn.Dense(3)])])
+    model = quantized(module, [Rule("^layers_0$", weights=4, activations=4, signed=True)])
+    variables = model.init(jax.random.key(0), SEQUENCE)
+    assert list(model.layers(variables, SEQUENCE)) == ["layers_0", "layers_2/layers_0"]
+    assert [row.name for row in models.summary(model, (6, 4)).rows] == ["layers_0", "layers_2/layers_0"]
+    assert len(measure.distributions(model, variables, [SEQUENCE], Bits(4, 4))) == 1
+
+
 def test_it_is_a_module_inside_another_one():
     variables = Outer().init(jax.random.key(0), SEQUENCE)
     params = variables["params"]  # as they would be without the wrapper
@@ -562,6 +571,29 @@ def test_distributions_are_those_of_the_layers_inputs(cnn):
     assert found[0].used_levels <= 15
 
 
+def test_calibration_reads_clips_off_all_batches_each_at_its_layers_bits(cnn):
+    module, own, _, _ = cnn
+    batches = [IMAGES[:3], IMAGES[3:]]
+    rules = [Rule("stem", weights=4, activations=8, signed=True), Rule("", weights=4, activations=3, signed=False)]
+    model = quantized(module, rules)
+    assert model.bits is None
+    found = qpde.calibrate(model, own, batches, activations="absmax")["params"]
+    np.testing.assert_allclose(found["stem"]["act_clips"], jnp.abs(IMAGES).max(), rtol=0.02)
+    together = qpde.calibrate(model, own, [IMAGES], activations="mse")["params"]
+    apart = qpde.calibrate(model, own, batches, activations="mse")["params"]
+    wide = qpde.calibrate(model, own, batches, activations="mse", bits=Bits(4, 8))["params"]
+    for name in ("stem", "depthwise", "head"):
+        np.testing.assert_allclose(apart[name]["act_clips"], together[name]["act_clips"], rtol=0.02)
+    np.testing.assert_array_equal(wide["stem"]["act_clips"], apart["stem"]["act_clips"])
+    assert wide["head"]["act_clips"] > apart["head"]["act_clips"]
+    kernel = own["params"]["head"]["kernel"]
+    np.testing.assert_allclose(
+        apart["head"]["weight_clips"], initial_clip(kernel, 4, signed=True, method="mse"), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        qpde.calibrate(model, own, [])
+
+
 def test_post_training_quantization_chooses_clips_and_corrects_the_last_bias(cnn):
     module, own, _, _ = cnn
     batches = [IMAGES[:3], IMAGES[3:]]
@@ -618,9 +650,9 @@ def test_multiply_accumulates_are_those_that_the_compiler_counts(name):
 
 def test_what_needs_more_than_the_protocol_is_refused_with_the_reason(cnn):
     _, own, model, variables = cnn
-    with pytest.raises(ValueError, match="certificates are for image networks; got QuantizedModule"):
+    with pytest.raises(ValueError, match=r"CNN may do anything between its layers: write it as qpde\.nn\.Chain"):
         unwrap(certify.certify)(model, variables, IMAGES, Bits(4, 8))
-    with pytest.raises(ValueError, match="equalize image networks only"):
+    with pytest.raises(ValueError, match="known which norm stands behind which kernel: equalize image networks"):
         ptq.equalize(model, variables, [IMAGES])
     del own
 

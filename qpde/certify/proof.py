@@ -1,0 +1,141 @@
+"""The proof itself: what follows from a chain of steps, their constants, and the states of a quantized run."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qpde.certify.step_bounds import to_float64
+
+__all__ = ["Certificate", "pair_norms", "proof"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Certificate:
+    """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction. NumPy arrays,
+    of float64 but for the logits.
+
+    Attributes:
+      logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
+        compiled program may round it the other way: what is certified is this evaluation.
+      certified: (N,) whether the twin provably predicts the same, a posteriori or a priori.
+      bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
+      certified_a_priori, bound_a_priori: the same from the clips and bits alone. Never and infinite for what is
+        deployed, whose arithmetic they do not cover.
+      state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
+      estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
+    """
+
+    logits: Float[Array | np.ndarray, "n c"]
+    certified: Bool[Array | np.ndarray, " n"]
+    bound: Float[Array | np.ndarray, "n c"]
+    certified_a_priori: Bool[Array | np.ndarray, " n"]
+    bound_a_priori: Float[Array | np.ndarray, "n c"]
+    state_bound: Float[Array | np.ndarray, "n l"]
+    defect: Float[Array | np.ndarray, "n l"]
+    lipschitz: Float[Array | np.ndarray, " l"]
+    estimate: Float[Array | np.ndarray, "n c"]
+
+    @property
+    def prediction(self) -> Int[np.ndarray, " n"]:
+        """Argmax of the quantized network's logits, (N,)."""
+        return np.argmax(self.logits, axis=-1)
+
+    @property
+    def certified_fraction(self) -> float:
+        """Share of the inputs that are certified; NaN where there are none."""
+        return float(np.mean(self.certified)) if len(self.certified) else math.nan
+
+
+jax.tree_util.register_dataclass(Certificate)
+
+
+def proof(
+    twin: Sequence[Callable[[Array], Array]],
+    states: Sequence[Array],
+    logits: Array,
+    head: Callable[[Array], Array],
+    lipschitz: Any,
+    pair: Array,
+    a_priori: Any,
+    newton_steps: Any,
+) -> Certificate:
+    """The certificate of a chain of steps, in float64 and traced.
+
+    Args:
+      twin: B_j, the twin's steps.
+      states: y_j, of the quantized network, from the common start on.
+      logits: (N, C) of the quantized network.
+      head: The twin's, from the last state to logits.
+      lipschitz: (L,) L_j.
+      pair: (N, C), by how much z_i - z_k of the twin's head moves at most when the last state moves by 1.
+      a_priori: By how much the last state moves at most, for all inputs; infinite where nothing is known.
+      newton_steps: Steps of Newton's method.
+    """
+    z, start = to_float64(logits), states[0]
+
+    def newton_step(_, candidate):
+        v, improved = jnp.zeros_like(start), [start]
+        for step, entering, leaving in zip(twin, candidate, candidate[1:], strict=False):
+            reached, v = _jvp(step, entering, v)
+            v = v + (leaving - reached)
+            improved.append(leaving - v)
+        return improved
+
+    candidate = jax.lax.fori_loop(0, newton_steps, newton_step, list(states))
+    if twin:
+        candidate[-1] = twin[-1](candidate[-2])  # without a defect in the last step, what is known needs no bound
+    distance, defects, bounds = jnp.zeros(len(z)), [], []
+    for j, step in enumerate(twin):
+        defects.append(_norms(candidate[j + 1] - step(candidate[j])))
+        distance = lipschitz[j] * distance + defects[-1]
+        bounds.append(distance + _norms(states[j + 1] - candidate[j + 1]))
+
+    estimate = head(candidate[-1])
+    prediction = jnp.argmax(z, axis=-1)
+    rest = pair * distance[:, None]
+    margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
+    others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
+    a_priori = jnp.where(others, jnp.where(jnp.isinf(a_priori), jnp.inf, pair * a_priori), 0.0)
+    certified_a_priori = jnp.all((margin > a_priori) | ~others, axis=-1)
+    return Certificate(
+        logits=logits,
+        certified=jnp.all((margin_estimate > rest) | ~others, axis=-1) | certified_a_priori,
+        bound=jnp.abs(margin - margin_estimate) + rest,
+        certified_a_priori=certified_a_priori,
+        bound_a_priori=a_priori,
+        state_bound=_columns(bounds, len(z)),
+        defect=_columns(defects, len(z)),
+        lipschitz=lipschitz,
+        estimate=estimate,
+    )
+
+
+def pair_norms(kernel: Array, prediction: Array) -> Array:
+    """|w_i - w_k| of a kernel (C, classes), for every input's prediction i and all k."""
+    return jnp.linalg.norm(kernel[:, prediction].T[:, :, None] - kernel[None], axis=1)
+
+
+def _margins(logits, prediction):
+    """z_i - z_k of every input, i its prediction."""
+    return jnp.take_along_axis(logits, prediction[:, None], axis=-1) - logits
+
+
+def _norms(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
+
+
+def _jvp(f, x, v):
+    """f(x) and J v, by the vjp of the vjp: custom_vjp rules out forward mode."""
+    y, pullback = jax.vjp(f, x)
+    _, transposed = jax.vjp(lambda u: pullback(u)[0], jnp.zeros_like(y))
+    return y, transposed(v)[0]
+
+
+def _columns(found, count):
+    return jnp.stack(found, axis=1) if found else jnp.zeros((count, 0))
