@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from qpde.models.graphs.layers import (
 )
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.network import Architecture, Network
+from qpde.models.images.segmentation import SegmentationArchitecture
 from qpde.models.options import NetworkOptions, Smoothing
 from qpde.models.registry import BLOCKS, image_network
 
@@ -48,7 +50,10 @@ _LAYERS = {
     "initial_residual": InitialResidualLayer,
     "attention": AttentionLayer,
 }
+_ARCHITECTURES = {"image": Architecture, "segmentation": SegmentationArchitecture}
+_KIND_OF = {architecture: kind for kind, architecture in _ARCHITECTURES.items()}
 _LARGEST_BATCH = 256  # images that are computed at once
+_LARGEST_LOGITS = 2**24  # numbers of logits that are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,8 @@ class TrainedNetwork:
         return (x - mean) / std
 
     def logits(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
-        """Logits of images as `normalize` takes them, (N, classes), or of all nodes of a graph.
+        """Logits of images as `normalize` takes them, (N, classes), of their pixels, (N, H, W, classes), where the
+        network segments, or of all nodes of a graph.
 
         Args:
           inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs.
@@ -107,9 +113,11 @@ class TrainedNetwork:
         if isinstance(self.model, GraphNetwork):
             return np.asarray(_apply(self.model, self.variables, inputs, bits))
         if len(inputs) == 0:
-            return np.zeros((0, self.model.num_classes), np.float32)
+            return np.zeros((0, *self._pixels(inputs), self.model.num_classes), np.float32)
         # Batches of a power of two, so that few programs serve every number of images.
-        size = min(_LARGEST_BATCH, 1 << (len(inputs) - 1).bit_length())
+        of_image = math.prod(self._pixels(inputs)) * self.model.num_classes
+        fits = 1 << max(0, (_LARGEST_LOGITS // of_image).bit_length() - 1)
+        size = min(_LARGEST_BATCH, fits, 1 << (len(inputs) - 1).bit_length())
         found = []
         for start in range(0, len(inputs), size):
             x = self.normalize(inputs[start : start + size])
@@ -118,8 +126,13 @@ class TrainedNetwork:
             found.append(np.asarray(_apply(self.model, self.variables, padded, bits))[: len(x)])
         return np.concatenate(found)
 
+    def _pixels(self, images: Any) -> tuple[int, ...]:
+        """Axes of the logits that are pixels."""
+        is_segmenting = isinstance(self.model.architecture, SegmentationArchitecture)
+        return tuple(images.shape[1:3]) if is_segmenting else ()
+
     def predict(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
-        """Index of the predicted class of every image, or node; names are in `classes`."""
+        """Index of the predicted class of every image, pixel or node; names are in `classes`."""
         return self.logits(inputs, bits=bits).argmax(-1)
 
 
@@ -238,7 +251,7 @@ def _described(model: Network | GraphNetwork) -> dict[str, Any]:
             )
         architecture["block"] = kinds[model.architecture.block]
         return {
-            "kind": "image",
+            "kind": _KIND_OF[type(model.architecture)],
             "architecture": architecture,
             "num_classes": model.num_classes,
             "options": dataclasses.asdict(model.options),
@@ -258,7 +271,7 @@ def _built(described: dict[str, Any]) -> Network | GraphNetwork:
     """The network that `_described` described."""
     described = dict(described)
     kind = described.pop("kind")
-    if kind == "image":
+    if kind in _ARCHITECTURES:
         architecture = dict(described["architecture"])
         architecture["block"] = BLOCKS[architecture["block"]]
         architecture["stages"] = tuple(tuple(int(n) for n in stage) for stage in architecture["stages"])
@@ -269,7 +282,7 @@ def _built(described: dict[str, Any]) -> Network | GraphNetwork:
         known = {field.name for field in dataclasses.fields(NetworkOptions)}
         if set(options) != known:
             raise ValueError(f"options {sorted(set(options) ^ known)} are unknown or missing")
-        return image_network(Architecture(**architecture), num_classes=described["num_classes"], **options)
+        return image_network(_ARCHITECTURES[kind](**architecture), num_classes=described["num_classes"], **options)
     if kind == "graph":
         options = dict(described.pop("layer_options"))
         if options.get("smoothing") is not None:

@@ -147,6 +147,10 @@ def _proven_for(model, variables, size, bits):
 
 def check_model(model):
     """Raise ValueError for a network that no bound covers."""
+    if not model.is_chain:
+        raise ValueError(
+            f"{model.architecture.name} has maps that several parts take, which no bound covers: certify classifiers"
+        )
     if model.clip_bits is not None:
         raise ValueError(
             f"the twin of a network with clips for each of {model.clip_bits} clips elsewhere, which no bound covers: "

@@ -14,12 +14,15 @@ from jaxtyping import Array, Float, Float32, Int32, Integer, UInt8
 
 from qpde.graphs import from_edges
 
+IGNORED = -1
+"""The label of a pixel, a node or an image that counts neither in losses nor in metrics."""
+
 
 class Split(NamedTuple):
     """Images with their labels: a pytree, so `jax.device_put(split)` keeps it on the device.
 
     images: uint8 (N, H, W, C), as stored: a quarter of the memory of float32. `Images.normalize` belongs inside jit.
-    labels: int32 (N,), one class per image, or uint8 (N, H, W), one class per pixel.
+    labels: int32 (N,), one class per image, or int8 (N, H, W), one class per pixel, `IGNORED` where it does not count.
     """
 
     images: UInt8[np.ndarray, "images height width channels"]

@@ -22,10 +22,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from qpde.datasets import IGNORED
 from train.config.images import Loss
-
-IGNORED = -1
-"""The label of an example that is not there: padding of the last batch of an evaluation."""
 
 Terms = dict[str, Float[Array, ""]]
 
