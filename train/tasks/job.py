@@ -10,12 +10,18 @@ from rich.console import Console
 
 import train.tasks.images
 import train.tasks.nodes
+import train.tasks.segmentation
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
+from train.config.segmentation import SegmentationExperiment
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
-_PREPARE = {Experiment: train.tasks.images.prepare, GraphExperiment: train.tasks.nodes.prepare}
+_PREPARE = {
+    Experiment: train.tasks.images.prepare,
+    SegmentationExperiment: train.tasks.segmentation.prepare,
+    GraphExperiment: train.tasks.nodes.prepare,
+}
 
 
 def prepare_job(
@@ -44,7 +50,7 @@ def prepare_job(
     """
     if jax.process_count() > 1 and not isinstance(experiment, Experiment):
         raise ValueError(f"{experiment.name} trains on one graph, which several processes cannot share: start one")
-    trainings, report = _PREPARE[type(experiment)](experiment, data_dir)
+    trainings, report = prepare_trainings(experiment, data_dir)
     run = open_run(
         runs_dir,
         experiment,
@@ -54,6 +60,16 @@ def prepare_job(
         elsewhere=elsewhere,
     )
     return Job(trainings, report, run)
+
+
+def prepare_trainings(experiment: Experiment | GraphExperiment, data_dir: Path | None) -> Any:
+    """The trainings by variant and the report of `Job`, everything about them checked and nothing computed.
+
+    Args:
+      experiment: Of any kind.
+      data_dir: As for `prepare_job`.
+    """
+    return _PREPARE[type(experiment)](experiment, data_dir)
 
 
 @dataclasses.dataclass(frozen=True)

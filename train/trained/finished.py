@@ -11,7 +11,8 @@ from qpde.bits import Bits
 from qpde.measure.faithfulness import reestimate_statistics
 from train.config.images import Annealing, Experiment
 from train.runs.directory import SUMMARY, read_experiment
-from train.tasks.images import Training, prepare
+from train.tasks.images import Training
+from train.tasks.job import prepare_trainings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,5 +61,5 @@ def read_finished(run: Path, data_dir: Path | None) -> dict[str, Finished]:
     # The same networks, started from the run itself: so its folder, data and shapes are checked as anywhere else. What
     # was annealed is so no more.
     own = dataclasses.replace(experiment, start_from=str(run), calibration=None, epochs=0, annealing=Annealing())
-    trainings, _ = prepare(dataclasses.replace(own, devices=1, accumulate=1), data_dir)
+    trainings, _ = prepare_trainings(dataclasses.replace(own, devices=1, accumulate=1), data_dir)
     return {name: Finished(training, training.first_state().variables) for name, training in trainings.items()}
