@@ -6,9 +6,9 @@
     python benchmarks/train_step.py race --device gpu                # without the table of compilation
 
 A step is forward, backward, SGD with momentum and weight decay, on 128 images of 32x32, W4A4: 4-bit weights and
-activations. "qpde" is the step of `train.step.make_train_step`, without the guard and the choice of a batch that a run
-adds; "torch" is benchmarks/torch_nets.py, eager, in the faster of its two memory layouts. Both run in one process, in
-turns, on as many processors as threads; medians.
+activations. "qpde" is the step of `train.steps.train_step.make_train_step`, without the guard and the choice of a
+batch that a run adds; "torch" is benchmarks/torch_nets.py, eager, in the faster of its two memory layouts. Both run in
+one process, in turns, on as many processors as threads; medians.
 "memory" is what a compiled step of resnet56 needs beside its arguments, "compile" the seconds to trace and compile it.
 
 On a GPU a measured call takes 20 steps in a row and waits once, and there are two more candidates: PyTorch's step in

@@ -1,7 +1,7 @@
 """python -m train run configs/cifar10_resnet56.py --data-dir FOLDER
 
 Symmetric and plain resnet56 with 4-bit weights and activations on CIFAR-10. `--recipe fast` (the default) takes
-10 epochs in one cycle, `--recipe published` the 200 epochs of the paper (train/recipes.py).
+10 epochs in one cycle, `--recipe published` the 200 epochs of the paper (train/config/recipes.py).
 
 `--epochs 3`, 89 minutes on one CPU core, seed 0: symmetric 68.43% test accuracy, layer-wise error 0.158; plain 73.09%,
 0.245. The figure is in docs/results.md. No recipe has been run to its end.

@@ -33,7 +33,7 @@ from qpde.devices import by_compiler, vary_alike
 
 __all__ = [
     "BLOCK_SIZE",
-    "KINDS",
+    "GRADIENTS",
     "LARGE_BLOCK_SIZE",
     "dirichlet_energy",
     "divergence",
@@ -49,7 +49,7 @@ __all__ = [
     "tv_step",
 ]
 
-KINDS = {"normalized": 2.0, "gcn": 1.0}
+GRADIENTS = {"normalized": 2.0, "gcn": 1.0}
 """The gradients by name, and a number that no eigenvalue of G^T G exceeds on any graph."""
 
 BLOCK_SIZE = 2**17
@@ -325,7 +325,7 @@ def tv_step(
     """
     _check(graph, kind, x)
     eps, gamma2 = _positive("eps", eps), scalar("gamma2", gamma2)
-    bound = 2 * eps / KINDS[kind]
+    bound = 2 * eps / GRADIENTS[kind]
     if _is_static(gamma2, eps):
         if not 0 <= gamma2 <= bound:
             raise ValueError(
@@ -507,8 +507,8 @@ def _num_nodes(graph):
 
 
 def _check(graph, kind, x=None, p=None):
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in GRADIENTS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(GRADIENTS)}")
     if x is not None and x.shape[0] != _num_nodes(graph):
         raise ValueError(f"x has {x.shape[0]} rows, the graph has {_num_nodes(graph)} nodes")
     if p is not None and p.shape[0] != graph.senders.shape[0]:

@@ -105,7 +105,7 @@ def total_variation(
     Args:
       x: (..., H, W, C), floating; computed in float32 at least.
       eps: positive; a Python number, or a scalar array; a traced one is not checked.
-      kind: a key of `KINDS`.   boundary: as in `gradient`.
+      kind: a key of `ENERGIES`.   boundary: as in `gradient`.
     Returns:
       (..., C), in float32 or wider.
     Raises:
@@ -136,7 +136,7 @@ def max_stable_step(*, eps: Real, kind: str = "isotropic") -> float | Float[Arra
     step of a convex, 8 L-smooth energy is non-expansive for the same gamma2.
 
     Args:
-      eps: positive; a Python number, or a scalar array (then so is the result).   kind: a key of `KINDS`.
+      eps: positive; a Python number, or a scalar array (then so is the result).   kind: a key of `ENERGIES`.
     Returns:
       eps/4 or 1/4, see the table of the module.
     Raises:
@@ -160,7 +160,7 @@ def tv_step(
       gamma2: step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
         clamped to that interval; its gradient is 0 outside, not at the ends, so project a learned one onto it.
       eps: positive; a Python number, or a scalar array; a traced one is not checked.
-      kind: a key of `KINDS`.   boundary: as in `gradient`.
+      kind: a key of `ENERGIES`.   boundary: as in `gradient`.
     Returns:
       The smoothed x, same shape and dtype.
     Raises:
@@ -226,7 +226,7 @@ def implicit_step(
 _Pointwise = Callable[[Array, Array], Array]
 
 
-class Kind(NamedTuple):
+class Energy(NamedTuple):
     """One row of the table: functions of (s^2, eps), and the facts about them that the bounds rest on."""
 
     diffusivity: _Pointwise  # g(s)
@@ -315,15 +315,15 @@ def _weickert_density(squared, eps):
     return (-squared * jnp.expm1(-u) + _WEICKERT**0.25 * eps * eps * tail) / 2
 
 
-KINDS: dict[str, Kind] = {  # diffusivity, density, slope_is_one, coupled, convex
-    "isotropic": Kind(_tv_diffusivity, _tv_density, False, True, True),
-    "anisotropic": Kind(_tv_diffusivity, _tv_density, False, False, True),
-    "huber": Kind(_huber_diffusivity, _huber_density, False, False, True, flux=_huber_flux),
-    "linear": Kind(_linear_diffusivity, _linear_density, True, False, True, flux=_linear_flux),
-    "charbonnier": Kind(_charbonnier_diffusivity, _charbonnier_density, True, True, True),
-    "perona_malik_1": Kind(_perona_malik_1_diffusivity, _perona_malik_1_density, True, False, False),
-    "perona_malik_2": Kind(_perona_malik_2_diffusivity, _perona_malik_2_density, True, False, False),
-    "weickert": Kind(_weickert_diffusivity, _weickert_density, True, True, False),
+ENERGIES: dict[str, Energy] = {  # diffusivity, density, slope_is_one, coupled, convex
+    "isotropic": Energy(_tv_diffusivity, _tv_density, False, True, True),
+    "anisotropic": Energy(_tv_diffusivity, _tv_density, False, False, True),
+    "huber": Energy(_huber_diffusivity, _huber_density, False, False, True, flux=_huber_flux),
+    "linear": Energy(_linear_diffusivity, _linear_density, True, False, True, flux=_linear_flux),
+    "charbonnier": Energy(_charbonnier_diffusivity, _charbonnier_density, True, True, True),
+    "perona_malik_1": Energy(_perona_malik_1_diffusivity, _perona_malik_1_density, True, False, False),
+    "perona_malik_2": Energy(_perona_malik_2_diffusivity, _perona_malik_2_density, True, False, False),
+    "weickert": Energy(_weickert_diffusivity, _weickert_density, True, True, False),
 }
 
 
@@ -409,7 +409,7 @@ def _squared_length(differences: tuple[Array, Array]) -> Array:
     return along_h * along_h + along_w * along_w
 
 
-def _flux(row: Kind, along_h: Array, along_w: Array, eps: Array | float) -> tuple[Array, Array]:
+def _flux(row: Energy, along_h: Array, along_w: Array, eps: Array | float) -> tuple[Array, Array]:
     if row.coupled:
         g = row.diffusivity(_squared_length((along_h, along_w)), eps)
         return along_h * g, along_w * g
@@ -518,13 +518,13 @@ def _wide(x: Array) -> np.dtype:
     return x.dtype if jnp.finfo(x.dtype).bits >= 32 else np.dtype(np.float32)
 
 
-def _kind(kind: str) -> Kind:
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
-    return KINDS[kind]
+def _kind(kind: str) -> Energy:
+    if kind not in ENERGIES:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(ENERGIES)}")
+    return ENERGIES[kind]
 
 
-def _bound(row: Kind, eps: Array | float) -> Array | float:
+def _bound(row: Energy, eps: Array | float) -> Array | float:
     return 0.25 if row.slope_is_one else eps / 4
 
 

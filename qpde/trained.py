@@ -39,7 +39,7 @@ from qpde.models.images.segmentation import SegmentationArchitecture
 from qpde.models.options import NetworkOptions, Smoothing
 from qpde.models.registry import BLOCKS, image_network
 
-__all__ = ["DESCRIPTION", "WEIGHTS", "TrainedNetwork", "load", "save"]
+__all__ = ["DESCRIPTION", "WEIGHTS", "TrainedNetwork", "load", "save", "weights_digest"]
 
 DESCRIPTION, WEIGHTS = "network.json", "weights.safetensors"
 
@@ -238,6 +238,15 @@ def load(folder: str | Path) -> TrainedNetwork:
         raise ValueError(f"{path} names {len(classes)} classes of a network that has {model.num_classes}")
     _check_shapes(model, tensors, str(weights))
     return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, about)
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """SHA-256 of the weights of a network's folder as its description says, or None where there is no such network."""
+    try:
+        found = json.loads((Path(folder) / DESCRIPTION).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get("weights_sha256") if isinstance(found, dict) else None
 
 
 def _described(model: Network | GraphNetwork) -> dict[str, Any]:

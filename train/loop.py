@@ -6,12 +6,10 @@ goes on from its checkpoint ends with the same parameters and the same metrics a
 bit on the same machine.  A checkpoint therefore holds the state and the sums of the epoch so far, nothing else.
 """
 
-import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import jax
 
@@ -27,33 +25,23 @@ from train.steps.state import TrainState
 _NEAR_CHANCE = 1.1
 """Up to this multiple of the accuracy of guessing, a network has learned nothing."""
 
-_STATISTICS_SETTLE = 100
-"""Steps after which running batch statistics, which keep 0.9 of themselves a step, have forgotten their start and the
-first large steps."""
-
 _KNOWN_SUMS = ("loss", "correct", "count", "collapsed_clips", "broken")
 
+Scores = dict[str, Any]
+"""{"accuracy", "loss"}, and what else there is to log."""
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The training of one variant.
+
+class Plan(Protocol):
+    """The training of one variant, as the loop sees it.
 
     Attributes:
-      variant: its name.   title: what messages call the training.
-      epochs, steps_per_epoch: its length.
-      checkpoint_every: steps between saves; 0 saves at the end of epochs only.
-      bits: epoch, from 1 on -> its `Bits`, of Python integers or None.
-      strength: epoch -> its strength of smoothing, or None where that is not scheduled.
-      enter: (state, epoch) -> state, called before an epoch whose widths or strength are not those of the one before.
-      step: (state, totals, bits, *batch) -> (state, totals), as `make_epoch_step` makes it; donates the state.
-      totals: sums before the first batch of an epoch.
-      batches: state -> the arguments `batch` of the step that the state stands at, and of those that follow up to the
-        end of its epoch.
-      evaluate: (variables, bits) -> {"accuracy", "loss", ...} on the validation images; all of them are logged.
-      score: line of metrics -> {"accuracy", "loss"} by which the best epoch is chosen.
-      reached: line of metrics -> whether training is to end with that epoch.
-      explain: (state, bits, *batch) -> what breaks down in the step from that state.
-      chance: validation accuracy of guessing.
+      variant: Its name.
+      title: What messages call the training.
+      epochs: Its length.
+      steps_per_epoch: Steps of an epoch.
+      checkpoint_every: Steps between saves. 0 saves at the end of epochs only.
+      totals: Sums before the first batch of an epoch.
+      chance: Validation accuracy of guessing.
     """
 
     variant: str
@@ -61,163 +49,191 @@ class Plan:
     epochs: int
     steps_per_epoch: int
     checkpoint_every: int
-    bits: Callable[[int], Bits]
-    strength: Callable[[int], float | None]
-    enter: Callable[[TrainState, int], TrainState]
-    step: Callable[..., tuple[TrainState, Any]]
     totals: Any
-    batches: Callable[[TrainState], Iterable[tuple]]
-    evaluate: Callable[[dict[str, Any], Bits], dict[str, float]]
-    score: Callable[[dict[str, Any]], dict[str, float]]
-    reached: Callable[[dict[str, Any]], bool]
-    explain: Callable[..., str]
     chance: float
 
-    def alike(self, epoch: int, other: int) -> bool:
-        """Whether two epochs have the same widths and the same strength of smoothing."""
-        return (self.bits(epoch), self.strength(epoch)) == (self.bits(other), self.strength(other))
+    def bits(self, epoch: int) -> Bits:
+        """Bits of an epoch, from 1 on: Python integers, or None where nothing is rounded."""
 
+    def smoothing_scale(self, epoch: int) -> float | None:
+        """Share of the full smoothing in an epoch, or None where that is not scheduled."""
 
-class Request(NamedTuple):
-    """What a training asks for: the step from `state`, answered by the state and the sums after it. See `Plan.step`."""
+    def enter(self, state: TrainState, epoch: int) -> TrainState:
+        """State to begin an epoch with whose bits or smoothing are not those of the one before."""
 
-    state: TrainState
-    totals: Any
-    bits: Bits
-    batch: tuple
+    def batches(self, state: TrainState) -> Iterable[tuple]:
+        """Arguments of `step`, from the step that the state stands at to the end of its epoch."""
 
+    def step(self, state: TrainState, totals: Any, bits: Bits, *batch: Any) -> tuple[TrainState, Any]:
+        """State and sums after one training step. It donates the state."""
 
-Course = Generator[Request, tuple[TrainState, Any], TrainState]
-"""A training as a course of steps that somebody else carries out; it ends with the best state."""
+    def evaluate(self, variables: dict[str, Any], bits: Bits) -> Scores:
+        """Accuracy and loss on the validation set, and what else is to be logged."""
+
+    def score(self, line: dict[str, Any]) -> Scores:
+        """What the best epoch is chosen by, from a line of metrics."""
+
+    def reached(self, line: dict[str, Any]) -> bool:
+        """Whether training is to end with the epoch of that line."""
+
+    def explain(self, state: TrainState, bits: Bits, *batch: Any) -> str:
+        """What breaks down in the step from that state."""
 
 
 def fit(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display) -> TrainState:
-    """Trains to the end of the last epoch and returns the state of the best one among those like the last one.
+    """Train to the end of the last epoch and return the state of the best one among those like the last one.
 
     Each epoch ends with a line in metrics.jsonl, then a save.  SIGTERM and SIGINT end the current step and save.
-    Where the best one's line was lost since, it is validated again.
 
     Args:
-      state: the first state; if the run has saved ones, only its shapes are used.
+      state: First state. If the run has saved ones, only its shapes are used.
+      plan: The training.
+      run: Where it is logged.
+      checkpoints: Where its states are saved.
+      display: Where it says how far it is.
     Raises:
-      Interrupted: by one of these signals; the state is saved.
-      FloatingPointError: a step broke down; names it, the layer and the clips.  The states saved so far stay.
+      Interrupted: By one of these signals; the state is saved.
+      FloatingPointError: A step broke down; names it, the layer and the clips.  The states saved so far stay.
     """
     with StopRequest() as stop:
-        only = course(state, plan, run=run, checkpoints=checkpoints, display=display, stop=stop)
-        return in_step([only], lambda requests: [plan.step(*requests[0][:3], *requests[0].batch)])[0]
+        training = Progress(state, plan, run=run, checkpoints=checkpoints, display=display)
+        while not training.ended:
+            batch = training.next_batch()
+            training.take(*plan.step(training.state, training.totals, training.bits, *batch))
+            training.save_what_is_due(stop)
+        return training.best(stop)
 
 
-def in_step(
-    courses: Sequence[Course], step: Callable[[list[Request]], list[tuple[TrainState, Any]]]
-) -> list[TrainState]:
-    """Runs trainings side by side: `step` does the next step of all that have not ended, in one call.
+class Progress:
+    """How far a training is: its state and sums, and what is to be done before, between and after its steps.
 
-    Raises:
-      Interrupted: when each has saved its state.   FloatingPointError: one broke down; the others stop where they are.
+    `fit` takes the steps of one training; `train.tasks.lockstep` those of several in one compiled call.
+
+    Attributes:
+      plan: The training.
+      state: Its state after `step` steps.
+      totals: Sums of the epoch so far.
+      step: Steps done.
+      ended: Whether there is no step left to do.
     """
-    found: dict[int, TrainState] = {}
-    stopped: Interrupted | None = None
-    answers: dict[int, Any] = dict.fromkeys(range(len(courses)))
-    with contextlib.ExitStack() as closing:
-        for one in courses:
-            closing.callback(one.close)
-        while answers:
-            requests = {}
-            for i, answer in answers.items():
-                try:
-                    requests[i] = courses[i].send(answer)
-                except StopIteration as end:
-                    found[i] = end.value
-                except Interrupted as error:
-                    stopped = error
-            answers = dict(zip(requests, step(list(requests.values())), strict=True)) if requests else {}
-    if stopped:
-        raise stopped
-    return [found[i] for i in range(len(courses))]
 
+    def __init__(self, state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints, display: Display):
+        """Take up what was saved, or begin; see `fit` for the arguments."""
+        self.plan, self.state, self.totals, self.step = plan, state, plan.totals, checkpoints.last_step
+        self._run, self._checkpoints, self._display = run, checkpoints, display
+        self._last = plan.epochs * plan.steps_per_epoch
+        self._batches: Iterator[tuple] | None = None
+        self._began = time.perf_counter()
+        self.ended = self._last == 0
+        if self.ended:
+            return
+        for folder in checkpoints.damaged:
+            display.line(f"{plan.title}: a damaged checkpoint was set aside as {folder}")
+        run.forget_after(plan.variant, self.step // plan.steps_per_epoch)
+        if self.step:
+            self.state, self.totals = checkpoints.load(self.step, (self.state, self.totals))
+        if self.step or checkpoints.damaged:
+            display.line(f"{plan.title}: going on after step {self.step} of {self._last}")
+        self.ended = self.step == self._last or any(_ended(line, plan) for line in run.lines(plan.variant)[-1:])
 
-def course(
-    state: TrainState,
-    plan: Plan,
-    *,
-    run: RunDirectory,
-    checkpoints: Checkpoints,
-    display: Display,
-    stop: StopRequest,
-) -> Course:
-    """`fit` without its steps: what to do before, between and after them."""
-    name, last = plan.title, plan.epochs * plan.steps_per_epoch
-    if last == 0:
-        state = _evaluated(state, plan, run=run, checkpoints=checkpoints)
-        if stopped := largest(stop.signal_number or 0):
-            raise Interrupted(f"interrupted: {name} is saved; the same command goes on from there", stopped)
-        return state
-    for folder in checkpoints.damaged:
-        display.line(f"{name}: a damaged checkpoint was set aside as {folder}")
-    step, totals = checkpoints.last_step, plan.totals
-    run.forget_after(plan.variant, step // plan.steps_per_epoch)
-    if step:
-        state, totals = checkpoints.load(step, (state, totals))
-    if step or checkpoints.damaged:
-        display.line(f"{name}: going on after step {step} of {last}")
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next step, from 1 on."""
+        return self.step // self.plan.steps_per_epoch + 1
 
-    ended = any(_ended(line, plan) for line in run.lines(plan.variant)[-1:])
-    while step < last and not ended:
-        epoch, start = step // plan.steps_per_epoch + 1, time.perf_counter()
-        bits = plan.bits(epoch)
-        if step % plan.steps_per_epoch == 0 and epoch > 1 and not plan.alike(epoch, epoch - 1):
-            state = plan.enter(state, epoch)
-        for batch in plan.batches(state):
-            before = totals
-            state, totals = yield Request(state, totals, bits, batch)
-            # One step is prepared while one runs: further ahead, stopping would wait for all that is queued.
-            jax.block_until_ready(before)
-            step += 1
-            display.step()
-            due = plan.checkpoint_every and step % plan.checkpoint_every == 0
-            stopped = largest(stop.signal_number or 0)  # a signal to one process ends the same step in all
-            if step % plan.steps_per_epoch and (due or stopped):
-                _check_finite(state, totals, plan)
-                checkpoints.save(step, (state, totals))
-            if stopped:
-                break
-        if step % plan.steps_per_epoch == 0:
-            line = _end_epoch(state, totals, plan, epoch, seconds=lambda start=start: time.perf_counter() - start)
-            run.log(**line)
-            totals = plan.totals
-            final = plan.alike(epoch, plan.epochs)
-            checkpoints.save(step, (state, totals), plan.score(line) if final else None)
-            display.line(
-                f"{name}: epoch {epoch} of {plan.epochs}{'' if final else _at(bits, plan.strength(epoch))}, "
-                f"loss {line['train_loss']:.4g}, "
-                f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
-            )
-            ended = _ended(line, plan)
-            for warning in _warnings(line, plan):
-                display.line(f"{name}: warning: {warning}")
-        if stopped or (stopped := largest(stop.signal_number or 0)):
+    @property
+    def bits(self) -> Bits:
+        """Bits of the next step."""
+        return self.plan.bits(self.epoch)
+
+    def next_batch(self) -> tuple:
+        """The arguments of the next step; at the start of an epoch, enter it."""
+        if self._batches is None:
+            self._began = time.perf_counter()
+            at_start = self.step % self.plan.steps_per_epoch == 0
+            if at_start and self.epoch > 1 and not _alike(self.plan, self.epoch, self.epoch - 1):
+                self.state = self.plan.enter(self.state, self.epoch)
+            self._batches = iter(self.plan.batches(self.state))
+        return next(self._batches)
+
+    def take(self, state: TrainState, totals: Any) -> None:
+        """The state and sums after a step; the last step of an epoch ends it."""
+        before, self.state, self.totals = self.totals, state, totals
+        # One step is prepared while one runs: further ahead, stopping would wait for all that is queued.
+        jax.block_until_ready(before)
+        self.step += 1
+        self._display.step()
+        if self.step % self.plan.steps_per_epoch == 0:
+            self._end_epoch()
+
+    def save_what_is_due(self, stop: StopRequest) -> None:
+        """Save between steps where the plan or a signal asks for it.
+
+        Raises:
+          Interrupted: By a signal; the state is saved.
+        """
+        plan = self.plan
+        due = plan.checkpoint_every and self.step % plan.checkpoint_every == 0
+        stopped = largest(stop.signal_number or 0)  # a signal to one process ends the same step in all
+        if self.step % plan.steps_per_epoch and (due or stopped):
+            _check_finite(self.state, self.totals, plan)
+            self._checkpoints.save(self.step, (self.state, self.totals))
+        if stopped:
             raise Interrupted(
-                f"interrupted: {name} is saved after step {step} of {last}; the same command goes on from there",
+                f"interrupted: {plan.title} is saved after step {self.step} of {self._last}; the same command goes on "
+                "from there",
                 stopped,
             )
-    best = checkpoints.best_step
-    state, _ = checkpoints.load(best, (state, totals))
-    if all(line["step"] != best for line in run.lines(plan.variant)):  # a crash of the machine can lose it
-        _log_validated(state, plan, run, epoch=best // plan.steps_per_epoch)
-    return state
+
+    def best(self, stop: StopRequest) -> TrainState:
+        """The state of the best epoch among those like the last one. Where its line was lost, it is validated again.
+
+        Raises:
+          Interrupted: By a signal during the evaluation of a training without steps; the state is saved.
+        """
+        plan = self.plan
+        if self._last == 0:
+            return self._evaluated(stop)
+        best = self._checkpoints.best_step
+        state, _ = self._checkpoints.load(best, (self.state, self.totals))
+        if all(line["step"] != best for line in self._run.lines(plan.variant)):  # a crash of the machine can lose it
+            _log_validated(state, plan, self._run, epoch=best // plan.steps_per_epoch)
+        return state
+
+    def _end_epoch(self) -> None:
+        plan, epoch = self.plan, self.epoch - 1
+        line = _end_epoch(self.state, self.totals, plan, epoch, began=self._began)
+        self._run.log(**line)
+        self._batches, self.totals = None, plan.totals
+        final = _alike(plan, epoch, plan.epochs)
+        self._checkpoints.save(self.step, (self.state, self.totals), plan.score(line) if final else None)
+        at = "" if final else _at(plan.bits(epoch), plan.smoothing_scale(epoch))
+        self._display.line(
+            f"{plan.title}: epoch {epoch} of {plan.epochs}{at}, loss {line['train_loss']:.4g}, "
+            f"validation accuracy {line['validation_accuracy']:.1%}, {line['seconds']:.1f} s"
+        )
+        self.ended = self.step == self._last or _ended(line, plan)
+        for warning in _warnings(line, plan):
+            self._display.line(f"{plan.title}: warning: {warning}")
+
+    def _evaluated(self, stop: StopRequest) -> TrainState:
+        """The state as it is, validated, logged and saved as if an epoch of no steps had led to it."""
+        plan = self.plan
+        self._run.forget_after(plan.variant, -1)
+        validation = _log_validated(self.state, plan, self._run, epoch=0)
+        self._checkpoints.save(0, (self.state, plan.totals), plan.score(_named(validation)))
+        if stopped := largest(stop.signal_number or 0):
+            raise Interrupted(f"interrupted: {plan.title} is saved; the same command goes on from there", stopped)
+        return self.state
 
 
-def _evaluated(state: TrainState, plan: Plan, *, run: RunDirectory, checkpoints: Checkpoints) -> TrainState:
-    """The state as it is, validated, logged and saved as if an epoch of no steps had led to it."""
-    run.forget_after(plan.variant, -1)
-    validation = _log_validated(state, plan, run, epoch=0)
-    checkpoints.save(0, (state, plan.totals), plan.score(_named(validation)))
-    return state
+def _alike(plan: Plan, epoch: int, other: int) -> bool:
+    """Whether two epochs have the same bits and the same smoothing."""
+    return (plan.bits(epoch), plan.smoothing_scale(epoch)) == (plan.bits(other), plan.smoothing_scale(other))
 
 
-def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: int) -> dict[str, float]:
-    """Validates the state at the end of an epoch and logs what can be said without its steps."""
+def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: int) -> Scores:
+    """Validate the state at the end of an epoch and log what can be said without its steps."""
     start, bits = time.perf_counter(), plan.bits(epoch)
     validation = plan.evaluate(state.averaged.variables, bits)
     run.log(
@@ -232,10 +248,10 @@ def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: i
     return validation
 
 
-def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], float]) -> dict[str, Any]:
+def _end_epoch(state: TrainState, totals: Any, plan: Plan, epoch: int, *, began: float) -> dict[str, Any]:
     """The epoch's line of metrics."""
     _check_finite(state, totals, plan)
-    bits = plan.bits(epoch)
+    bits, scale = plan.bits(epoch), plan.smoothing_scale(epoch)
     validation = plan.evaluate(state.averaged.variables, bits)
     if not math.isfinite(validation["loss"]):
         raise FloatingPointError(
@@ -249,29 +265,29 @@ def _end_epoch(state, totals, plan: Plan, epoch: int, *, seconds: Callable[[], f
         "step": epoch * plan.steps_per_epoch,
         "weight_bits": bits.weights,
         "act_bits": bits.activations,
-        **({} if plan.strength(epoch) is None else {"smoothing_strength": plan.strength(epoch)}),
+        **({} if scale is None else {"smoothing_scale": scale}),
         "train_loss": float(sums["loss"] / sums["count"]),
         "train_accuracy": float(sums["correct"] / sums["count"]),
         **{f"train_{name}": float(value / sums["count"]) for name, value in sums.items() if name not in _KNOWN_SUMS},
         "collapsed_clips": int(sums["collapsed_clips"]),
         **_named(validation),
-        "seconds": round(seconds(), 3),
+        "seconds": round(time.perf_counter() - began, 3),
     }
 
 
-def _named(validation: dict[str, Any]) -> dict[str, Any]:
-    """Scores of the validation images as a line of metrics has them."""
+def _named(validation: Scores) -> dict[str, Any]:
+    """Scores on the validation set as a line of metrics has them."""
     return {f"validation_{name}": value for name, value in validation.items()}
 
 
 def _ended(line: dict[str, Any], plan: Plan) -> bool:
     """Whether training ends with the line's epoch before its time; the line says so to a resumed run, too."""
-    return plan.alike(line["epoch"], plan.epochs) and plan.reached(line)
+    return _alike(plan, line["epoch"], plan.epochs) and plan.reached(line)
 
 
-def _at(bits: Bits, strength: float | None) -> str:
-    weights, activations = ("32" if width is None else str(width) for width in bits)
-    smoothing = "" if strength is None else f" and {strength:.0%} of the smoothing"
+def _at(bits: Bits, smoothing_scale: float | None) -> str:
+    weights, activations = ("32" if part is None else str(part) for part in bits)
+    smoothing = "" if smoothing_scale is None else f" and {smoothing_scale:.0%} of the smoothing"
     return f" at {weights} and {activations} bits{smoothing}"
 
 
@@ -285,17 +301,11 @@ def _warnings(line: dict[str, Any], plan: Plan) -> list[str]:
         )
     first_tenth = max(1, math.ceil(plan.epochs / 10))
     guess = _NEAR_CHANCE * plan.chance
-    if line["epoch"] == first_tenth and line["validation_accuracy"] <= guess:
-        found = (
-            f"a validation accuracy of {line['validation_accuracy']:.1%} after a tenth of the run is that of guessing"
+    if line["epoch"] == first_tenth and max(line["validation_accuracy"], line["train_accuracy"]) <= guess:
+        warnings.append(
+            f"an accuracy of {line['validation_accuracy']:.1%} after a tenth of the run is that of guessing: try a "
+            "smaller --optimizer.learning-rate, more bits or another --clip-start"
         )
-        if line["train_accuracy"] <= guess:
-            warnings.append(f"{found}: try a smaller --optimizer.learning-rate, more bits or another --clip-start")
-        elif line["step"] >= _STATISTICS_SETTLE:
-            warnings.append(
-                f"{found}, though that on the training images is {line['train_accuracy']:.1%}: the running batch "
-                "statistics do not follow; try a smaller --optimizer.learning-rate or a larger --batch-size"
-            )
     return warnings
 
 

@@ -118,8 +118,8 @@ def step_bound(bound: BoundPart, size: tuple[int, int]) -> StepBound:
       ValueError: The block smooths by a kind that is not convex.
     """
     smoothing = bound.part.smoothing
-    if smoothing is not None and not stencils.KINDS[smoothing.kind].convex:
-        convex = ", ".join(name for name, kind in stencils.KINDS.items() if kind.convex)
+    if smoothing is not None and not stencils.ENERGIES[smoothing.kind].convex:
+        convex = ", ".join(name for name, kind in stencils.ENERGIES.items() if kind.convex)
         raise ValueError(
             f"smoothing of kind {smoothing.kind!r} can amplify a difference, so no constant of its step is "
             f"proven: certify networks that smooth by a convex kind ({convex})"

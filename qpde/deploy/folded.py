@@ -46,7 +46,7 @@ from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBl
 from qpde.models.images.network import BoundPart, Network
 from qpde.models.layers import NORM_EPSILON, TINY
 from qpde.quantizers.levels import LEVEL_SETS
-from qpde.stencils import KINDS
+from qpde.stencils import ENERGIES
 
 __all__ = ["Folded", "Note", "fold"]
 
@@ -375,9 +375,9 @@ class _Builder:
             return x
         s, gamma2 = part.block.smoothing, float(np.asarray(part.gamma2).reshape(()))
         self.in_float(f"{s.kind} smoothing")
-        bound = (0.25 if KINDS[s.kind].slope_is_one else s.eps / 4) / unit
-        gamma2 = gamma2 if KINDS[s.kind].slope_is_one else gamma2 / unit
-        bound = bound * unit if KINDS[s.kind].slope_is_one else bound
+        bound = (0.25 if ENERGIES[s.kind].slope_is_one else s.eps / 4) / unit
+        gamma2 = gamma2 if ENERGIES[s.kind].slope_is_one else gamma2 / unit
+        bound = bound * unit if ENERGIES[s.kind].slope_is_one else bound
         return self.add(Smooth, x, s.kind, s.steps, min(max(gamma2, 0.0), bound), s.eps / unit)
 
     def smooth_output(self, part: _Part, x: str, unit: float) -> str:

@@ -93,10 +93,10 @@ def compare(
         labels of one split make it the set that is measured. A segmentation network, whose logits are
         (N, H, W, classes), has labels (N, H, W), -1 where a pixel does not count.
       bits: `qpde.Bits` of the quantized network, its activations not None. The twin's weights have the same.
-      twin: variables of the twin if they differ, for instance from an earlier `reestimate_statistics`.
-      statistics_batches: batches, best of the training set, from which the twin's batch statistics are
-        estimated again. The stored ones belong to the rounded activations they were collected from; with these
-        a twin can lose ten points of accuracy.
+      twin: Variables of the twin if they differ, for instance from an earlier `reestimate_statistics`.
+      statistics_batches: Batches, best of the training set, from which the batch statistics of both networks are
+        estimated again, of each at its own bits. The stored ones belong to the activations they were collected from,
+        and running averages lag behind the weights: what is compared should be evaluated with statistics of one kind.
     Returns:
       `Faithfulness`.
     Raises:
@@ -111,7 +111,11 @@ def compare(
     twin_bits = bits.twin
     twin = variables if twin is None else twin
     if statistics_batches is not None:
-        twin = reestimate_statistics(model, twin, statistics_batches, twin_bits)
+        statistics_batches = list(statistics_batches)
+        variables, twin = (
+            reestimate_statistics(model, own, statistics_batches, at)
+            for own, at in ((variables, bits), (twin, twin_bits))
+        )
 
     def measure(x, index):
         exact = _evaluate(model, twin, x, twin_bits)
@@ -169,7 +173,7 @@ def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], 
 def logit_difference(
     logits: Float[Array, "n *pixels classes"], logits_q: Float[Array, "n *pixels classes"]
 ) -> dict[str, Array]:
-    """How logits z_q differ from z, per input: what `qpde.batches.mean_over` takes means of.
+    """How logits z_q differ from z, per input: what `qpde.measure.batches.mean_over` takes means of.
 
     Args:
       logits: z, (N, classes), or (N, H, W, classes) of a segmentation network.

@@ -1,6 +1,6 @@
 """Clips read off one batch, for the first step of a new net, and converged norms, for the last of a trained one.
 
-`qpde.calibration` quantizes a net that was trained in full precision.
+`qpde.ptq` quantizes a net that was trained in full precision.
 """
 
 from __future__ import annotations

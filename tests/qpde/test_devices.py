@@ -154,7 +154,7 @@ def test_graph_operators_take_nodes_and_edges_split_over_explicit_axes(split):
 
     @jax.jit
     def everything(graph, x):
-        flows = [graphs.nonlinear_laplacian(graph, x, jnp.tanh, kind=kind) for kind in graphs.KINDS]
+        flows = [graphs.nonlinear_laplacian(graph, x, jnp.tanh, kind=kind) for kind in graphs.GRADIENTS]
         smoothed = graphs.tv_step(graph, x, gamma2=0.01, eps=0.1)
         slope = jax.grad(lambda x: graphs.dirichlet_energy(graph, x) + flows[0].sum())(x)
         return graphs.laplacian(graph, x), flows, smoothed, slope

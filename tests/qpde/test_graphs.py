@@ -18,9 +18,9 @@ from qpde import graphs
 
 NODES, EDGES, CHANNELS = 9, 14, 3
 SEEDS = st.integers(0, 2**31 - 1)
-KINDS = st.sampled_from(sorted(graphs.KINDS))
+KINDS = st.sampled_from(sorted(graphs.GRADIENTS))
 SCALES = st.sampled_from([1e-3, 1.0, 1e3])
-KIND_LIST = sorted(graphs.KINDS)
+KIND_LIST = sorted(graphs.GRADIENTS)
 
 
 def random_edges(seed, nodes=NODES, edges=EDGES):
@@ -191,7 +191,7 @@ def test_no_eigenvalue_exceeds_the_bounds(seed, kind):
     largest = np.linalg.eigvalsh(dense_gradient(graph, kind).T @ dense_gradient(graph, kind))[-1]
     bound = float(jitted("largest_eigenvalue_bound", kind=kind)(graph))
     assert largest <= bound * (1 + 1e-6)
-    assert bound <= graphs.KINDS[kind]
+    assert bound <= graphs.GRADIENTS[kind]
 
 
 def test_eigenvalue_bound_is_reached_by_an_even_ring():
@@ -230,7 +230,7 @@ def test_total_variation_step_is_non_expansive_and_never_raises_the_energy(seed,
     graph, x, y = random_graph(seed), field(seed, scale=scale), field(seed + 1, scale=scale)
     # The step is clamped to what is stable on every graph, this graph's own bound may be larger.
     own = float(jitted("max_stable_step", kind=kind)(graph, lipschitz=1 / eps))
-    gamma2 = fraction * min(own, 2 * eps / graphs.KINDS[kind])
+    gamma2 = fraction * min(own, 2 * eps / graphs.GRADIENTS[kind])
     step = jitted("tv_step", kind=kind)
     new_x, new_y = step(graph, x, gamma2=gamma2, eps=eps), step(graph, y, gamma2=gamma2, eps=eps)
     distance = np.linalg.norm(np.float64(x) - y)

@@ -17,7 +17,7 @@ from jax.test_util import check_grads
 
 from qpde import stencils
 from qpde.stencils import (
-    KINDS,
+    ENERGIES,
     divergence,
     gradient,
     implicit_step,
@@ -29,20 +29,20 @@ from qpde.stencils import (
 from qpde.testing import check_gradient_step, check_non_expansive
 
 BOUNDARIES = ["neumann", "periodic", "dirichlet"]
-CONVEX = [kind for kind, row in KINDS.items() if row.convex]
-UNCOUPLED = [kind for kind, row in KINDS.items() if not row.coupled]
+CONVEX = [kind for kind, row in ENERGIES.items() if row.convex]
+UNCOUPLED = [kind for kind, row in ENERGIES.items() if not row.coupled]
 SHAPES = [(2, 5, 7, 3), (1, 6, 2), (6, 1, 1), (2, 1, 2, 2, 1)]  # one row, one column, two batch axes
 ROUNDING = 1e-12  # of float64, for sums of a few hundred numbers
 
 # Borders are the differences' business and kinds the flux's: every kind, and every border for a coupled and an
 # uncoupled one, cover all combinations at half the compilations.
-PAIRS = [(kind, "neumann") for kind in KINDS] + [
+PAIRS = [(kind, "neumann") for kind in ENERGIES] + [
     (kind, boundary) for kind in ("isotropic", "huber") for boundary in ("periodic", "dirichlet")
 ]
 # The implicit step uses the diffusivities only, and of them only that they are positive.
 IMPLICIT_PAIRS = [pair for pair in PAIRS if pair[0] in ("isotropic", "huber", "weickert")]
-STEPS = [(tv_step, kind) for kind in KINDS] + [(implicit_step, "isotropic")]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+STEPS = [(tv_step, kind) for kind in ENERGIES] + [(implicit_step, "isotropic")]
+every_kind = pytest.mark.parametrize("kind", ENERGIES)
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
 every_pair = pytest.mark.parametrize(("kind", "boundary"), PAIRS)
 seeds = st.integers(0, 2**31 - 1)
@@ -175,7 +175,7 @@ def test_explicit_step_is_consistent_with_the_differential_equation(double, kind
 @every_kind
 def test_row_states_the_facts_that_its_bound_rests_on(double, kind):
     """Psi' = s g;  0 <= g <= L and F' <= L;  F' >= 0 exactly where the row says convex."""
-    row, eps = KINDS[kind], jnp.asarray(0.3)
+    row, eps = ENERGIES[kind], jnp.asarray(0.3)
     largest_slope = 1 / (4 * max_stable_step(eps=0.3, kind=kind))
     s = jnp.linspace(1e-3, 10, 4001)
     flux = (lambda s: row.flux(s, eps)) if row.flux else (lambda s: s * row.diffusivity(s * s, eps))
@@ -250,10 +250,10 @@ def test_step_of_a_convex_energy_is_non_expansive(double, kind, boundary):
     check()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENERGIES)
 def test_the_worst_direction_of_a_step_grows_exactly_where_its_kind_is_not_convex(kind):
     step = partial(tv_step, gamma2=max_stable_step(eps=0.5, kind=kind), eps=0.5, kind=kind)
-    if KINDS[kind].convex:
+    if ENERGIES[kind].convex:
         check_non_expansive(step, (1, 5, 6, 1))
     else:
         with pytest.raises(AssertionError, match="expansive"):
@@ -300,7 +300,7 @@ def test_step_commutes_with_flips_exactly_where_axes_are_not_coupled(double, kin
     step = compiled_step(kind, boundary)
     flipped = jnp.flip(step(jnp.flip(x, axis), gamma2, eps)[0], axis)
     commutes = bool(jnp.abs(flipped - step(x, gamma2, eps)[0]).max() <= ROUNDING)
-    assert commutes is (not KINDS[kind].coupled)
+    assert commutes is (not ENERGIES[kind].coupled)
 
 
 @pytest.mark.parametrize(("step", "kind"), STEPS)
@@ -416,7 +416,7 @@ OPERATORS = {
     "divergence": lambda x: divergence(jnp.stack([x, jnp.sin(x)], axis=-1)),
     "energy": partial(total_variation, eps=0.1),
     "energy per axis": partial(total_variation, eps=0.1, kind="huber"),
-    **{f"step {k}": partial(tv_step, gamma2=0.02, eps=0.1, kind=k) for k in KINDS},
+    **{f"step {k}": partial(tv_step, gamma2=0.02, eps=0.1, kind=k) for k in ENERGIES},
     "smooth": partial(smooth, gamma2=0.02, eps=0.1, kind="huber", boundary="periodic"),
     "implicit": partial(implicit_step, gamma2=0.5, eps=0.1),
     "implicit periodic": partial(implicit_step, gamma2=0.5, eps=0.1, boundary="periodic"),
@@ -434,7 +434,7 @@ def test_eager_jit_and_vmap_agree(name):
 
 @pytest.mark.parametrize(
     ("step", "kind"),
-    [(tv_step, kind) for kind in KINDS if kind != "huber"]
+    [(tv_step, kind) for kind in ENERGIES if kind != "huber"]
     + [(implicit_step, "isotropic"), (implicit_step, "perona_malik_2")],
 )
 def test_derivatives_of_smooth_steps_are_exact_in_both_modes(double, step, kind):

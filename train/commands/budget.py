@@ -1,4 +1,4 @@
-"""Widths for each block of a finished run's networks, within the cost of uniform ones: `qpde.budget`."""
+"""Bits for each block of a finished run's networks, within the cost of uniform ones: `qpde.ptq.allocate`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from rich.table import Table
 import qpde.models
 from qpde.bits import Bits, distinct_bits
 from qpde.ptq.bit_allocation import FULL, allocate, block_bits, block_costs, sensitivity
-from train.commands.elastic import check_quantized, compare_widths
+from train.commands.elastic import check_quantized, compare_at
 from train.config.images import check_at_least
 from train.trained.finished import Finished, read_finished
 
-_COLUMNS = ("variant", "widths", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
+_COLUMNS = ("variant", "bits", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Choose widths for each block of a finished run's networks, and show them beside uniform ones.
+    """Choose bits for each block of a finished run's networks, and show them beside uniform ones.
 
-    For each of the uniform widths --at, weights and activations of the blocks get those of --bits that change the
+    For each of the uniform bits --at, weights and activations of the blocks get those of --bits that change the
     outputs least and cost no more bit-operations. How much rounding the weights or the activations of a block alone
     changes them is measured on training images, without labels; the table is of test images, agreement and KL are those
     with 32 bits. Batch statistics are estimated again for every row.
@@ -34,9 +34,9 @@ class Budget:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-    """Widths that weights and activations of a block can have."""
+    """Bits that weights and activations of a block can have."""
     at: tuple[str, ...] = ("3", "4")
-    """Uniform widths whose costs are the budgets: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    """Uniform bits whose costs are the budgets: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
     images: int = 512
     """Training images on which blocks are measured."""
     data_dir: Path | None = None
@@ -48,28 +48,28 @@ def prepare_budget(options: Budget) -> Callable[[Console], None]:
 
     Raises:
       ValueError, OSError: the folder holds no finished run on images, one that is not quantized, a budget is below
-        what the cheapest widths cost, or an option is wrong.
+        what the cheapest bits cost, or an option is wrong.
     """
     check_at_least("images", options.images, 1)
     if not options.bits or not options.at:
-        raise ValueError("--bits and --at must not be empty: give widths, such as --bits 2 3 4 6 8 --at 3 4")
-    if outside := [width for width in options.bits if not 2 <= width <= 32]:
+        raise ValueError("--bits and --at must not be empty: give some, such as --bits 2 3 4 6 8 --at 3 4")
+    if outside := [bits for bits in options.bits if not 2 <= bits <= 32]:
         raise ValueError(f"--bits (={outside[0]}) must lie in 2 to 32")
     choices = [Bits(weights, activations) for weights in options.bits for activations in options.bits]
     uniform = distinct_bits(options.at)
     found = read_finished(options.run, options.data_dir)
     for finished in found.values():
         check_quantized(finished, options.run, choices + uniform)
-        shape, model = finished.training.images.shape, finished.training.model
+        shape, model = finished.images.shape, finished.model
         least = int(block_costs(model, shape, choices).min(axis=0).sum())
         for bits in uniform:
             if (budget := _cost(finished, bits)) < least:
                 raise ValueError(f"--at {_text(bits)} costs {budget:,}, less than the cheapest of --bits, {least:,}")
 
     def work(console: Console) -> None:
-        table = Table(title=f"{options.run.name}: widths of blocks within a budget, test images", box=box.SIMPLE_HEAD)
+        table = Table(title=f"{options.run.name}: bits of blocks within a budget, test images", box=box.SIMPLE_HEAD)
         for column in _COLUMNS:
-            table.add_column(column, justify="left" if column in ("variant", "widths", "blocks") else "right")
+            table.add_column(column, justify="left" if column in ("variant", "bits", "blocks") else "right")
         for name, finished in found.items():
             for i, row in enumerate(_rows(finished, options, choices, uniform)):
                 table.add_row("" if i else name, *row)
@@ -79,25 +79,24 @@ def prepare_budget(options: Budget) -> Callable[[Console], None]:
 
 
 def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: list[Bits]) -> list[tuple[str, ...]]:
-    """A line of the table for each of the uniform widths, and one for the best allocation that costs no more."""
-    training = finished.training
-    model, widths = training.model, options.bits
-    seen = list(training.training_batches(limit=-(-options.images // training.experiment.batch_size)))
-    alone = [Bits(width, 32) for width in widths] + [Bits(32, width) for width in widths]
+    """A line of the table for each of the uniform bits, and one for the best allocation that costs no more."""
+    model, shape = finished.model, finished.images.shape
+    seen = list(finished.training_batches(limit=-(-options.images // finished.experiment.batch_size)))
+    alone = [Bits(bits, 32) for bits in options.bits] + [Bits(32, bits) for bits in options.bits]
     measured = sensitivity(model, finished.variables, [x for x, _ in seen], alone, statistics_batches=seen).kl
     of_weights, of_activations = np.split(measured, 2)
     errors = (of_weights[:, None] + of_activations).reshape(len(choices), -1)
-    costs = block_costs(model, training.images.shape, choices)
+    costs = block_costs(model, shape, choices)
     labels, rows = [], []
     for bits in uniform:
         mixed = [choices[c] for c in allocate(errors, costs, _cost(finished, bits))]
         labels += [(_text(bits), "all alike"), ("mixed", " ".join(f"{w}/{a}" for w, a in mixed))]
         rows += [block_bits([bits] * len(mixed)), block_bits(mixed)]
-    found = compare_widths(finished, rows, [block_bits([FULL] * len(model.blocks))] * len(rows))
+    found = compare_at(finished, rows, [block_bits([FULL] * len(model.blocks))] * len(rows))
     return [
         (
             text,
-            f"{qpde.models.summary(model, training.images.shape, bits=row).bit_operations / 1e6:,.2f}",
+            f"{qpde.models.summary(model, shape, bits=row).bit_operations / 1e6:,.2f}",
             f"{found.accuracy[i]:.2%}",
             f"{found.agreement[i]:.2%}",
             f"{found.kl[i]:.4g}",
@@ -108,8 +107,8 @@ def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: lis
 
 
 def _cost(finished: Finished, bits: Bits) -> int:
-    """Bit-operations of the blocks at uniform widths."""
-    return int(block_costs(finished.training.model, finished.training.images.shape, [bits]).sum())
+    """Bit-operations of the blocks at uniform bits."""
+    return int(block_costs(finished.model, finished.images.shape, [bits]).sum())
 
 
 def _text(bits: Bits) -> str:

@@ -1,4 +1,4 @@
-"""How many predictions of a finished run its rounding provably does not change: `qpde.certificate` over test images."""
+"""How many predictions of a finished run its rounding provably does not change: `qpde.certify` over test images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,17 +24,17 @@ class Certify:
 
     The twin has the network's own weights and batch statistics, its activations clipped and not rounded. "bound/error"
     is the median over images and classes of the proven bound of a logit difference's error over that error.
-    "a priori" counts the images for which clips and widths alone are enough.
+    "a priori" counts the images for which clips and bits alone are enough.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     bits: tuple[int, ...] = (8, 6, 4)
-    """Widths of activations."""
+    """Bits of activations."""
     images: int = 1000
     """Test images, from the first on."""
     newton_steps: int = 2
-    """Of Newton's method before the proof, see `qpde.certificate`: 0 for the worst case of the injected errors."""
+    """Of Newton's method before the proof, see `qpde.certify`: 0 for the worst case of the injected errors."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
 
@@ -49,10 +49,10 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
     check_at_least("images", options.images, 1)
     check_at_least("newton_steps", options.newton_steps, 0)
     if outside := [bits for bits in options.bits if not 2 <= bits <= 15] or not options.bits:
-        raise ValueError(f"--bits (={outside or ()}) are widths that round: give some of 2 to 15")
+        raise ValueError(f"--bits (={outside or ()}) must round: give some of 2 to 15")
     found = read_finished(options.run, options.data_dir)
     for name, finished in found.items():
-        if finished.training.model.act_bits is None:
+        if finished.model.act_bits is None:
             raise ValueError(f"{name} of {options.run} rounds no activations: `quantize` the run first")
         finished.check_levels(options.bits)
 
@@ -62,11 +62,11 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
-        for width in options.bits:
+        for act_bits in options.bits:
             for i, (name, finished) in enumerate(found.items()):
-                measured = measure(finished, width, images=options.images, newton_steps=options.newton_steps)
+                measured = measure(finished, act_bits, images=options.images, newton_steps=options.newton_steps)
                 shares = (f"{measured[key]:.1%}" for key in ("accuracy", "agreement", "certified", "a_priori"))
-                table.add_row("" if i else str(width), name, *shares, f"{measured['tightness']:.3g}")
+                table.add_row("" if i else str(act_bits), name, *shares, f"{measured['tightness']:.3g}")
         print_table(console, table)
 
     return work

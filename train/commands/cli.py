@@ -88,7 +88,7 @@ def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
         raise ValueError(f"{paths[0]} has no recipe {recipe!r}: {meant}choose from {list(recipes)}")
     experiment = recipes[recipe]
     if command is Sweep and not isinstance(experiment, Experiment):
-        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and widths in one run: use {_PROGRAM} run")
+        raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and bits in one run: use {_PROGRAM} run")
     kind = Run[type(experiment)] if command is Run else command
     return parse(
         kind,
@@ -120,7 +120,7 @@ def parse_sweep(arguments: Sequence[str]) -> Callable[[Console], None]:
     spelled = [argument.replace("_", "-") for argument in arguments]
     for option in ("--model.weight-bits", "--model.act-bits"):
         if options.bits is not None and _value_of(option, spelled) is not None:
-            raise ValueError(f"{option} and --bits both give widths: leave one of them out")
+            raise ValueError(f"{option} and --bits both give bits: leave one of them out")
     return prepare_sweep(options)
 
 
@@ -177,12 +177,12 @@ COMMANDS = {
     "elastic": Command(
         command_of("elastic", ElasticRun, prepare_elastic),
         "elastic RUN --bits 2 3 4 6 8 32",
-        "the same weights at several widths",
+        "the same weights at several bits",
     ),
     "budget": Command(
         command_of("budget", Budget, prepare_budget),
         "budget RUN --bits 2 3 4 6 8 --at 3 4",
-        "widths for each block, within a cost",
+        "bits for each block, within a cost",
     ),
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"

@@ -1,4 +1,4 @@
-"""The networks of a finished run at other widths than their own: one table of accuracy and agreement against bits."""
+"""The networks of a finished run at other bits than their own: one table of accuracy and agreement against bits."""
 
 import csv
 import dataclasses
@@ -30,17 +30,17 @@ _FIELDS = ("accuracy", "accuracy_twin", "agreement", "agreement_full", "kl", "kl
 
 @dataclasses.dataclass(frozen=True)
 class ElasticRun:
-    """Evaluate the networks of a finished run at several widths, with one set of weights and clips.
+    """Evaluate the networks of a finished run at several bits, with one set of weights and clips.
 
-    Batch statistics are estimated again for every width. Each is compared with its own high-precision twin, which has
-    the same rounded weights, and with the widths W32A32, which round nothing. Writes RUN/elastic.csv and
-    RUN/elastic.png. A network trained with widths drawn at random (annealing) is made for this.
+    Batch statistics are estimated again for each of them. Each is compared with its own high-precision twin, which has
+    the same rounded weights, and with W32A32, which rounds nothing. Writes RUN/elastic.csv and
+    RUN/elastic.png. A network trained with bits drawn at random (annealing) is made for this.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     bits: tuple[str, ...] = ("2", "3", "4", "6", "8", "32")
-    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    """Bits: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
 
@@ -52,18 +52,18 @@ def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:
       ValueError, OSError: the folder holds no finished run on images, one that is not quantized, or an option is wrong.
     """
     if not options.bits:
-        raise ValueError("--bits is empty: give widths, such as --bits 2 3 4 6 8 32")
-    widths = {f"W{bits.weights}A{bits.activations}": bits for bits in distinct_bits(options.bits)}
+        raise ValueError("--bits is empty: give some, such as --bits 2 3 4 6 8 32")
+    at = {f"W{bits.weights}A{bits.activations}": bits for bits in distinct_bits(options.bits)}
     found = read_finished(options.run, options.data_dir)
     for finished in found.values():
-        check_quantized(finished, options.run, list(widths.values()))
+        check_quantized(finished, options.run, list(at.values()))
 
     def work(console: Console) -> None:
-        results = {name: _measure(finished, widths) for name, finished in found.items()}
+        results = {name: _measure(finished, at) for name, finished in found.items()}
         print_table(console, _table(options.run.name, results))
         with open(options.run / "elastic.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("widths", "variant", *_FIELDS))
+            writer.writerow(("bits", "variant", *_FIELDS))
             for name, rows in results.items():
                 writer.writerows((text, name, *(row[field] for field in _FIELDS)) for text, row in rows.items())
         panels = {
@@ -79,33 +79,31 @@ def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:
     return work
 
 
-def check_quantized(finished: Finished, run: Path, widths: Sequence[Bits]) -> None:
-    """ValueError for a network without quantizers, or whose level set has none of these widths."""
-    training = finished.training
-    if None in training.model.bits:
+def check_quantized(finished: Finished, run: Path, at: Sequence[Bits]) -> None:
+    """ValueError for a network without quantizers, or whose level set has none of these bits."""
+    if None in finished.model.bits:
         raise ValueError(
-            f"{training.variant.name} of {run} has no quantizers of weights or of activations: `quantize` the run first"
+            f"{finished.name} of {run} has no quantizers of weights or of activations: `quantize` the run first"
         )
-    finished.check_levels(width for bits in widths for width in bits)
+    finished.check_levels(part for bits in at for part in bits)
 
 
-def compare_widths(finished: Finished, widths: Sequence[Bits], references: Sequence[Bits]) -> BitsComparison:
+def compare_at(finished: Finished, at: Sequence[Bits], references: Sequence[Bits]) -> BitsComparison:
     """`compare_bits` on the test images, with batch statistics from training images."""
-    training = finished.training
     return compare_bits(
-        training.model,
+        finished.model,
         finished.variables,
-        training.test_images(),
-        widths,
+        finished.test_images(),
+        at,
         references=references,
-        statistics_batches=training.statistics_batches(),
+        statistics_batches=finished.statistics_batches(),
     )
 
 
-def _measure(finished: Finished, widths: dict[str, Bits]) -> dict[str, dict[str, float]]:
-    """`_FIELDS` by widths."""
-    rows, count = list(widths.values()), len(widths)
-    found = compare_widths(finished, rows * 2, [bits.twin for bits in rows] + [_FULL] * count)
+def _measure(finished: Finished, at: dict[str, Bits]) -> dict[str, dict[str, float]]:
+    """`_FIELDS` by bits."""
+    rows, count = list(at.values()), len(at)
+    found = compare_at(finished, rows * 2, [bits.twin for bits in rows] + [_FULL] * count)
     return {
         text: {
             "accuracy": float(found.accuracy[i]),
@@ -115,14 +113,14 @@ def _measure(finished: Finished, widths: dict[str, Bits]) -> dict[str, dict[str,
             "kl": float(found.kl[i]),
             "kl_full": float(found.kl[count + i]),
         }
-        for i, text in enumerate(widths)
+        for i, text in enumerate(at)
     }
 
 
 def _table(name: str, results: dict[str, dict[str, dict[str, float]]]) -> Table:
-    table = Table(title=f"{name}: one set of weights at several widths, test images", box=box.SIMPLE_HEAD)
-    for heading in ("widths", "variant", *(heading for heading, _ in _COLUMNS)):
-        table.add_column(heading, justify="left" if heading in ("widths", "variant") else "right")
+    table = Table(title=f"{name}: one set of weights at several bits, test images", box=box.SIMPLE_HEAD)
+    for heading in ("bits", "variant", *(heading for heading, _ in _COLUMNS)):
+        table.add_column(heading, justify="left" if heading in ("bits", "variant") else "right")
     for text in next(iter(results.values())):
         for i, (variant, rows) in enumerate(results.items()):
             cells = (f"{100 * rows[text][field]:.2f}" for _, field in _COLUMNS)

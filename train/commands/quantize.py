@@ -1,33 +1,37 @@
-"""Turn a finished full-precision run into quantized ones, without training: `qpde.calibration` on its best states."""
+"""Turn a finished full-precision run into quantized ones, without training: `qpde.ptq` on its best states."""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
+import qpde
 import qpde.models
 from qpde.bits import Bits, distinct_bits
 from train.config.images import Annealing, Calibration, Experiment, Model, Variant
 from train.runs.directory import read_experiment, read_results, unfinished
+from train.tasks.images import Training
 from train.tasks.job import prepare_job
+from train.trained.finished import check_data
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
     """Quantize the networks of a full-precision run after their training, and print the faithfulness table.
 
-    Each width gives a run of its own, RUNS_DIR/RUN_W4A4 and so on, as if it had been trained: it can be reproduced, and
-    trained further by `run --start-from`. Clips are chosen from training images without their labels. Finished runs are
-    kept: the same command goes on after an interruption, and one with more widths adds to them.
+    Each pair of bits gives a run of its own, RUNS_DIR/RUN_W4A4 and so on, as if it had been trained: it can be
+    reproduced, and trained further by `run --start-from`. Clips are chosen from training images without their labels.
+    Finished runs are kept: the same command goes on after an interruption, and one with more bits adds to them.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     bits: tuple[str, ...]
-    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    """Bits: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
     calibration: Annotated[Calibration, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Calibration)
     per_channel: bool = False
     """A clip for each output channel of a kernel."""
@@ -50,7 +54,7 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
     if not isinstance(source, Experiment):
         raise ValueError(f"{options.run} is a run on graphs, which quantizes by itself: give `run` the option --bits")
     if not options.bits:
-        raise ValueError("--bits is empty: give widths, such as --bits W8A8 W4A4")
+        raise ValueError("--bits is empty: give some, such as --bits W8A8 W4A4")
     read_results(options.run)  # a state in the middle of its training is not to be measured
     experiments = [_quantized(source, bits, options) for bits in distinct_bits(options.bits)]
     missing = experiments
@@ -64,6 +68,7 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
             runs_dir=options.runs_dir,
             overwrite=options.overwrite,
             elsewhere="--runs-dir",
+            check=partial(_check_data, options.run),
         )
         for experiment in missing
     ]
@@ -77,6 +82,11 @@ def prepare_quantize(options: Quantize) -> Callable[[Console], None]:
             job(console)
 
     return work
+
+
+def _check_data(run: Path, training: Training) -> None:
+    """ValueError where the images that are here are not those that the run was trained on."""
+    check_data(run, training.fingerprint, [qpde.load(run / training.variant.name)])
 
 
 def _quantized(source: Experiment, bits: Bits, options: Quantize) -> Experiment:

@@ -31,9 +31,9 @@ class Report:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs: one or several on images, or one on a graph."""
     bits: tuple[int, ...] = (2, 3, 4, 6, 8)
-    """Widths of activations to run the networks at."""
+    """Bits of activations to run the networks at."""
     certify: tuple[int, ...] = (8, 6, 4)
-    """Widths of activations to certify predictions at."""
+    """Bits of activations to certify predictions at."""
     images: int = 500
     """Test images to measure on, from the first on."""
     data_dir: Path | None = None
@@ -49,13 +49,13 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
       ValueError, OSError: no finished runs are there, they do not fit on one page, or an option is out of range.
     """
     check_at_least("images", options.images, 1)
-    for name, widths, most in (("bits", options.bits, 32), ("certify", options.certify, 15)):
-        if outside := [width for width in widths if not 2 <= width <= most]:
-            raise ValueError(f"--{name} holds {outside[0]}: give widths from 2 to {most}")
+    for name, given, most in (("bits", options.bits, 32), ("certify", options.certify, 15)):
+        if outside := [bits for bits in given if not 2 <= bits <= most]:
+            raise ValueError(f"--{name} holds {outside[0]}: give bits from 2 to {most}")
     if not options.runs:
         raise ValueError("name a run: report runs/digits")
     if not options.bits:
-        raise ValueError("--bits is empty: give widths, such as --bits 2 4 8")
+        raise ValueError("--bits is empty: give some, such as --bits 2 4 8")
     if len({run.resolve().name for run in options.runs}) < len(options.runs):
         raise ValueError("two runs have the same name, which is what tells their networks apart: leave one out")
     experiments = {run: read_experiment(run) for run in options.runs}
@@ -80,14 +80,14 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     }
 
     for finished in found.values():
-        if finished.training.model.act_bits is not None:
+        if finished.model.act_bits is not None:
             finished.check_levels(options.bits + options.certify)
 
     def sections(console: Console) -> list[tuple[str, str]]:
         measured = {}
         for name, finished in found.items():
             console.print(f"measuring {name}", markup=False, highlight=False)
-            measured[name] = measure(finished, widths=options.bits, certify_at=options.certify, images=options.images)
+            measured[name] = measure(finished, act_bits=options.bits, certify_at=options.certify, images=options.images)
         return image_sections.sections(first, named, measured, folder)
 
     return _work(experiments, named, folder, sections)

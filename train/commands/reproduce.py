@@ -10,9 +10,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from train.runs.checkpoints import read_best
+import qpde
+from qpde.trained import DESCRIPTION
 from train.runs.directory import (
-    CHECKPOINTS,
     METRICS,
     SUMMARY,
     read_experiment,
@@ -21,6 +21,7 @@ from train.runs.directory import (
     start_changes,
 )
 from train.tasks.job import prepare_job
+from train.trained.finished import check_data
 
 _CLOCK = ("seconds", "training_seconds")
 """What two equal runs may differ in."""
@@ -32,8 +33,8 @@ _COMPARED = {METRICS: read_lines, SUMMARY: read_results}
 class Reproduce:
     """Repeat a finished run from its saved configuration and say whether the result is identical.
 
-    The repetition goes to REPLAYS_DIR/NAME, and is taken up again there if it is interrupted. Metrics, results and
-    the best parameters are compared bit by bit; only the times may differ. Exit status 1 says that they differ.
+    The repetition goes to INTO/NAME, and is taken up again there if it is interrupted. Metrics, results and the
+    trained networks are compared bit by bit; only the times may differ. Exit status 1 says that they differ.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -51,7 +52,7 @@ def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:
 
     Raises:
       ValueError, OSError: the folder holds no finished run, one of its files is damaged, its configuration cannot be
-        run here, or the run that it started from has changed.
+        run here, it was trained on other data than those that are here, or the run that it started from has changed.
     """
     for read in _COMPARED.values():
         read(options.run)
@@ -60,12 +61,14 @@ def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:
         raise ValueError(f"{options.run} cannot be repeated: {what} was {then!r} then and is {now!r} now")
     if options.into.resolve() == options.run.resolve().parent:
         raise ValueError(f"--into (={options.into}) is where the run itself lies: choose another folder")
+    networks = [qpde.load(folder) for folder in _networks(options.run)]
     job = prepare_job(
         experiment,
         data_dir=options.data_dir,
         runs_dir=options.into,
         overwrite=options.overwrite,
         elsewhere="--into",
+        check=lambda training: check_data(options.run, training.fingerprint, networks),
     )
 
     def reproduce(console: Console) -> int:
@@ -85,13 +88,17 @@ def differences(run: Path, other: Path) -> Iterator[str]:
     for file, read in _COMPARED.items():
         mine, theirs = (_without_clock(read(folder)) for folder in (run, other))
         yield from (f"{file}{place}: {a} and {b}" for place, a, b in _unequal(mine, theirs))
-    folders = {path.parent.parent.relative_to(run) for path in (run / CHECKPOINTS).rglob("_CHECKPOINT_METADATA")}
-    for folder in sorted(path for path in folders if (run / path).is_dir()):
-        states = [jax.tree.leaves_with_path(read_best(root / folder)) for root in (run, other)]
-        for (path, a), (_, b) in zip(*states, strict=True):
+    for folder in _networks(run):
+        mine, theirs = qpde.load(folder), qpde.load(other / folder.relative_to(run))
+        for (path, a), (_, b) in zip(*map(jax.tree.leaves_with_path, (mine.variables, theirs.variables)), strict=True):
             if not np.array_equal(a, b, equal_nan=True):
                 largest = np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
-                yield f"{folder} {jax.tree_util.keystr(path)}: by up to {largest:.3g}"
+                yield f"{folder.relative_to(run)} {jax.tree_util.keystr(path)}: by up to {largest:.3g}"
+
+
+def _networks(run: Path) -> list[Path]:
+    """The folders of a run's trained networks."""
+    return sorted(path.parent for path in run.rglob(DESCRIPTION))
 
 
 def _without_clock(value: Any) -> Any:

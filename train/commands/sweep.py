@@ -1,6 +1,6 @@
-"""Many runs of one experiment, over seeds, widths and forms, and one table of them: mean, confidence interval, test.
+"""Many runs of one experiment, over seeds, bits and forms, and one table of them: mean, confidence interval, test.
 
-A cell of the sweep, one pair of widths and one seed, is a run like any other, in RUNS_DIR/NAME_sweep/W4A4_seed0: it is
+A cell of the sweep, one pair of bits and one seed, is a run like any other, in RUNS_DIR/NAME_sweep/W4A4_seed0: it is
 taken up after an interruption, it can be reproduced, and a finished one is not run again when the sweep grows.
 """
 
@@ -25,7 +25,7 @@ from train.host.console import print_table
 from train.runs.directory import read_results, unfinished
 from train.tasks.images_summary import check_drawable
 from train.tasks.job import prepare_job
-from train.tasks.lockstep import prepare_fleet
+from train.tasks.lockstep import prepare_lockstep
 
 _FORMS = {
     "both": (Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
@@ -44,10 +44,10 @@ _CSV = ("accuracy", "accuracy_twin", "agreement", "mean_layer_error", "mean_rela
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Run an experiment at several widths and with several seeds, and compare its variants.
+    """Run an experiment at several bits and with several seeds, and compare its variants.
 
-    Writes RUNS_DIR/NAME_sweep: a run for each pair of widths and seed, sweep.csv and sweep.png. Finished runs are kept:
-    the same command goes on after an interruption, and one with more seeds or widths adds to them.
+    Writes RUNS_DIR/NAME_sweep: a run for each pair of bits and seed, sweep.csv and sweep.png. Finished runs are kept:
+    the same command goes on after an interruption, and one with more seeds or bits adds to them.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
@@ -56,11 +56,11 @@ class Sweep:
     seeds: int = 5
     """Number of seeds, from the experiment's own on."""
     bits: tuple[str, ...] | None = None
-    """Widths: W4A8 for 4-bit weights and 8-bit activations, or 4 for both. None: those of the model."""
+    """Bits: W4A8 for 4-bit weights and 8-bit activations, or 4 for both. None: those of the model."""
     symmetric: Literal["both", "yes", "no"] | None = None
     """Symmetric and plain networks, or one kind of them, instead of the experiment's variants."""
     at_once: int | None = None
-    """Runs that share each compiled step (vmap), whatever their seeds and widths. None is 1 on a CPU, where more are
+    """Runs that share each compiled step (vmap), whatever their seeds and bits. None is 1 on a CPU, where more are
     slower, and as many as there are seeds elsewhere. Sums are then taken in another order than alone."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
@@ -88,7 +88,7 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
     def prepared(part: list[Experiment]) -> Callable[[Console], None]:
         if at_once == 1:
             return prepare_job(part[0], data_dir=options.data_dir, runs_dir=folder)
-        return prepare_fleet(part, data_dir=options.data_dir, runs_dir=folder)
+        return prepare_lockstep(part, data_dir=options.data_dir, runs_dir=folder)
 
     first = [prepared(part) for part in parts[:1]]
 
@@ -106,7 +106,7 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95% confidence interval, t(n - 1) s / sqrt(n); NaN for one value."""
+    """Mean and half the width of its 95% confidence interval, t(n - 1) s / sqrt(n); NaN for one value."""
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return float(values.mean()), float("nan")
@@ -133,16 +133,16 @@ def _cells(options: Sweep) -> list[Experiment]:
     variants = source.chosen if options.symmetric is None else _FORMS[options.symmetric]
     check_drawable(variants)
     cells = []
-    for bits in _widths(options, variants):
-        widths = {"weight_bits": bits.weights, "act_bits": bits.activations}
-        own = tuple(Variant(variant.name, variant.changes | widths) for variant in variants)
+    for bits in _bits_of(options, variants):
+        own_bits = {"weight_bits": bits.weights, "act_bits": bits.activations}
+        own = tuple(Variant(variant.name, variant.changes | own_bits) for variant in variants)
         for seed in range(source.seed, source.seed + options.seeds):
             name = f"W{bits.weights}A{bits.activations}_seed{seed}"
             cells.append(dataclasses.replace(source, name=name, variants=own, only=(), seed=seed))
     return cells
 
 
-def _widths(options: Sweep, variants: Sequence[Variant]) -> list[Bits]:
+def _bits_of(options: Sweep, variants: Sequence[Variant]) -> list[Bits]:
     """Those given, or those that all variants have."""
     if options.bits is None:
         own = [options.experiment.model_of(variant) for variant in variants]
@@ -150,21 +150,21 @@ def _widths(options: Sweep, variants: Sequence[Variant]) -> list[Bits]:
         if len(found) == 1 and None not in (bits := found.pop()):
             return [bits]
     if not options.bits:
-        raise ValueError("--bits is empty, or not all variants are quantized alike: give widths, such as --bits 2 4 8")
+        raise ValueError("--bits is empty, or not all variants are quantized alike: give some, such as --bits 2 4 8")
     return distinct_bits(options.bits)
 
 
 def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Console) -> None:
     """Prints the table and writes sweep.csv and sweep.png."""
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by widths, by variant, over seeds
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by bits, by variant, over seeds
     with open(folder / "sweep.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("widths", "seed", "variant", *_CSV))
+        writer.writerow(("bits", "seed", "variant", *_CSV))
         for cell in cells:
-            widths = cell.name.split("_")[0]
+            bits = cell.name.split("_")[0]
             for variant, result in read_results(folder / cell.name).items():
-                writer.writerow((widths, cell.seed, variant, *(result[key] for key in _CSV)))
-                results.setdefault(widths, {}).setdefault(variant, []).append(result)
+                writer.writerow((bits, cell.seed, variant, *(result[key] for key in _CSV)))
+                results.setdefault(bits, {}).setdefault(variant, []).append(result)
     print_table(console, _table(options, results))
     variants = list(next(iter(results.values())))
     figure = {
@@ -178,16 +178,16 @@ def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Cons
 def _table(options: Sweep, results) -> Table:
     seeds = f"mean ± 95% confidence interval over {options.seeds} seeds" if options.seeds > 1 else "one seed"
     table = Table(title=f"{options.experiment.name}: {seeds}", box=box.SIMPLE_HEAD)
-    for heading in ("widths", "variant", *(heading for heading, *_ in _COLUMNS)):
-        table.add_column(heading, justify="left" if heading in ("widths", "variant") else "right", no_wrap=True)
+    for heading in ("bits", "variant", *(heading for heading, *_ in _COLUMNS)):
+        table.add_column(heading, justify="left" if heading in ("bits", "variant") else "right", no_wrap=True)
     digits = [digits for *_, digits in _COLUMNS]
-    for widths, by_variant in results.items():
+    for bits, by_variant in results.items():
         columns = {
             variant: [[factor * result[key] for result in found] for _, key, factor, _ in _COLUMNS]
             for variant, found in by_variant.items()
         }
         for i, (variant, values) in enumerate(columns.items()):
-            table.add_row(widths if i == 0 else "", variant, *map(_with_interval, values, digits))
+            table.add_row(bits if i == 0 else "", variant, *map(_with_interval, values, digits))
         first, *others = columns
         for other in others:
             difference = map(np.subtract, columns[first], columns[other])

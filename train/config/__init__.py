@@ -12,7 +12,7 @@ from train.config.images import (
     Model,
     Optimizer,
     Rule,
-    StrengthSchedule,
+    SmoothingSchedule,
     Variant,
 )
 
@@ -28,6 +28,6 @@ __all__ = [
     "Model",
     "Optimizer",
     "Rule",
-    "StrengthSchedule",
+    "SmoothingSchedule",
     "Variant",
 ]

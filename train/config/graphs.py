@@ -108,10 +108,10 @@ class GraphExperiment(Comparison):
         if self.seeds_at_once is not None and (self.seeds_at_once < 1 or self.seeds % self.seeds_at_once):
             raise ValueError(f"seeds_at_once (={self.seeds_at_once}) must divide the {self.seeds} seeds")
         if len(set(self.bits)) < len(self.bits):
-            raise ValueError(f"bits (={self.bits}) lists a pair of widths twice")
-        outside = [width for pair in self.bits for width in pair if not 2 <= width <= 32]
+            raise ValueError(f"bits (={self.bits}) lists a pair of bits twice")
+        outside = [bits for pair in self.bits for bits in pair if not 2 <= bits <= 32]
         if outside:
-            raise ValueError(f"bits holds {outside[0]}: widths are 2 to 32")
+            raise ValueError(f"bits holds {outside[0]}: give some of 2 to 32")
         if not 0 < self.tune_learning_rate <= 1:
             raise ValueError(f"tune_learning_rate (={self.tune_learning_rate}) must lie in (0, 1]")
 

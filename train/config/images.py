@@ -164,36 +164,36 @@ class Adam:
 
 @dataclass(frozen=True)
 class BitSchedule:
-    """Widths of weights or of activations over the epochs; they end at the model's."""
+    """Bits of weights or of activations over the epochs; they end at the model's."""
 
     schedule: Literal["constant", "staircase", "listed", "random"] = "constant"
-    """The model's width throughout; a bit less after every so many epochs; the widths of a list one after the other; or
-    for every step one drawn from the list and the model's, so that one network serves at all of them."""
+    """The model's bits throughout; one bit less after every so many epochs; those of a list one after the other; or for
+    every step a number drawn from the list and the model's, so that one network serves at all of them."""
     start: int = 16
-    """First width of the staircase."""
+    """First bits of the staircase."""
     every: int = 10
-    """Epochs at each width of a staircase or a list."""
-    widths: tuple[int, ...] = ()
-    """The list, from the first width on, without the model's; where widths are drawn, the model's may be in it."""
+    """Epochs at each number of bits of a staircase or a list."""
+    bits: tuple[int, ...] = ()
+    """The list, from the first on, without the model's; where bits are drawn, the model's may be in it."""
 
     def __post_init__(self):
         check_at_least("every", self.every, 1)
-        outside = [width for width in (self.start, *self.widths) if not 2 <= width <= 32]
+        outside = [bits for bits in (self.start, *self.bits) if not 2 <= bits <= 32]
         if outside:
-            raise ValueError(f"a bit schedule holds {outside[0]}: widths are 2 to 32")
-        if self.schedule == "random" and not self.widths:
-            raise ValueError("a random bit schedule needs widths to draw from: give them, such as --widths 2 3 6 8")
+            raise ValueError(f"a bit schedule holds {outside[0]}: bits are 2 to 32")
+        if self.schedule == "random" and not self.bits:
+            raise ValueError("a random bit schedule needs bits to draw from: give them, such as --bits 2 3 6 8")
 
 
 @dataclass(frozen=True)
-class StrengthSchedule:
-    """Strength of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
+class SmoothingSchedule:
+    """Share of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
 
     schedule: Literal["constant", "rise", "fall"] = "constant"
     """1 throughout, or what start_from ended with; from 0 to 1 in equal steps; or from 1 to 0, where smoothing helps to
     train a network that then does without."""
     epochs: int = 10
-    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final strength."""
+    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final smoothing scale."""
 
     def __post_init__(self):
         check_at_least("annealing.smoothing.epochs", self.epochs, 1)
@@ -201,13 +201,13 @@ class StrengthSchedule:
 
 @dataclass(frozen=True)
 class Annealing:
-    """How widths and smoothing change over a run. Only epochs at the model's own widths and at the final strength of
-    smoothing can be the best. Where widths are drawn for every step, an epoch is validated at the model's, with batch
-    statistics of these."""
+    """How bits and smoothing change over a run. Only epochs at the model's own bits and at the final smoothing can be
+    the best. Where bits are drawn for every step, an epoch is validated at the model's, with batch statistics of
+    these."""
 
     weights: BitSchedule = field(default_factory=BitSchedule)
     activations: BitSchedule = field(default_factory=BitSchedule)
-    smoothing: StrengthSchedule = field(default_factory=StrengthSchedule)
+    smoothing: SmoothingSchedule = field(default_factory=SmoothingSchedule)
     reestimate: bool = False
     """Estimate batch statistics again after each change, from training images as the network now takes them."""
 
@@ -235,7 +235,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Post-training quantization of the network that training starts from, see `qpde.calibration.quantize`."""
+    """Post-training quantization of the network that training starts from, see `qpde.ptq.quantize`."""
 
     weights: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
     """How the clips of kernels are chosen."""

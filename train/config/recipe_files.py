@@ -10,7 +10,7 @@ from pathlib import Path
 from train.config import graphs, images, segmentation
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
-from train.config.serialize import KINDS, from_json, to_json
+from train.config.serialize import EXPERIMENTS, from_json, to_json
 from train.config.suggestions import did_you_mean
 
 
@@ -32,7 +32,7 @@ def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperimen
         recipes = runpy.run_path(str(path)).get("recipes")
     except (Exception, SystemExit) as error:  # whatever the file does
         raise ValueError(_fault(path, error)) from error
-    kinds = tuple(KINDS.values())
+    kinds = tuple(EXPERIMENTS.values())
     if not (isinstance(recipes, dict) and recipes and all(type(recipe) in kinds for recipe in recipes.values())):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{path} must define `recipes`, a dictionary from names to {names}")

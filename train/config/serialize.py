@@ -11,13 +11,13 @@ from train.config.images import Experiment
 from train.config.segmentation import SegmentationExperiment
 from train.config.suggestions import did_you_mean
 
-KINDS = {"images": Experiment, "segmentation": SegmentationExperiment, "graph": GraphExperiment}
+EXPERIMENTS = {"images": Experiment, "segmentation": SegmentationExperiment, "graph": GraphExperiment}
 """Every kind of experiment, by the name that its JSON text carries."""
 
 
 def to_json(experiment: Experiment | GraphExperiment) -> str:
     """The experiment as JSON text; `from_json` reads it back to an equal value."""
-    (kind,) = [name for name, cls in KINDS.items() if type(experiment) is cls]
+    (kind,) = [name for name, cls in EXPERIMENTS.items() if type(experiment) is cls]
     return json.dumps({"kind": kind} | dataclasses.asdict(experiment), indent=2) + "\n"
 
 
@@ -29,7 +29,7 @@ def from_json(text: str) -> Experiment | GraphExperiment:
     """
     try:
         values = json.loads(text)
-        experiment = _build(KINDS[values.pop("kind")], values)
+        experiment = _build(EXPERIMENTS[values.pop("kind")], values)
         hints = get_type_hints(type(experiment.model))
         variants = tuple(
             dataclasses.replace(

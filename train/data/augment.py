@@ -27,15 +27,15 @@ def random_flip(key: Key[Array, ""], images: UInt8[Array, "n h w c"]) -> UInt8[A
 
 
 def mixup(
-    key: Key[Array, ""], x: Float[Array, "n h w c"], targets: Float[Array, "n classes"], *, strength: float
+    key: Key[Array, ""], x: Float[Array, "n h w c"], targets: Float[Array, "n classes"], *, mixup_alpha: float
 ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
     """Each image and its target mixed with another's of the batch (Zhang et al., 2018).
 
     x_i <- s x_i + (1 - s) x_p(i), targets alike, p a random permutation, s one draw for the batch from
-    Beta(strength, strength); the larger of s and 1 - s goes to the image itself.
+    Beta(mixup_alpha, mixup_alpha); the larger of s and 1 - s goes to the image itself.
     """
     share_key, order_key = jax.random.split(key)
-    share = jax.random.beta(share_key, strength, strength)
+    share = jax.random.beta(share_key, mixup_alpha, mixup_alpha)
     share = jnp.maximum(share, 1 - share)
     order = jax.random.permutation(order_key, len(x))
     return tuple(share * values + (1 - share) * values[order] for values in (x, targets))

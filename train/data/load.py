@@ -8,6 +8,8 @@ import numpy as np
 from qpde.datasets import Images, Split, load_cifar10, load_digits
 from qpde.datasets.containers import channel_statistics
 from train.config.images import Data
+from train.config.segmentation import SegmentationData
+from train.data.maps import load_maps
 from train.data.reader import Central, read_all
 from train.data.resident import ImageSet, Resident, data_root
 from train.data.streamed import Streamed, shape_of
@@ -20,7 +22,9 @@ _MEASURED = 2000
 """Training images from which mean and standard deviation of a prepared set are taken."""
 
 
-def load_images(config: Data, data_dir: Path | None, *, batch_size: int, workers: int = 0) -> ImageSet:
+def load_images(
+    config: Data | SegmentationData, data_dir: Path | None, *, batch_size: int, workers: int = 0
+) -> ImageSet:
     """The data set of an experiment.
 
     Args:
@@ -32,6 +36,8 @@ def load_images(config: Data, data_dir: Path | None, *, batch_size: int, workers
       FileNotFoundError: the files are not in the folder.
       ImportError: a prepared set needs a package that is missing.
     """
+    if isinstance(config, SegmentationData):
+        return Resident(load_maps(config, data_dir), batch_size)
     if config.name.startswith(PREFIX):
         return _load_prepared(config, data_root(config.name, data_dir), batch_size, workers)
     if config.streamed:

@@ -25,7 +25,7 @@ from train.steps.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """A `train.data.ImageSet` that reads its images when a step needs them.
+    """A `train.data.resident.ImageSet` that reads its images when a step needs them.
 
     Attributes:
       train, validation, test: what it reads.   config: of the crops.   batch_size: images a step.

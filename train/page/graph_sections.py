@@ -18,7 +18,7 @@ def sections(experiment: GraphExperiment, results: Mapping[str, dict[str, Any]],
     Args:
       experiment: the run's.   results: by variant, of its summary.json.   folder: for the figures.
     """
-    parts = [name_of(widths) for widths in experiment.bits]
+    parts = [name_of(bits) for bits in experiment.bits]
     by_depth: dict[int, dict[str, dict[str, Any]]] = {}
     for name, result in results.items():
         by_depth.setdefault(len(result[FULL]["energy"][0]), {})[name] = result
@@ -72,7 +72,9 @@ def _bits(by_depth, parts, folder) -> str:
             path = folder / f"bits_{key}_{depth}.png"
             plots.against_bits_figure({f"{key}, %": curves}, path, legend_below=True)
             pictures.append((path, f"{key}, %, at {', '.join(parts)}, with {depth} layers."))
-    return figure(pictures, "Each width quantized and tuned by itself; the bars are the standard deviation over seeds.")
+    return figure(
+        pictures, "Each precision quantized and tuned by itself; the bars are the standard deviation over seeds."
+    )
 
 
 def _energy(by_depth, folder) -> str:

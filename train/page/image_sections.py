@@ -38,7 +38,7 @@ def sections(
       experiment: of the first run.   results, measured: by network, of its run's summary.json and measured now.
       folder: for the figures.
     """
-    low = {name: m for name, m in measured.items() if m.by_width}
+    low = {name: m for name, m in measured.items() if m.by_bits}
     every = list(measured)  # a network has one colour in all figures
     found = [("Results", _results(results, measured))]
     if not low:
@@ -109,18 +109,17 @@ def _bits(measured, folder, every) -> str:
     pictures = []
     for file, quantity, value in quantities:
         curves = {
-            name: {str(width): (value(f), float("nan")) for width, f in m.by_width.items()}
-            for name, m in measured.items()
+            name: {str(bits): (value(f), float("nan")) for bits, f in m.by_bits.items()} for name, m in measured.items()
         }
         plots.against_bits_figure(
             {quantity: curves}, folder / f"{file}.png", x="bits of activations", legend_below=True, among=every
         )
         ends = ", ".join(f"{name} from {_ends([v for v, _ in points.values()])}" for name, points in curves.items())
         pictures.append((folder / f"{file}.png", f"{quantity} against bits of activations: {ends}."))
-    images = next(iter(next(iter(measured.values())).by_width.values())).samples
+    images = next(iter(next(iter(measured.values())).by_bits.values())).samples
     caption = (
-        "One set of weights, trained at the run's own widths, run at other widths of activations; the weights keep "
-        "theirs, and batch statistics are estimated again at each width. Agreement is the share of images that the "
+        "One set of weights, trained at the run's own bits, run at other bits of activations; the weights keep "
+        "theirs, and batch statistics are estimated again each time. Agreement is the share of images that the "
         f"network and its high-precision twin classify alike; {images:,} test images."
     )
     return figure(pictures, caption)
@@ -225,16 +224,16 @@ def _spectra(measured, folder) -> str:
 
 def _certificates(measured, folder, every) -> str:
     pictures, rows = [], []
-    for width in next(iter(measured.values())).certified:
-        points = {name: (m.certified[width]["error"], m.certified[width]["bound"]) for name, m in measured.items()}
+    for bits in next(iter(measured.values())).certified:
+        points = {name: (m.certified[bits]["error"], m.certified[bits]["bound"]) for name, m in measured.items()}
         for name, m in measured.items():
-            found, (error, bound) = m.certified[width], points[name]
+            found, (error, bound) = m.certified[bits], points[name]
             shares = (f"{found[key].mean():.1%}" for key in ("agreement", "certified", "a_priori"))
-            rows.append((f"{width} bits, {name}", *shares, f"{tightness(bound, error):.3g}"))
-        path = folder / f"bound_{width}.png"
+            rows.append((f"{bits} bits, {name}", *shares, f"{tightness(bound, error):.3g}"))
+        path = folder / f"bound_{bits}.png"
         thinned = {name: tuple(v[:: max(1, len(v) // 1500)] for v in pair) for name, pair in points.items()}
-        plots.bound_figure(thinned, path, heading=f"{width}-bit activations", among=every)
-        pictures.append((path, f"Proven bound over measured error at {width} bits: every point above the diagonal."))
+        plots.bound_figure(thinned, path, heading=f"{bits}-bit activations", among=every)
+        pictures.append((path, f"Proven bound over measured error at {bits} bits: every point above the diagonal."))
     lead = (
         "<p>A bound on how far rounding can move the difference of two logits, proven for each image, above what it "
         "moves it in fact. An image is certified where the bound is smaller than the margin: its class provably does "
@@ -249,7 +248,7 @@ def _certificates(measured, folder, every) -> str:
         "Each point is one logit difference of one test image. All lie above the dashed diagonal, where the bound "
         "would be the error; the closer the tighter. The states c are the quantized network's after two sweeps of "
         "Newton's method towards those of its twin, x; L is 1 where the step is proven non-expansive. “A priori” "
-        "counts images for which clips and widths alone suffice."
+        "counts images for which clips and bits alone suffice."
     )
     header = ("", "agree", "certified", "a priori", "bound / error")
     return lead + what + figure(pictures, caption) + table(header, rows, "Shares of the images; median of the ratio.")
@@ -272,7 +271,7 @@ def _sizes(measured, folder) -> str:
     header = ("", "parameters", "bytes", "in float32", "MACs", "bit-operations", "saved, times")
     what = formula("bit-operations = Σ MACs × weight bits × activation bits, full precision counted as 32")
     text = (
-        "<p>What one image costs, and what the parameters take when kernels are packed at their width. A symmetric "
+        "<p>What one image costs, and what the parameters take when kernels are packed at their bits. A symmetric "
         "step stores one kernel and uses it twice.</p>"
     )
     return text + what + table(header, rows)

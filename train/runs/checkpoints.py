@@ -127,45 +127,6 @@ class Checkpoints:
             seal(folder)
 
 
-def best_identity(directory: Path) -> str | None:
-    """What tells the best state of another run from any other: its step and a digest; None where there is none."""
-    if not any(path.name.isdigit() for path in directory.glob("*")):
-        return None
-    options = ocp.CheckpointManagerOptions(best_fn=_quality, create=False)
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-        best = manager.best_step()
-    if best is None:
-        return None
-    sums = directory / str(best) / _SUMS
-    digest = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else "unsealed"
-    return f"step {best}, {digest[:12]}"
-
-
-def read_best(directory: Path):
-    """The best state of another run, as plain dictionaries and arrays on one device, whichever it was saved from.
-
-    Raises:
-      FileNotFoundError: there is none, or none that was validated.   ValueError: a checkpoint there is damaged.
-    """
-    steps = [path for path in directory.glob("*") if path.name.isdigit()]
-    for path in steps:
-        if harm := damage(path):
-            raise ValueError(f"{path} is damaged ({harm}): train that run again")
-    options = ocp.CheckpointManagerOptions(best_fn=_quality, create=False)
-    if steps:
-        handlers = ocp.StandardCheckpointHandler()
-        with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
-            best = manager.best_step()
-            if manager.metrics(best)["validated"]:
-                here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                template = jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-                    manager.item_metadata(best).tree,
-                )
-                return manager.restore(best, args=ocp.args.StandardRestore(template))
-    raise FileNotFoundError(f"{directory} holds no state at the end of an epoch: run that experiment first")
-
-
 class CheckpointError(RuntimeError):
     """A checkpoint that is intact and not the one that is needed, or one that cannot be written."""
 

@@ -20,11 +20,11 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from qpde.trained import weights_digest
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.serialize import from_json, to_json
 from train.host.distributed import from_first, is_first
-from train.runs.checkpoints import best_identity
 from train.runs.tensorboard import FOLDER, Board
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
@@ -176,7 +176,7 @@ def _claim(
         with open(path / "config_history.jsonl", "a") as file:
             file.write(json.dumps({"metrics_lines": lines, "changes": change}) + "\n")
     if changed or not (path / CONFIG).exists():
-        if start := _states_of_start(experiment):
+        if start := _starts(experiment):
             _write(path / _START, json.dumps(start, indent=2) + "\n")
         _write(path / CONFIG, to_json(experiment))
     return path, lock, _describe(changed)
@@ -289,30 +289,31 @@ def _differences(path: Path, experiment: Experiment | GraphExperiment, advice: s
 
 
 def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[str, str]]:
-    """What has become of the states that the run in a folder started from: by variant, the one then and the one now.
+    """What has become of the networks that the run in a folder started from: by variant, the one then and the one now.
 
     Args:
       path: The run's folder. Where it does not say, as in older versions, nothing has changed.
-      experiment: The run's. A state that is no longer there has not changed either.
+      experiment: The run's. A network that is no longer there has not changed either.
     """
     recorded = {}
     with contextlib.suppress(OSError, RecursionError, ValueError):
         recorded = json.loads((path / _START).read_text())
-    now = _states_of_start(experiment) if isinstance(recorded, dict) and recorded else {}
+    now = _starts(experiment) if isinstance(recorded, dict) and recorded else {}
     return {
-        f"state of {name} in {experiment.start_from}": (recorded[name], now[name])
+        f"network {name} of {experiment.start_from}": (recorded[name], now[name])
         for name in now
         if name in recorded and recorded[name] != now[name]
     }
 
 
-def _states_of_start(experiment: Experiment | GraphExperiment) -> dict[str, str]:
-    """By variant, what tells the state that it starts from; nothing where it starts anew."""
+def _starts(experiment: Experiment | GraphExperiment) -> dict[str, str]:
+    """By variant, the digest of the network that it starts from; nothing where it starts anew."""
     if getattr(experiment, "start_from", None) is None:
         return {}
-    folder = Path(experiment.start_from) / CHECKPOINTS
-    found = {variant.name: best_identity(folder / variant.name) for variant in experiment.chosen}
-    return {name: identity for name, identity in found.items() if identity is not None}
+    digests = {
+        variant.name: weights_digest(Path(experiment.start_from) / variant.name) for variant in experiment.chosen
+    }
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def _describe(changed: dict[str, tuple[Any, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training that starts where another run ended."""
+"""Training that starts from the networks of a finished run."""
 
 import dataclasses
 from pathlib import Path
@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
+import qpde
 from qpde.bits import Bits
-from train.config.images import Experiment, Model
-from train.runs.checkpoints import read_best
-from train.runs.directory import CHECKPOINTS, read_experiment
-from train.steps import twin_clips
+from qpde.models.graphs.networks import GraphNetwork
+from qpde.models.options import NetworkOptions
 from train.steps.annealing import SMOOTHING
 from train.steps.paths import path_name
 
@@ -20,54 +19,40 @@ class Start:
     """A trained network.
 
     Attributes:
-      variables: its collections; with the twin's clips, if it was distilled.
-      bits: widths it was trained at.
+      variables: Its collections.
+      bits: Bits that it was trained at.
     """
 
     variables: dict[str, Any]
     bits: Bits
 
 
-def read_start(run: Path, variant: str, shapes: dict[str, Any]) -> Start:
-    """The best state of a variant in a run's folder, averages instead of what they are averages of.
+def read_start(run: Path, variant: str, options: NetworkOptions, shapes: dict[str, Any], *, calibrated: bool) -> Start:
+    """Read a variant of a finished run, as it was evaluated there.
 
     Args:
-      run: the folder.   variant: its name there.   shapes: of the variables that are needed, without the twin's clips.
+      run: Folder of the run.
+      variant: Name of the variant there.
+      options: Options of the network that goes on.
+      shapes: Variables that are needed.
+      calibrated: Whether it is quantized by `qpde.ptq` first.
     Raises:
-      FileNotFoundError: no such run or variant, or it has not finished an epoch.
-      ValueError: it is a run on a graph, or its network has other parameters.
+      FileNotFoundError: No such run or variant, or it is not finished.
+      ValueError: It is a run on a graph, or its network cannot go on as this one.
     """
-    model = read_model(run, variant)
-    state, _ = read_best(run / CHECKPOINTS / variant)
-    values = state if state["averages"] is None else state["averages"]
-    variables = {"params": values["params"], **values["model_state"]}
-    _check_shapes(run, variables, shapes)
-    return Start(variables, Bits(model.weight_bits, model.act_bits))
-
-
-def read_model(run: Path, variant: str) -> Model:
-    """The configuration of the network of a variant in a run's folder.
-
-    Raises:
-      FileNotFoundError: no such run or variant.   ValueError: it is a run on a graph.
-    """
-    experiment = read_experiment(run)
-    if not isinstance(experiment, Experiment):
+    try:
+        network = qpde.load(run / variant)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"start_from (={run}): {error}; a run writes it when it is finished") from None
+    if isinstance(network.model, GraphNetwork):
         raise ValueError(f"start_from (={run}) is a run on a graph: give one on images")
-    named = [v for v in experiment.variants if v.name == variant]
-    if not named:
-        names = [v.name for v in experiment.variants]
-        raise FileNotFoundError(f"start_from (={run}) has no variant {variant!r}: it has {names}")
-    return experiment.model_of(named[0])
+    _check_rounding(network.model.options, options, calibrated=calibrated)
+    _check_shapes(run, network.variables, shapes)
+    return Start(network.variables, network.model.bits)
 
 
-def check_rounding(there: Model, here: Model, *, calibrated: bool) -> None:
-    """ValueError where a network cannot go on with the weights of another because of how they are rounded.
-
-    Args:
-      there, here: the network that was trained, and the one that goes on.
-      calibrated: it is quantized by `qpde.calibration`.
-    """
+def _check_rounding(there: NetworkOptions, here: NetworkOptions, *, calibrated: bool) -> None:
+    """ValueError where a network cannot go on with the weights of another because of how they are rounded."""
     if calibrated:
         if (there.weight_bits, there.act_bits) != (None, None):
             raise ValueError(
@@ -89,8 +74,7 @@ def check_rounding(there: Model, here: Model, *, calibrated: bool) -> None:
 
 def _check_shapes(run: Path, variables: dict[str, Any], shapes: dict[str, Any]) -> None:
     def described(tree):
-        tree = {**tree, "params": twin_clips.low(tree["params"])}
-        tree.pop(SMOOTHING, None)  # any network takes it, and goes on with it
+        tree = {name: part for name, part in tree.items() if name != SMOOTHING}  # any network takes it and goes on
         return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
     found, needed = described(variables), described(shapes)

@@ -67,17 +67,20 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 
 
 def make_explain(
-    model: nn.Module, loss: Callable[..., tuple[Array, Any]], prepare: Callable[..., Array], draw: Callable[..., Any]
+    model: nn.Module, loss: Callable[..., tuple[Array, Any]], inputs: Callable[..., Array], draw: Callable[..., Any]
 ) -> Callable[..., str]:
     """`explain(state, batch, key, bits) -> str`: where the step from that state breaks down, and the clips there.
 
     Args:
-      model, prepare, draw: as for `train.step.make_train_step`.   loss: of `train.step.make_loss`.
+      model: The network.
+      loss: Result of `train.steps.train_step.make_loss`.
+      inputs: See `train.steps.train_step.make_train_step`.
+      draw: See there.
     """
 
     @jax.jit
     def probe(state, batch, key, bits):
-        x, targets, _ = prepare(key, *batch)
+        x, targets, _ = inputs(key, *batch)
         bits = draw(key, bits)
         (logits, states), _ = model.apply(
             state.variables, x, train=True, bits=bits, return_states=True, mutable=list(state.model_state)

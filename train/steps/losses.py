@@ -1,6 +1,6 @@
 """What training minimises, one row a loss, and counts over batches in which some labels do not count.
 
-Two passes share their weights: "low" at the network's widths, "high" with the same quantized weights and activations
+Two passes share their weights: "low" at the network's bits, "high" with the same quantized weights and activations
 that are clipped, by clips of their own, but not rounded.  With CE the mean cross entropy (Ben-Yair et al., 2022):
 
     cross_entropy    CE(low)

@@ -19,7 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: () int32, training steps done.
-      params: trained by gradients; of a distilled network with the twin's clips (`train.twin`).
+      params: trained by gradients; of a distilled network with the twin's clips (`train.steps.twin_clips`).
       model_state: every other variable collection of the model, such as batch statistics.
       opt_state: of the optimizer.
       averages: moving averages of {"params", "model_state"}, or None.

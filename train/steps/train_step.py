@@ -34,9 +34,8 @@ def make_loss(
       config: names the row of `train.losses.LOSSES`.
       entropy: (logits, targets) -> CE. Default: `train.steps.losses.cross_entropy`, smoothed as `config` says.
     Returns:
-      A function of the network's input x, the targets that `entropy` takes, such as (N, classes), and the widths,
-      traced, or None for the network's own.  Logits and batch statistics are those of the quantized network, not of its
-      twin.
+      A function of the network's input x, the targets that `entropy` takes, such as (N, classes), and the bits, traced,
+      or None for the network's own.  Logits and batch statistics are those of the quantized network, not of its twin.
     """
     row = LOSSES[config.name]
 
@@ -55,9 +54,9 @@ def make_loss(
         low, updated = forward(twin_clips.low(params), model_state, x, bits)
         high, act_bits = None, None
         if row.twin:
-            widths = model.bits if bits is None else bits
-            high, _ = forward(twin_clips.high(params), model_state, x, widths.twin)
-            act_bits = widths.activations
+            own = model.bits if bits is None else bits
+            high, _ = forward(twin_clips.high(params), model_state, x, own.twin)
+            act_bits = own.activations
         terms = row.formula(low, high, targets, act_bits, config, entropy)
         return terms["loss"], (terms, low.logits, updated)
 
@@ -67,7 +66,7 @@ def make_loss(
 def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    prepare: Callable[..., tuple[Array, Array, Array]],
+    inputs: Callable[..., tuple[Array, Array, Array]],
     *,
     draw: Callable[[Key[Array, ""], Bits | None], Bits | None] = lambda key, bits: bits,
     ranges: Ranges | None = None,
@@ -79,21 +78,21 @@ def make_train_step(
     Args:
       loss: of `make_loss`.
       optimizer: its state is `state.opt_state`.
-      prepare: (key, images, labels) -> the model's input, the targets and the labels of the input, as
-        `train.data.resident.make_prepare` makes it.
-      draw: (key, bits) -> the widths of the step, as `train.annealing.make_draw` makes it.
+      inputs: (key, images, labels) -> the model's input, the targets and the input's labels, as
+        `train.data.resident.make_inputs` makes it.
+      draw: (key, bits) -> the bits of the step, as `train.steps.annealing.make_draw` makes it.
       ranges: where parameters have to stay; each step ends with their projection. None: only clips have a limit.
       averaging: share that moving averages keep; 0 for a state without them.
       accumulate: parts of the batch, a divisor of its size, whose gradients are averaged.  Batch norms normalise each
         part by its own statistics, and running ones move after each; without batch norms the step is the same.
     Returns:
       A pure function.  Its batch is (images, labels); its sums over the images are the loss's terms, "correct", "count"
-      and "collapsed_clips", the clips that had to be held up (`train.guards.hold`).
+      and "collapsed_clips", the clips that had to be held up (`train.steps.guards.hold`).
     """
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
-        x, targets, labels = prepare(key, images, labels)
+        x, targets, labels = inputs(key, images, labels)
         bits = draw(key, bits)
         model_state, grads, sums = gradients(state.params, state.model_state, (x, targets, labels), bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -114,7 +113,7 @@ def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
     `state` is donated.  A call returns at once, before the device is done, and costs 2 ms, so the loop over steps is in
     Python; a scan over ten steps of resnet20 took the same time, within noise.
 
-    A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.guards`).
+    A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.steps.guards`).
 
     Args:
       train_step: of `make_train_step`.
@@ -169,7 +168,7 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
 def make_evaluate(model: nn.Module, normalize, *, map_classes: int | None = None) -> Callable[..., dict[str, Any]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
-    The widths are traced; None takes the model's own.
+    The bits are traced; None takes the model's own.
 
     Args:
       model: The network.
@@ -177,7 +176,7 @@ def make_evaluate(model: nn.Module, normalize, *, map_classes: int | None = None
       map_classes: Number of classes where labels are maps. The result then has "mean_iou" and "iou", one number a
         class, None for one that does not occur.
     """
-    names = {"loss": (), "correct": (), "count": ()}
+    names: dict[str, tuple[int, ...]] = {"loss": (), "correct": (), "count": ()}
     if map_classes is not None:
         names["confusion"] = (map_classes, map_classes)
 
@@ -206,10 +205,9 @@ def make_evaluate(model: nn.Module, normalize, *, map_classes: int | None = None
             "loss": float(sums["loss"] / sums["count"]),
             "accuracy": float(sums["correct"] / sums["count"]),
         }
-        if map_classes is not None:
-            found = intersection_over_union(sums["confusion"])
-            scores["mean_iou"] = mean_iou(sums["confusion"])
-            scores["iou"] = [None if np.isnan(own) else float(own) for own in found]
-        return scores
+        if map_classes is None:
+            return scores
+        iou = [None if np.isnan(own) else float(own) for own in intersection_over_union(sums["confusion"])]
+        return scores | {"mean_iou": mean_iou(sums["confusion"]), "iou": iou}
 
     return evaluate

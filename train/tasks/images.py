@@ -1,6 +1,7 @@
 """The main job: train the variants of an experiment and compare each with its high-precision twin."""
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ import qpde.models
 from qpde.bits import Bits
 from qpde.measure.faithfulness import compare, reestimate_statistics
 from qpde.ptq import calibration
-from train.config.images import Experiment, Variant
+from train.config.images import Experiment, Loss, Variant
+from train.data.batches import STATISTICS_BATCHES, in_network_form, training_batches
 from train.data.load import load_images
-from train.data.resident import ImageSet, make_prepare, make_vary
+from train.data.resident import ImageSet, make_inputs, make_vary
 from train.host.console import Display
 from train.host.distributed import is_first
 from train.host.mesh import check_divides, local, make_mesh, put, replicated
 from train.host.provenance import provenance
-from train.loop import Plan, fit
+from train.loop import Scores, fit
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
-from train.runs.warm_start import Start, check_rounding, read_model, read_start
+from train.runs.warm_start import Start, read_start
 from train.steps import twin_clips
-from train.steps.annealing import is_annealed, is_random, make_draw, strength_of, widths_of, with_strength
+from train.steps.annealing import bits_of, is_annealed, make_draw, smoothing_scale_of, with_smoothing_scale
 from train.steps.guards import make_explain
 from train.steps.losses import IGNORED, LOSSES
 from train.steps.optimizer import create_optimizer
@@ -38,20 +40,26 @@ from train.steps.state import RANDOM, TrainState, create_state
 from train.steps.train_step import empty_totals, make_epoch_step, make_evaluate, make_loss, make_train_step
 from train.tasks.images_summary import check_drawable, write_report
 
-_STATISTICS_BATCHES = 32
-"""Training batches over which batch statistics are estimated again at the end."""
+_VALIDATION_STATISTICS = 4
+"""Training batches over which batch statistics are estimated again before an epoch is validated."""
 
 
-def prepare(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
-    """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
+def trainings_of(experiment: Experiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
+    """The trainings by variant and the report of `train.tasks.job.Job`, everything about them checked."""
     images = load_images(experiment.data, data_dir, batch_size=experiment.batch_size, workers=experiment.workers)
-    return prepare_on(images, experiment)
+    return trainings_on(images, experiment)
 
 
-def prepare_on(
+def trainings_on(
     images: ImageSet, experiment: Experiment, kind: "type[Training] | None" = None
 ) -> tuple[dict[str, "Training"], partial]:
-    """`prepare` on images that are there, such as those of another seed's experiment; `kind` of training if another."""
+    """`trainings_of` on images that are there, such as those of another seed's experiment.
+
+    Args:
+      images: The images.
+      experiment: Their experiment.
+      kind: Class of its trainings. Default: `Training`.
+    """
     if images.count < experiment.batch_size:
         raise ValueError(
             f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
@@ -63,10 +71,6 @@ def prepare_on(
     trainings = {variant.name: create(experiment, variant, images, mesh) for variant in experiment.chosen}
     stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
     return trainings, partial(write_report, experiment, stages)
-
-
-def _by_accuracy(line: dict[str, Any]) -> dict[str, float]:
-    return {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +107,24 @@ class Training:
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)
         start = None
         if experiment.start_from is not None:
-            run, calibrated = Path(experiment.start_from), experiment.calibration is not None
-            check_rounding(read_model(run, variant.name), config, calibrated=calibrated)
+            calibrated = experiment.calibration is not None
             source = exact if calibrated else model
-            start = read_start(run, variant.name, jax.eval_shape(source.init, jax.random.key(0), sample))
+            needed = jax.eval_shape(source.init, jax.random.key(0), sample)
+            start = read_start(Path(experiment.start_from), variant.name, config, needed, calibrated=calibrated)
         _check_loss(experiment, model.bits)
-        widths_of(experiment.annealing, model.bits, experiment.epochs)
-        strength_of(experiment.annealing.smoothing, smooths=config.smoothing is not None, epochs=experiment.epochs)
+        bits_of(experiment.annealing, model.bits, experiment.epochs)
+        smoothing_scale_of(
+            experiment.annealing.smoothing, smooths=config.smoothing is not None, epochs=experiment.epochs
+        )
         steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin_clips.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
         return cls(experiment, variant, images, model, exact, optimizer, start, mesh)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the data from any other."""
+        return self.images.fingerprint
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
         """Trains, or goes on with training, and evaluates the best state; its results and the history."""
@@ -153,12 +164,12 @@ class Training:
             input_shape=self.images.shape,
             mean=stored.mean,
             std=stored.std,
-            about=about | {"data_fingerprint": self.images.fingerprint} | provenance(),
+            about=about | {"data_fingerprint": self.fingerprint} | provenance(),
         )
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
         """Trains, or goes on with training, and returns the state that is best on the validation images."""
-        plan = self.plan(traced=is_annealed(self.experiment.annealing))
+        plan = ImagePlan(self, traced=is_annealed(self.experiment.annealing))
         with (
             Checkpoints(run.checkpoints(plan.variant)) as checkpoints,
             Display(
@@ -167,60 +178,14 @@ class Training:
         ):
             return local(fit(self.first_state(), plan, run=run, checkpoints=checkpoints, display=display))
 
-    def plan(self, *, traced: bool, leader: "Training | None" = None) -> Plan:
-        """What training is made of.
-
-        Args:
-          traced: whether widths are arguments of the compiled programs. If not they are the model's own, constants of
-            the programs, which is a little faster.
-          leader: a training that differs in name, seed and widths alone, whose images on the device and compiled
-            programs are used; None uses its own. With one, widths must be traced.
-        """
-        experiment, mesh, row = self.experiment, self.mesh, LOSSES[self.experiment.loss.name]
-        shared = self if leader is None else leader
-        everywhere = partial(put, sharding=replicated(mesh))
-
-        def widths(bits):
-            return everywhere(jax.tree.map(np.int32, bits)) if traced else None
-
-        def evaluate(variables, bits):
-            if is_random(experiment.annealing):  # the running statistics are a mixture that fits no width
-                batches = self.statistics_batches()
-                variables = everywhere(reestimate_statistics(shared.model, local(variables), batches, bits))
-            return shared._scores(variables, shared._validation, widths(bits))
-
-        return Plan(
-            variant=self.variant.name,
-            title=self.variant.name if leader is None else f"{experiment.name} {self.variant.name}",
-            epochs=experiment.epochs,
-            steps_per_epoch=self.images.count // experiment.batch_size,
-            checkpoint_every=experiment.checkpoint_every,
-            bits=self.widths,
-            strength=self.strength,
-            enter=self.enter,
-            step=lambda state, totals, bits, *data: shared.step(state, totals, widths(bits), *data),
-            totals=everywhere(empty_totals(*row.logged)),
-            batches=shared._feed,
-            evaluate=evaluate,
-            score=self.score if row.labels else _by_similarity,
-            reached=lambda line: (
-                not row.labels and line.get("train_similarity", np.inf) <= experiment.loss.similarity_target
-            ),
-            explain=lambda state, bits, *data: shared._explain(state, *self.images.select(state, *data), widths(bits)),
-            chance=self.images.chance,
-        )
-
-    score = staticmethod(_by_accuracy)
-    """(line of metrics) -> {"accuracy", "loss"}, by which the best epoch is chosen."""
-
     @cached_property
     def step(self):
-        """(state, totals, bits, *batch) -> (state, totals), compiled; see `train.step.make_epoch_step`."""
+        """(state, totals, bits, *batch) -> (state, totals), compiled; see `train.steps.train_step.make_epoch_step`."""
         averaging, accumulate = self.experiment.optimizer.averaging, self.experiment.accumulate
         train_step = make_train_step(
             self._loss,
             self.optimizer,
-            self._prepare,
+            self._inputs,
             draw=self._draw,
             ranges=self.model.ranges,
             averaging=averaging,
@@ -229,65 +194,70 @@ class Training:
         return make_epoch_step(train_step, self.images.select, mesh=self.mesh)
 
     @cached_property
-    def _explain(self):
-        return make_explain(self.model, self._loss, self._prepare, self._draw)
+    def explain(self):
+        """(state, images and labels, bits) -> what breaks down in the step; see `train.steps.guards.make_explain`."""
+        return make_explain(self.model, self._loss, self._inputs, self._draw)
 
     @cached_property
     def _loss(self):
         return make_loss(self.model, for_parts(self.experiment.loss, self.experiment.accumulate))
 
     @cached_property
-    def _prepare(self):
-        return make_prepare(self.experiment.data, self.images)
+    def _inputs(self):
+        return make_inputs(self.experiment.data, self.images)
+
+    @cached_property
+    def _vary(self):
+        return jax.jit(make_vary(self.experiment.data, self.images))
 
     @cached_property
     def _draw(self):
         return make_draw(self.experiment.annealing, self.model.bits)
 
     @cached_property
-    def _feed(self):
+    def feed(self):
+        """`batches(state)` of the images, see `train.data.resident.ImageSet`."""
         return self.images.feed(self.mesh)
 
     @cached_property
-    def _validation(self):
+    def validation(self):
+        """The validation images, stacked on the devices."""
         return self.images.stacks("validation", self.mesh)
 
-    def widths(self, epoch: int) -> Bits:
-        """Of an epoch, from 1 on."""
-        return widths_of(self.experiment.annealing, self.model.bits, self.experiment.epochs)(epoch)
+    def bits(self, epoch: int) -> Bits:
+        """Bits of an epoch, from 1 on."""
+        return bits_of(self.experiment.annealing, self.model.bits, self.experiment.epochs)(epoch)
 
-    def strength(self, epoch: int) -> float | None:
-        """Of smoothing in an epoch, from 1 on; None where it is not scheduled."""
-        return strength_of(self.experiment.annealing.smoothing, smooths=True, epochs=self.experiment.epochs)(epoch)
+    def smoothing_scale(self, epoch: int) -> float | None:
+        """Share of the full smoothing in an epoch, from 1 on; None where it is not scheduled."""
+        return smoothing_scale_of(self.experiment.annealing.smoothing, smooths=True, epochs=self.experiment.epochs)(
+            epoch
+        )
 
     def enter(self, state: TrainState, epoch: int) -> TrainState:
-        """The state at other widths or another strength of smoothing; see `train.config.Annealing.reestimate`."""
-        state = _at_strength(local(state), self.strength(epoch))
+        """The state at other bits or another smoothing scale; see `train.config.Annealing.reestimate`."""
+        state = _at_smoothing_scale(local(state), self.smoothing_scale(epoch))
         if self.experiment.annealing.reestimate:
-            state = self._reestimated(state, self.widths(epoch))
+            state = self._reestimated(state, self.bits(epoch))
         return put(state, replicated(self.mesh))
 
     def evaluate(self, state: TrainState, variables: dict[str, Any]) -> dict[str, Any]:
         """Results on the test images; batch statistics are estimated again, for each precision its own.
 
         Args:
-          state: of the training.   variables: of `_as_evaluated`.
+          state: Last state of the training.
+          variables: Result of `_as_evaluated`.
         """
         model, images, state = self.model, self.images, state.averaged
         statistics = list(self.statistics_batches())
         results = {"parameters": qpde.models.summary(model, images.shape).parameters}
         results |= _smoothing_of(model, state.variables)
         if model.bits.activations is None:  # there is nothing to be faithful to
-            scores = self._scores(variables, images.stacks("test"))
+            scores = self.scores(variables, images.stacks("test"))
             return results | {"accuracy": scores["accuracy"]}
-        results |= compare(
-            model,
-            variables,
-            self.test_images(),
-            model.bits,
-            twin=state.twin_variables,
-            statistics_batches=statistics,
-        ).as_dict()
+        twin = variables if state.twin_variables is None else state.twin_variables
+        twin = reestimate_statistics(model, twin, statistics, model.bits.twin)
+        results |= compare(model, variables, self.test_images(), model.bits, twin=twin).as_dict()
         if self.experiment.calibration is None:
             return results
         start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
@@ -311,7 +281,7 @@ class Training:
         return {"accuracy_start": right / count, "agreement_start": agree / count}
 
     def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
-        """The state with the batch statistics of these widths."""
+        """The state with the batch statistics of these bits."""
         statistics = self.statistics_batches()
         variables = reestimate_statistics(self.model, state.variables, statistics, bits)
         return state.replace(model_state={name: variables[name] for name in state.model_state})
@@ -322,10 +292,10 @@ class Training:
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
             ((x, _),) = self.training_batches(limit=1)
-            options = {"method": experiment.clip_start, "strength": self.strength(1)}
+            options = {"method": experiment.clip_start, "smoothing_scale": self.smoothing_scale(1)}
             variables = jax.jit(partial(_first_variables, self.model, **options))(init_key, x)
         else:
-            variables = with_strength(self.start.variables, self.strength(1))
+            variables = with_smoothing_scale(self.start.variables, self.smoothing_scale(1))
             variables = self._started(dataclasses.replace(self.start, variables=variables))
         params = variables["params"]
         if not LOSSES[experiment.loss.name].twin:
@@ -337,7 +307,7 @@ class Training:
         return put(state, replicated(self.mesh))
 
     def _started(self, start: Start) -> dict[str, Any]:
-        """The start's variables; where it was not quantized, with clips and statistics for the widths of the model."""
+        """The start's variables; where it was not quantized, with clips and statistics for the bits of the model."""
         if self.experiment.calibration is not None:
             return self._quantized(start)
         untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, start.bits, strict=True)))
@@ -359,41 +329,129 @@ class Training:
         return calibration.quantize(self.exact, start.variables, batches, self.model.bits, **options)[1]
 
     @cached_property
-    def _scores(self):
+    def scores(self):
+        """(variables, stacked images, bits) -> accuracy and loss, compiled."""
         return make_evaluate(self.model, self.images.normalize)
 
     def test_images(self):
         """(network input, labels) of the test images, in order."""
-        normalize = jax.jit(self.images.normalize)
-        return ((normalize(x), jnp.asarray(labels)) for x, labels in self.images.in_order("test"))
+        return in_network_form(self.images, "test")
 
-    def statistics_batches(self):
+    def statistics_batches(self, *, limit: int = STATISTICS_BATCHES):
         """What batch statistics are estimated from again."""
-        return self.training_batches(limit=_STATISTICS_BATCHES)
+        return self.training_batches(limit=limit)
 
     def training_batches(self, *, limit: int):
-        """The first training batches, varied as in training: statistics of images without the variation are of another
-        distribution than the network learned on, and lower its accuracy.
-        """
-        vary = jax.jit(make_vary(self.experiment.data, self.images))
-        for i, (x, labels) in enumerate(self.images.first_batches(limit=limit)):
-            key = jax.random.fold_in(jax.random.key(self.experiment.seed, impl=RANDOM), i)
-            yield vary(key, jnp.asarray(x)), jnp.asarray(labels, jnp.int32)
+        """The first training batches, varied as in training."""
+        return training_batches(self.images, self._vary, seed=self.experiment.seed, limit=limit)
 
 
-def _first_variables(model: nn.Module, key, x, *, method: str, strength: float | None = None) -> dict[str, Any]:
-    variables = with_strength(model.init(key, x), strength)
+@dataclasses.dataclass(frozen=True)
+class ImagePlan:
+    """A `train.loop.Plan` of an image training.
+
+    Attributes:
+      training: What is trained.
+      traced: Whether bits are arguments of the compiled programs. If not they are the model's own, constants of the
+        programs, which is a little faster.
+      leader: A training that differs in name, seed and bits alone, whose images on the device and compiled programs
+        are used. None uses the training's own. With one, bits must be traced.
+    """
+
+    training: Training
+    traced: bool
+    leader: Training | None = None
+
+    @property
+    def variant(self) -> str:
+        return self.training.variant.name
+
+    @property
+    def title(self) -> str:
+        return self.variant if self.leader is None else f"{self.training.experiment.name} {self.variant}"
+
+    @property
+    def epochs(self) -> int:
+        return self.training.experiment.epochs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.training.images.count // self.training.experiment.batch_size
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.training.experiment.checkpoint_every
+
+    @cached_property
+    def totals(self) -> Any:
+        return put(empty_totals(*self._loss.logged), replicated(self.training.mesh))
+
+    @property
+    def chance(self) -> float:
+        return self.training.images.chance
+
+    def bits(self, epoch: int) -> Bits:
+        return self.training.bits(epoch)
+
+    def smoothing_scale(self, epoch: int) -> float | None:
+        return self.training.smoothing_scale(epoch)
+
+    def enter(self, state: TrainState, epoch: int) -> TrainState:
+        return self.training.enter(state, epoch)
+
+    def batches(self, state: TrainState) -> Iterable[tuple]:
+        return self._shared.feed(state)
+
+    def step(self, state: TrainState, totals: Any, bits: Bits, *batch: Any) -> tuple[TrainState, Any]:
+        return self._shared.step(state, totals, self._on_devices(bits), *batch)
+
+    def evaluate(self, variables: dict[str, Any], bits: Bits) -> Scores:
+        """Accuracy and loss on the validation images, with batch statistics as the final evaluation estimates them."""
+        batches = self.training.statistics_batches(limit=_VALIDATION_STATISTICS)
+        variables = reestimate_statistics(self._shared.model, local(variables), batches, bits)
+        variables = put(variables, replicated(self.training.mesh))
+        return self._shared.scores(variables, self._shared.validation, self._on_devices(bits))
+
+    def score(self, line: dict[str, Any]) -> Scores:
+        if self._loss.labels:
+            best_of = line.get("validation_mean_iou", line["validation_accuracy"])
+            return {"accuracy": best_of, "loss": line["validation_loss"]}
+        return {"accuracy": 0.0, "loss": line["train_similarity"]}
+
+    def reached(self, line: dict[str, Any]) -> bool:
+        target = self.training.experiment.loss.similarity_target
+        return not self._loss.labels and line.get("train_similarity", np.inf) <= target
+
+    def explain(self, state: TrainState, bits: Bits, *batch: Any) -> str:
+        chosen = self.training.images.select(state, *batch)
+        return self._shared.explain(state, *chosen, self._on_devices(bits))
+
+    @property
+    def _shared(self) -> Training:
+        return self.leader or self.training
+
+    @property
+    def _loss(self) -> Any:
+        return LOSSES[self.training.experiment.loss.name]
+
+    def _on_devices(self, bits: Bits) -> Bits | None:
+        """The bits as an argument of the compiled programs, or None for those of the model."""
+        return put(jax.tree.map(np.int32, bits), replicated(self.training.mesh)) if self.traced else None
+
+
+def _first_variables(model: nn.Module, key, x, *, method: str, smoothing_scale: float | None = None) -> dict[str, Any]:
+    variables = with_smoothing_scale(model.init(key, x), smoothing_scale)
     if model.bits == Bits(None, None):
         return variables
     return qpde.models.calibrate_clips(model, variables, x, method=method, train=True)
 
 
-def _at_strength(state: TrainState, strength: float | None) -> TrainState:
-    """The state at this strength of smoothing. Averages take it at once: one of strengths would lag behind."""
+def _at_smoothing_scale(state: TrainState, smoothing_scale: float | None) -> TrainState:
+    """The state at this smoothing scale. Averages take it at once: an average of scales would lag behind."""
     averages = state.averages
     if averages is not None:
-        averages = {**averages, "model_state": with_strength(averages["model_state"], strength)}
-    return state.replace(model_state=with_strength(state.model_state, strength), averages=averages)
+        averages = {**averages, "model_state": with_smoothing_scale(averages["model_state"], smoothing_scale)}
+    return state.replace(model_state=with_smoothing_scale(state.model_state, smoothing_scale), averages=averages)
 
 
 def _smoothing_of(model: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:
@@ -415,13 +473,9 @@ def _check_loss(experiment: Experiment, bits: Bits) -> None:
         raise ValueError(f"loss.name (={name!r}) tunes a trained network: give --start-from RUN")
 
 
-def for_parts(loss: Any, accumulate: int) -> Any:
+def for_parts(loss: Loss, accumulate: int) -> Any:
     """The similarity is a sum over images: the average over parts of a batch is that much smaller than the whole."""
     return dataclasses.replace(loss, similarity_weight=accumulate * loss.similarity_weight)
-
-
-def _by_similarity(line: dict[str, Any]) -> dict[str, float]:
-    return {"accuracy": 0.0, "loss": line["train_similarity"]}
 
 
 def _history(lines: list[dict[str, Any]], best_step: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _table(experiment: Experiment, results: dict[str, dict[str, Any]]) -> Table:
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
-    table.add_row("bits, weights and activations", *[_widths(experiment, name) for name in results])
+    table.add_row("bits, weights and activations", *[_bits_of(experiment, name) for name in results])
     for label, key, form in _ROWS:
         if not any(key in result for result in results.values()):
             continue
@@ -86,7 +86,7 @@ def _table(experiment: Experiment, results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _widths(experiment: Experiment, name: str) -> str:
+def _bits_of(experiment: Experiment, name: str) -> str:
     (variant,) = [variant for variant in experiment.variants if variant.name == name]
     model = experiment.model_of(variant)
     return " and ".join("32" if bits is None else str(bits) for bits in (model.weight_bits, model.act_bits))

@@ -17,10 +17,10 @@ from train.config.segmentation import SegmentationExperiment
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
-_PREPARE = {
-    Experiment: train.tasks.images.prepare,
-    SegmentationExperiment: train.tasks.segmentation.prepare,
-    GraphExperiment: train.tasks.nodes.prepare,
+_TASKS = {
+    Experiment: train.tasks.images.trainings_of,
+    SegmentationExperiment: train.tasks.segmentation.trainings_of,
+    GraphExperiment: train.tasks.nodes.trainings_of,
 }
 
 
@@ -33,24 +33,28 @@ def prepare_job(
     resume_changed: bool = False,
     tensorboard: bool = False,
     elsewhere: str = "--name",
+    check: Callable[[Any], None] = lambda training: None,
 ) -> "Job":
     """Everything that can be wrong with an experiment is found here, before the first file is written.
 
     Args:
-      experiment: what to do.
-      data_dir: root of the data, for data sets in files; None takes the environment's.
-      runs_dir: the run's folder is made in it, or taken up if it holds this experiment unfinished.
-      overwrite: delete what the run's folder holds.
-      resume_changed: take it up though the experiment differs.
-      tensorboard: write TensorBoard's events, too.
-      elsewhere: the command's option that chooses another folder, for messages.
+      experiment: What to do.
+      data_dir: Root of the data, for data sets in files. None takes the environment's.
+      runs_dir: Folder of the runs' folders. The run's is made in it, or taken up if it holds this experiment.
+      overwrite: Delete what the run's folder holds.
+      resume_changed: Take it up though the experiment differs.
+      tensorboard: Write TensorBoard's events, too.
+      elsewhere: The command's option that chooses another folder, for messages.
+      check: What else each training has to pass before the folder is made; raises otherwise.
     Raises:
       ValueError, OSError: the experiment, the data or the folder are unusable; nothing was written.
       ImportError: a package is missing.
     """
     if jax.process_count() > 1 and not isinstance(experiment, Experiment):
         raise ValueError(f"{experiment.name} trains on one graph, which several processes cannot share: start one")
-    trainings, report = prepare_trainings(experiment, data_dir)
+    trainings, report = _TASKS[type(experiment)](experiment, data_dir)
+    for training in trainings.values():
+        check(training)
     run = open_run(
         runs_dir,
         experiment,
@@ -60,16 +64,6 @@ def prepare_job(
         elsewhere=elsewhere,
     )
     return Job(trainings, report, run)
-
-
-def prepare_trainings(experiment: Experiment | GraphExperiment, data_dir: Path | None) -> Any:
-    """The trainings by variant and the report of `Job`, everything about them checked and nothing computed.
-
-    Args:
-      experiment: Of any kind.
-      data_dir: As for `prepare_job`.
-    """
-    return _PREPARE[type(experiment)](experiment, data_dir)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Many trainings in one compiled step: cells of a sweep, which differ in their seeds and widths, vmapped.
+"""Many trainings in one compiled step: cells of a sweep, which differ in their seeds and bits, vmapped.
 
 Each keeps its own run directory, checkpoints, metrics and best state, as if it were trained alone, and is taken up from
 them after an interruption; only the steps are shared. Trained alone, its sums are taken in another order, which
@@ -18,27 +18,30 @@ from rich.console import Console
 from train.config.images import Experiment
 from train.data.load import load_images
 from train.host.console import Display
-from train.host.interrupt import StopRequest
-from train.loop import Request, course, in_step
+from train.host.interrupt import Interrupted, StopRequest
+from train.loop import Progress
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory, open_run
 from train.steps.state import TrainState
-from train.tasks.images import Training, prepare_on
+from train.tasks.images import ImagePlan, Training, trainings_on
 
 
-def prepare_fleet(cells: Sequence[Experiment], *, data_dir: Path | None, runs_dir: Path) -> Callable[[Console], None]:
+def prepare_lockstep(
+    cells: Sequence[Experiment], *, data_dir: Path | None, runs_dir: Path
+) -> Callable[[Console], None]:
     """The job that trains and evaluates the cells together, everything about them checked.
 
     Args:
-      cells: experiments that differ in name, seed and the widths of their variants alone.
-      data_dir, runs_dir: as for `train.jobs.prepare_job`.
+      cells: Experiments that differ in name, seed and the bits of their variants alone.
+      data_dir: Root of the data, see `train.tasks.job.prepare_job`.
+      runs_dir: Folder of the runs' folders, see there.
     Raises:
       ValueError, OSError: as there, or several devices are to share a batch; nothing was written.
     """
     if cells[0].devices != 1 or jax.process_count() > 1:
         raise ValueError(f"devices (={cells[0].devices}) must be 1 where runs are trained together: --at-once 1")
     images = load_images(cells[0].data, data_dir, batch_size=cells[0].batch_size, workers=cells[0].workers)
-    prepared = [prepare_on(images, cell) for cell in cells]
+    prepared = [trainings_on(images, cell) for cell in cells]
     runs = [open_run(runs_dir, cell) for cell in cells]
 
     def work(console: Console) -> None:
@@ -61,28 +64,47 @@ def prepare_fleet(cells: Sequence[Experiment], *, data_dir: Path | None, runs_di
 def fit_together(members: Sequence[Training], runs: Sequence[RunDirectory], console: Console) -> list[TrainState]:
     """`Training.fit` of each, with the first one's images and compiled programs."""
     leader = members[0]
-    plans = [member.plan(traced=True, leader=leader) for member in members]
+    plans = [ImagePlan(member, traced=True, leader=leader) for member in members]
     with contextlib.ExitStack() as open_, StopRequest() as stop:
         kept = [open_.enter_context(Checkpoints(run.checkpoints(leader.variant.name))) for run in runs]
         done = sum(checkpoints.last_step for checkpoints in kept)
         steps = sum(plan.epochs * plan.steps_per_epoch for plan in plans)
         display = open_.enter_context(Display(console, leader.variant.name, steps=steps, done=done))
-        courses = [
-            course(member.first_state(), plan, run=run, checkpoints=checkpoints, display=display, stop=stop)
+        trainings = [
+            Progress(member.first_state(), plan, run=run, checkpoints=checkpoints, display=display)
             for member, plan, run, checkpoints in zip(members, plans, runs, kept, strict=True)
         ]
-        return in_step(courses, Together(leader.step))
+        together = Together(leader.step)
+        while left := [training for training in trainings if not training.ended]:
+            batches = [training.next_batch() for training in left]
+            for training, after in zip(left, together(left, batches), strict=True):
+                training.take(*after)
+            _save_what_is_due(left, stop)
+        return [training.best(stop) for training in trainings]
+
+
+def _save_what_is_due(trainings: Sequence[Progress], stop: StopRequest) -> None:
+    """`Progress.save_what_is_due` of each: a signal is obeyed when all have saved their states."""
+    interrupted: Interrupted | None = None
+    for training in trainings:
+        try:
+            training.save_what_is_due(stop)
+        except Interrupted as error:
+            interrupted = error
+    if interrupted:
+        raise interrupted
 
 
 class Together:
-    """`together(requests) -> answers`: the steps of several trainings as one vmapped program.
+    """The next steps of several trainings as one vmapped program.
 
     Attributes:
-      program: (states, totals, bits, batch, is_shared) -> answers, compiled once for each number of trainings.
+      program: (states, totals, bits, batch, is_shared) -> states and totals, compiled once for each
+        number of trainings.
     """
 
     def __init__(self, step: Callable):
-        """Of `step`: (state, totals, bits, *batch) -> (state, totals), of `train.step.make_epoch_step`."""
+        """Of `step`: (state, totals, bits, *batch) -> (state, totals), of `train.steps.train_step.make_epoch_step`."""
 
         @partial(jax.jit, static_argnames="is_shared", donate_argnums=0)
         def program(states, totals, bits, batch, is_shared):
@@ -93,9 +115,10 @@ class Together:
 
         self.program = program
 
-    def __call__(self, requests: list[Request]) -> list[tuple]:
-        states, totals, bits, batches = zip(*requests, strict=True)
-        bits = [jax.tree.map(np.int32, own) for own in bits]
+    def __call__(self, trainings: Sequence[Progress], batches: Sequence[tuple]) -> list[tuple]:
+        states = [training.state for training in trainings]
+        totals = [training.totals for training in trainings]
+        bits = [jax.tree.map(np.int32, training.bits) for training in trainings]
         # What all take from the same place, such as all images, is not copied for each.
         parts = list(zip(*batches, strict=True))
         is_shared = tuple(all(own is part[0] for own in part) for part in parts)

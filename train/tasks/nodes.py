@@ -14,12 +14,15 @@ import numpy as np
 import optax
 from rich.console import Console
 
+import qpde
 import qpde.models
 from qpde.bits import Bits
 from qpde.measure.faithfulness import compare
 from train.config.graphs import GraphExperiment, GraphVariant
+from train.data.fingerprint import fingerprint_of
 from train.host.console import Display
 from train.host.interrupt import Interrupted, StopRequest
+from train.host.provenance import provenance
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
 from train.steps.optimizer import create_optimizer
@@ -32,8 +35,8 @@ from train.tasks.nodes_summary import FULL, check_pictures, name_of, write_repor
 _EXACT = Bits(None, None)
 
 
-def prepare(experiment: GraphExperiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
-    """The trainings by variant and the report of `train.jobs.Job`, everything about them checked."""
+def trainings_of(experiment: GraphExperiment, data_dir: Path | None) -> tuple[dict[str, "Training"], partial]:
+    """The trainings by variant and the report of `train.tasks.job.Job`, everything about them checked."""
     check_pictures(experiment)
     graph = load_graph(experiment.data, data_dir)
     task = make_task(graph)
@@ -74,7 +77,7 @@ class Training:
         return cls(experiment, variant, task, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
-        """Trains every seed in full precision and at each pair of widths; results by part, lists over seeds."""
+        """Trains every seed in full precision and at each pair of bits; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
         seeds = jnp.asarray(np.arange(experiment.seed, experiment.seed + experiment.seeds).astype(np.uint32))
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
@@ -83,20 +86,27 @@ class Training:
         full = self._fit(FULL, params, keys, _EXACT, run, console)
         accuracy, energy = jax.device_get(test_seeds(model, full.best_params, task, at_once=self.at_once))
         results = {"parameters": _count(params)}
+        self._keep(run.path / self.variant.name / FULL, full, _EXACT)
         results[FULL] = {"accuracy": accuracy.tolist(), "energy": energy.tolist()} | _best_epoch(full)
-        for widths in experiment.bits:
-            part, bits = name_of(widths), Bits(*(jnp.float32(width) for width in widths))
-            clips = {"methods": Bits(*(_clip_method(width) for width in widths)), "at_once": self.at_once}
+        for pair in experiment.bits:
+            part, bits = name_of(pair), Bits(*map(jnp.float32, pair))
+            clips = {"methods": Bits(*map(_clip_method, pair)), "at_once": self.at_once}
             if experiment.start == "random":
                 params = init_seeds(model, init_keys, task, bits, **clips)
             else:
                 params = calibrate_seeds(model, full.best_params, task, bits, **clips)
                 before = self._compare(params, bits)
             state = self._fit(part, params, keys, bits, run, console)
+            self._keep(run.path / self.variant.name / part, state, Bits(*pair))
             results[part] = self._compare(state.best_params, bits) | _best_epoch(state)
             if experiment.start == "trained":
                 results[part]["untuned"] = {key: before[key] for key in ("accuracy", "agreement")}
         return results
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the data from any other."""
+        return fingerprint_of(jax.tree.leaves(self.task))
 
     @property
     def at_once(self) -> int:
@@ -152,6 +162,18 @@ class Training:
             display.line(f"{name}: {epochs} epochs of {experiment.seeds} seeds, best validation accuracy {best:.1%}")
         return state
 
+    def _keep(self, folder: Path, state: NodeState, bits: Bits) -> None:
+        """Write the network of the seed with the best validation accuracy where `qpde.load` reads it."""
+        best = int(jnp.argmax(state.best_accuracy))
+        seed = self.experiment.seed + best
+        about = {"variant": self.variant.name, "seed": seed, "data": self.experiment.data.name}
+        qpde.save(
+            folder,
+            self.model.with_bits(bits),
+            {"params": jax.tree.map(lambda leaf: leaf[best], state.best_params)},
+            about=about | {"data_fingerprint": self.fingerprint} | provenance(),
+        )
+
     def _compare(self, params, bits: Bits) -> dict[str, list]:
         """Faithfulness on the test nodes, each field a list over seeds."""
         found = []
@@ -161,9 +183,9 @@ class Training:
         return {key: [result[key] for result in found] for key in found[0]}
 
 
-def _clip_method(width: int) -> str:
+def _clip_method(bits: int) -> str:
     """Few levels are better spent below the largest values."""
-    return "absmax" if width >= 8 else "percentile"
+    return "absmax" if bits >= 8 else "percentile"
 
 
 def _best_epoch(state: NodeState) -> dict[str, list[int]]:

@@ -28,9 +28,9 @@ _COLUMNS = (
 )
 
 
-def name_of(widths: tuple[int, int]) -> str:
-    """The part at these widths of weights and activations: "W4A8" for (4, 8)."""
-    return f"W{widths[0]}A{widths[1]}"
+def name_of(bits: tuple[int, int]) -> str:
+    """The part at these bits of weights and activations: "W4A8" for (4, 8)."""
+    return f"W{bits[0]}A{bits[1]}"
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
 ) -> None:
     """Prints the table, draws the pictures, and closes the run with summary.json.
 
-    layer_error_N.png shows the variants of N layers at the run's last pair of widths, over_smoothing.png the energy of
+    layer_error_N.png shows the variants of N layers at the run's last pair of bits, over_smoothing.png the energy of
     the full-precision states and the accuracy against depth.
 
     Args:

@@ -11,15 +11,18 @@ from qpde.models import converge_norms
 from train.trained.finished import Finished
 
 
-def measure(finished: Finished, width: int, *, images: int, newton_steps: int = 2) -> dict[str, float]:
+def measure(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, float]:
     """Shares of the first test images, and the median of bound over measured difference.
 
     Args:
-      finished: a trained network.   width: of its activations.   images: how many.   newton_steps: of `certify`.
+      finished: A trained network.
+      act_bits: Bits of its activations.
+      images: How many.
+      newton_steps: Of `certify`.
     Returns:
       "accuracy", "agreement", "certified", "a_priori" and "tightness".
     """
-    whole = measure_images(finished, width, images=images, newton_steps=newton_steps)
+    whole = measure_images(finished, act_bits, images=images, newton_steps=newton_steps)
     ratio = tightness(whole.pop("bound"), whole.pop("error"))
     return {key: float(values.mean()) for key, values in whole.items()} | {"tightness": ratio}
 
@@ -30,15 +33,15 @@ def tightness(bound: np.ndarray, error: np.ndarray) -> float:
     return float(np.median(bound[found] / error[found])) if found.any() else float("nan")
 
 
-def measure_images(finished: Finished, width: int, *, images: int, newton_steps: int = 2) -> dict[str, np.ndarray]:
+def measure_images(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, np.ndarray]:
     """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, "error" and
     "bound" of every logit difference from the predicted class.
     """
-    model = finished.training.model
-    bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(width))
+    model = finished.model
+    bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(act_bits))
     variables = finished.at(bits)
-    if model.clip_bits is not None:  # else the network stays as it is, for one compiled program at all widths
-        model, variables = model.at_bits(variables, Bits(model.weight_bits, width))
+    if model.clip_bits is not None:  # else the network stays as it is, for one compiled program at all bits
+        model, variables = model.at_bits(variables, Bits(model.weight_bits, act_bits))
     parts: list[dict[str, Any]] = []
     for x, labels in finished.test_images(images):
         if not parts:

@@ -51,60 +51,61 @@ class Measured:
 
     Attributes:
       cost: of `qpde.models.summary`.   stages: blocks in each.
-      by_width: faithfulness by width of the activations.
+      by_bits: faithfulness by bits of the activations.
       inputs: of every block, the distribution of its input.
       spectra: by block, from 1, eigenvalues of the Jacobian's symmetric part and the gain, at some images.
-      certified: by width, of `train.certify.measure_images`.
+      certified: by bits, of `train.trained.certificates.measure_images`.
     """
 
     cost: qpde.models.Summary
     stages: list[int]
     spectra: dict[int, tuple[np.ndarray, float]]
-    by_width: dict[int, Faithfulness]
+    by_bits: dict[int, Faithfulness]
     inputs: list[Distribution]
     maps: Maps | None
     certified: dict[int, dict[str, np.ndarray]]
 
 
-def measure(finished: Finished, *, widths: tuple[int, ...], certify_at: tuple[int, ...], images: int) -> Measured:
+def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[int, ...], images: int) -> Measured:
     """Everything about one network.
 
     Args:
-      finished: the network.   widths, certify_at: of activations.   images: test images to use, the first ones.
+      finished: The network.
+      act_bits: Bits of activations to run it at.
+      certify_at: Bits of activations to certify it at.
+      images: Test images to use, the first ones.
     """
-    training = finished.training
-    model = training.model
+    model = finished.model
     x, _ = next(finished.test_images(images))
     variables = converge_norms(model, finished.at(model.bits), x)
     is_quantized = model.bits.activations is not None
     return Measured(
-        cost=qpde.models.summary(model, training.images.shape),
+        cost=qpde.models.summary(model, finished.images.shape),
         stages=[len(blocks) for blocks in model.stages],
         spectra=_spectra(model, variables, x[:_POINTS]),
-        by_width=_by_width(finished, widths, images) if is_quantized else {},
+        by_bits=_by_bits(finished, act_bits, images) if is_quantized else {},
         inputs=_inputs(finished, variables, images) if is_quantized else [],
         maps=_maps(model, variables, x[:_POINTS]) if is_quantized else None,
-        certified={w: measure_images(finished, w, images=images) for w in certify_at} if is_quantized else {},
+        certified={a: measure_images(finished, a, images=images) for a in certify_at} if is_quantized else {},
     )
 
 
-def _by_width(finished, widths, images) -> dict[int, Faithfulness]:
-    """One set of weights at every width; batch statistics belong to each, those of the twin to all."""
-    model = finished.training.model
+def _by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
+    """One set of weights at several bits; batch statistics belong to each, those of the twin to all."""
+    model = finished.model
     weights = model.weight_bits if model.weight_bits is None else jnp.int32(model.weight_bits)
-    at = {width: Bits(weights, jnp.int32(width)) for width in widths}
+    at = {a: Bits(weights, jnp.int32(a)) for a in act_bits}
     twin = finished.at(next(iter(at.values())).twin)
     return {
-        width: compare(model, finished.at(bits), finished.test_images(images), bits, twin=twin)
-        for width, bits in at.items()
+        a: compare(model, finished.at(bits), finished.test_images(images), bits, twin=twin) for a, bits in at.items()
     }
 
 
 def _inputs(finished, variables, images) -> list[Distribution]:
-    bits = finished.training.model.bits
+    bits = finished.model.bits
     bits = bits._replace(activations=min(bits.activations, 8))
     batches = (x for x, _ in finished.test_images(images))
-    return [d for d in distributions(finished.training.model, variables, batches, bits) if d.index == 0]
+    return [d for d in distributions(finished.model, variables, batches, bits) if d.index == 0]
 
 
 @partial(jax.jit, static_argnames="model")

@@ -249,8 +249,8 @@ class PDELayer(GraphLayer):
         else:
             a = jax.nn.sigmoid(call.shared["mixing"])
             x, before = state
-            strength = a * step_size * step_size + (1 - a) * step_size
-            after, before = x + a * (x - before) - strength * f(x, None), x
+            weight = a * step_size * step_size + (1 - a) * step_size
+            after, before = x + a * (x - before) - weight * f(x, None), x
         return self._smooth(after, call), before
 
     def _flux(self, x, q, call):
@@ -271,7 +271,7 @@ class PDELayer(GraphLayer):
     def _stable_step(self, kernel):
         norm = spectral_norm(lambda v: v @ kernel, (self.width,), key=jax.random.key(0))
         # A zero kernel has no bound; the floor keeps the step finite.
-        h = LIPSCHITZ_TARGET / (jnp.maximum(jnp.square(norm), 1e-6) * graphs.KINDS[self.kind])
+        h = LIPSCHITZ_TARGET / (jnp.maximum(jnp.square(norm), 1e-6) * graphs.GRADIENTS[self.kind])
         # The wave is stable for h^2 |K|^2 |G|^2 < 4, the mixture within both bounds.
         return {"diffusion": h, "wave": jnp.sqrt(h), "mixed": jnp.minimum(h, jnp.sqrt(h))}[self.dynamics]
 
@@ -295,17 +295,17 @@ class ConvolutionLayer(GraphLayer):
 
 @dataclasses.dataclass(frozen=True)
 class InitialResidualLayer(GraphLayer):
-    """relu((1 - beta_l) y + beta_l Q(y) W), y = (1 - alpha) A Q(x) + alpha x_0, beta_l = log(strength / l + 1).
+    """relu((1 - beta_l) y + beta_l Q(y) W), y = (1 - alpha) A Q(x) + alpha x_0, beta_l = log(lambda_ / l + 1).
 
     GCNII (Chen et al., Simple and Deep Graph Convolutional Networks, ICML 2020).
 
     Attributes:
       alpha: share of the stem's output x_0.
-      strength: lambda, of the weights.
+      lambda_: lambda, of the weights.
     """
 
     alpha: float = 0.1
-    strength: float = 0.5
+    lambda_: float = 0.5
 
     act_count = 2
 
@@ -313,7 +313,7 @@ class InitialResidualLayer(GraphLayer):
         return {}
 
     def step_size(self, depth):
-        return jnp.log(self.strength / jnp.arange(1, depth + 1, dtype=jnp.float32) + 1)
+        return jnp.log(self.lambda_ / jnp.arange(1, depth + 1, dtype=jnp.float32) + 1)
 
     def step(self, state, step_size, q, call):
         x = q.activation(q.dropout(state), 0)

@@ -260,7 +260,7 @@ def pde_gcn(
     for option, value, valid in (
         ("dynamics", dynamics, DYNAMICS),
         ("nonlinearity", nonlinearity, NONLINEARITIES),
-        ("gradient_kind", gradient_kind, graphs.KINDS),
+        ("gradient_kind", gradient_kind, graphs.GRADIENTS),
         ("rounding", rounding, ROUNDINGS),
         ("kernel_init", kernel_init, KERNEL_INITS),
     ):
@@ -332,7 +332,7 @@ def gcnii(
     layers: int = 64,
     width: int = 64,
     alpha: float = 0.1,
-    strength: float = 0.5,
+    lambda_: float = 0.5,
     dropout: float = 0.6,
     weight_bits: int | None = None,
     act_bits: int | None = None,
@@ -347,7 +347,7 @@ def gcnii(
       layers: Depth, at least 1.
       width: Channels of the hidden fields.
       alpha: Share of the stem layer's output in every layer, within [0, 1].
-      strength: lambda > 0; layer l weighs its matrix by log(lambda / l + 1).
+      lambda_: lambda > 0; layer l weighs its matrix by log(lambda / l + 1).
       dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
         overrides them call by call.
@@ -362,9 +362,9 @@ def gcnii(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1]; got {alpha}")
-    if not (strength > 0 and math.isfinite(strength)):
-        raise ValueError(f"strength must be positive and finite; got {strength}")
-    layer = InitialResidualLayer(width=width, levels=levels, alpha=alpha, strength=strength)
+    if not (lambda_ > 0 and math.isfinite(lambda_)):
+        raise ValueError(f"lambda_ must be positive and finite; got {lambda_}")
+    layer = InitialResidualLayer(width=width, levels=levels, alpha=alpha, lambda_=lambda_)
     return _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, remat)
 
 
@@ -437,7 +437,7 @@ def _check_known(option, value, valid):
 
 
 def _check_smoothing(smoothing, kind):
-    bound = 2 * smoothing.eps / graphs.KINDS[kind]
+    bound = 2 * smoothing.eps / graphs.GRADIENTS[kind]
     if smoothing.steps < 1 or not (smoothing.eps > 0 and 0 <= smoothing.gamma2 <= bound):
         raise ValueError(
             f"smoothing needs steps >= 1, eps > 0 and gamma2 within [0, {bound:g}] for gradient_kind={kind!r}; "

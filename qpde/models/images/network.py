@@ -85,18 +85,18 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, bits: Bits, mode: Mode, strength: jax.Array | None, return_states: bool
+        self, x: jax.Array, bits: Bits, mode: Mode, smoothing_scale: jax.Array | None, return_states: bool
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The last block's output, and all of them in order when asked for (else none)."""
         states = []
         for name, block, start, count in groups(self.blocks, self.first_block):
             x, new = self._integrate(
-                block, count, name, self.first_block + start, x, bits, mode, strength, return_states
+                block, count, name, self.first_block + start, x, bits, mode, smoothing_scale, return_states
             )
             states += new
         return x, states
 
-    def _integrate(self, block, count, name, first, x, bits, mode, strength, return_states):
+    def _integrate(self, block, count, name, first, x, bits, mode, smoothing_scale, return_states):
         params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
         params = unfreeze(params)
         held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
@@ -113,7 +113,7 @@ class Stage(nn.Module):
 
         # Widths and smoothing given per block travel with the stacked variables; common ones stay outside the loop.
         own_bits = Bits(*(None if v is None or jnp.ndim(v) == 0 else v[first : first + count] for v in bits))
-        gamma2 = _gamma2(block.smoothing, params, strength, first, count)
+        gamma2 = _gamma2(block.smoothing, params, smoothing_scale, first, count)
         own_gamma2 = None if gamma2 is None or jnp.ndim(gamma2) == 0 else gamma2
 
         def step(x, scanned, step_size):
@@ -190,7 +190,7 @@ class BoundPart(NamedTuple):
 class Network(nn.Module):
     """Image classifier of qpde: a list of parts. Make one with `qpde.models.create` or `image_network`.
 
-    A collection "smoothing" with a scalar "strength" in [0, 1], added to the variables of a network that smooths,
+    A collection "smoothing" with a scalar "scale" in [0, 1], added to the variables of a network that smooths,
     multiplies every gamma2: at 0 it is the network without smoothing, at 1 what it is without the collection.
 
     Attributes:
@@ -375,13 +375,13 @@ class Network(nn.Module):
         One that is not chosen for smoothing comes without it, and its gamma2 is None.
         """
         variables = unfreeze(variables)
-        found, strength = [], variables.get("smoothing", {}).get("strength")
+        found, smoothing_scale = [], variables.get("smoothing", {}).get("scale")
         for stage, name, block, count in self.stacks:
             step_size = block.step_size if isinstance(block.step_size, float) else 1.0
             stacked = {k: v[stage][name] for k, v in variables.items() if name in v.get(stage, {})}
             for i in range(count):
                 own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                gamma2 = _gamma2(block.smoothing, own["params"], strength, len(found), 1)
+                gamma2 = _gamma2(block.smoothing, own["params"], smoothing_scale, len(found), 1)
                 single = block if gamma2 is not None else dataclasses.replace(block, smoothing=None)
                 found.append((single, own, step_size, gamma2))
         return found
@@ -451,10 +451,10 @@ class Network(nn.Module):
         mode = Mode(train, momentum, observe, power_iterations, self.options.compute_dtype)
 
         x = self._exact("stem", self.stem_part(x.shape[-1]), x, mode)
-        states, first, strength = [], 0, self.get_variable("smoothing", "strength")
+        states, first, smoothing_scale = [], 0, self.get_variable("smoothing", "scale")
         for i, blocks in enumerate(self.stages):
             stage = Stage(blocks, first, self.options.loop, self.options.remat, name=f"stage{i}")
-            x, new = stage(x, bits, mode, strength, return_states)
+            x, new = stage(x, bits, mode, smoothing_scale, return_states)
             states, first = states + new, first + len(blocks)
         if self.neck_part:
             x = self._exact("neck", self.neck_part, x, mode)
@@ -558,13 +558,13 @@ def _smooths(smoothing: Smoothing | None, first: int, count: int) -> list[bool]:
 
 
 def _gamma2(
-    smoothing: Smoothing | None, params: dict, strength: jax.Array | None, first: int, count: int
+    smoothing: Smoothing | None, params: dict, smoothing_scale: jax.Array | None, first: int, count: int
 ) -> jax.Array | float | None:
     """gamma2 for each of these blocks where they may differ, or one for all of them, or None where none smooths."""
     chosen = _smooths(smoothing, first, count)
     if not any(chosen):
         return None
     gamma2 = params["gamma2"] if smoothing.learned else smoothing.gamma2
-    if strength is not None:
-        gamma2 = strength * gamma2
+    if smoothing_scale is not None:
+        gamma2 = smoothing_scale * gamma2
     return gamma2 if all(chosen) else jnp.asarray(chosen, jnp.float32) * gamma2

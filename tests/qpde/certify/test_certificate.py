@@ -19,7 +19,7 @@ from qpde.models.images.blocks import BasicBlock, StableBlock
 from qpde.models.images.network import BoundPart
 from qpde.models.layers import Mode
 from qpde.operators import conv, depthwise
-from qpde.stencils import KINDS
+from qpde.stencils import ENERGIES
 
 # Proven norms.
 
@@ -280,7 +280,7 @@ def test_smoothing_costs_the_blocks_that_smooth_their_constant_and_no_others():
     assert everywhere[0] > 2 > without[0]
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.convex])
+@pytest.mark.parametrize("kind", [name for name, kind in ENERGIES.items() if not kind.convex])
 def test_smoothing_that_can_amplify_is_refused(kind):
     with pytest.raises(ValueError, match=f"{kind}.*isotropic"):
         constants_with_smoothing(models.Smoothing(kind=kind, output=True))

@@ -1,4 +1,4 @@
-"""Smoothing inside networks whose strength is learned or scheduled."""
+"""Smoothing inside networks whose scale is learned or scheduled."""
 
 import dataclasses
 import functools
@@ -99,14 +99,14 @@ def test_the_gradient_of_gamma2_is_the_difference_quotient_and_leads_back_from_b
 
 
 @pytest.mark.parametrize("smoothing", [FIRST_AND_LAST, LEARNED])
-def test_at_strength_zero_a_network_does_not_smooth_and_at_one_it_is_itself_bit_for_bit(smoothing):
+def test_at_scale_zero_a_network_does_not_smooth_and_at_one_it_is_itself_bit_for_bit(smoothing):
     model, variables = make(smoothing)
     assert set(variables) == {"params", "batch_stats"}
 
-    def at(strength):
-        return variables | {"smoothing": {"strength": jnp.float32(strength)}}
+    def at(scale):
+        return variables | {"smoothing": {"scale": jnp.float32(scale)}}
 
-    off, half, full = (states_of(model, at(strength)) for strength in (0.0, 0.5, 1.0))
+    off, half, full = (states_of(model, at(scale)) for scale in (0.0, 0.5, 1.0))
     for pair in zip(full, states_of(model, variables), strict=True):
         np.testing.assert_array_equal(*pair)
     # Op by op: compiled as a whole, another program has its own last digits.
@@ -114,14 +114,14 @@ def test_at_strength_zero_a_network_does_not_smooth_and_at_one_it_is_itself_bit_
         np.testing.assert_array_equal(*pair)
     assert bool((half[0] != full[0]).any() & (half[0] != off[0]).any())
 
-    # What takes the network step by step sees the strength, too.
+    # What takes the network step by step sees the scale, too.
     gamma2 = [step[-1] for step in model.steps(at(0.5))]
     assert (float(gamma2[0]), gamma2[1], float(gamma2[2])) == (np.float32(0.01), None, np.float32(0.01))
 
 
-def test_every_width_of_an_elastic_network_has_the_strength():
+def test_every_width_of_an_elastic_network_has_the_scale():
     model, variables = make(LEARNED)
-    variables = variables | {"smoothing": {"strength": 0.0}}
+    variables = variables | {"smoothing": {"scale": 0.0}}
     elastic, widths = qpde.measure.Elastic(model), [qpde.Bits(4, 4), qpde.Bits(4, 32)]
     bits = qpde.bits.stack_bits(widths)
     found = jax.jit(lambda v: elastic.apply(v, images(), bits=bits))(elastic.variables(variables, bits))

@@ -20,7 +20,7 @@ from train.commands.cli import COMMANDS, Command, load_recipes, main
 from train.config.images import Experiment, Model, Variant
 from train.config.serialize import to_json
 from train.host.console import Display
-from train.runs.checkpoints import Checkpoints, read_best
+from train.runs.checkpoints import Checkpoints
 from train.runs.directory import open_run
 from train.steps.paths import path_name
 from train.tasks import lockstep
@@ -187,12 +187,14 @@ def test_widths_are_annealed_in_one_compiled_step_and_the_best_epoch_has_the_las
     monkeypatch.setattr(application, "make_epoch_step", guarded)  # the widths lie on the device, too
     monkeypatch.setattr(application, "reestimate_statistics", noted)
     annealing = "--annealing.weights.schedule staircase --annealing.weights.start 5 --annealing.weights.every 1"
-    annealing += " --annealing.activations.schedule listed --annealing.activations.widths 8 6"
+    annealing += " --annealing.activations.schedule listed --annealing.activations.bits 8 6"
     annealing += " --annealing.activations.every 1 --annealing.reestimate"
     command = ["run", config, "--only", "symmetric", *annealing.split()]
     assert main(command) == 0
     assert len(traced) == 1
-    assert reestimated == [Bits(4, 6), Bits(4, 4), Bits(4, 4)]  # the last one before the test images
+    # Before each validation, at each change, and before the test images for the network and its twin.
+    epochs = [Bits(5, 8), Bits(4, 6), Bits(4, 6), Bits(4, 4), Bits(4, 4)]
+    assert reestimated == [*epochs, Bits(4, 4), Bits(4, 32)]
     lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["weight_bits"], line["act_bits"]) for line in lines] == [(5, 8), (4, 6), (4, 4)]
     assert _summary(tmp_path)["symmetric"]["best_epoch"] == 3
@@ -219,7 +221,7 @@ def test_a_network_is_distilled_and_then_tuned_by_similarity_alone_to_a_target(c
     assert _summary(tmp_path, "tuned")["symmetric"]["best_epoch"] == 1
 
     refused = {
-        "is no folder of a run": ["--start-from", "absent"],
+        "holds no trained network": ["--start-from", "absent"],
         "has another network: batch_stats/stage0/": ["--start-from", "runs/tiny", "--model.norm", "tied"],
         "give the model act_bits": ["--loss.name", "distillation", "--model.act-bits", "None"],
     }
@@ -232,8 +234,8 @@ def test_training_starts_from_a_network_in_full_precision_with_clips_read_off_a_
     assert main(["run", config, "--recipe", "full_precision"]) == 0
     options = "--only plain --start-from runs/exact --epochs 1 --optimizer.learning-rate 1e-12"
     assert main(["run", config, *options.split()]) == 0
-    before, after = (read_best(tmp_path / "runs" / name / "checkpoints" / "plain")[0] for name in ("exact", "tiny"))
-    before, after = ({path_name(k): v for k, v in jax.tree.leaves_with_path(s["params"])} for s in (before, after))
+    before, after = (qpde.load(tmp_path / "runs" / name / "plain").variables["params"] for name in ("exact", "tiny"))
+    before, after = ({path_name(k): v for k, v in jax.tree.leaves_with_path(params)} for params in (before, after))
     assert before.keys() == after.keys()
     for name, value in after.items():
         if name.endswith("clips"):
@@ -344,7 +346,7 @@ def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
 
     refused = {
         "no folder of a run": ["runs/nowhere"],
-        "widths that round": ["runs/tiny", "--bits", "16"],
+        "must round": ["runs/tiny", "--bits", "16"],
         "images (=0)": ["runs/tiny", "--images", "0"],
     }
     for message, arguments in refused.items():
@@ -356,11 +358,11 @@ def test_a_finished_run_is_measured_at_other_widths_and_its_blocks_get_widths_wi
     assert main(["run", config, "--only", "symmetric", "--epochs", "1"]) == 0
     capsys.readouterr()
     assert main(["elastic", "runs/tiny", "--bits", "2", "W4A4", "32"]) == 0
-    assert "one set of weights at several widths" in capsys.readouterr().out
+    assert "one set of weights at several bits" in capsys.readouterr().out
     folder = tmp_path / "runs" / "tiny"
     assert (folder / "elastic.png").read_bytes().startswith(b"\x89PNG")
     with open(folder / "elastic.csv") as file:
-        rows = {row["widths"]: row for row in csv.DictReader(file)}
+        rows = {row["bits"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["W2A2", "W4A4", "W32A32"]
     assert float(rows["W4A4"]["accuracy"]) == pytest.approx(_summary(tmp_path)["symmetric"]["accuracy"], abs=1 / 320)
     assert float(rows["W4A4"]["agreement"]) == pytest.approx(_summary(tmp_path)["symmetric"]["agreement"], abs=1 / 320)
@@ -390,7 +392,7 @@ def test_widths_drawn_at_every_step_train_one_network_with_clips_for_each_and_su
 ):
     draw = ["--model.clip-bits", "3", "4", "8", "--clip-start", "mse"]
     for part in ("weights", "activations"):
-        draw += [f"--annealing.{part}.schedule", "random", f"--annealing.{part}.widths", "3", "8"]
+        draw += [f"--annealing.{part}.schedule", "random", f"--annealing.{part}.bits", "3", "8"]
     only = ["run", config, "--only", "symmetric", "--epochs", "2", *draw]
     assert main([*only, "--name", "whole"]) == 0
     step = Display.step
@@ -573,12 +575,12 @@ def test_widths_that_a_set_of_levels_does_not_have_are_refused(arguments, tmp_pa
     experiment = Experiment("tiny", (Variant("plain"),), model=Model(levels="pot"))
     (tmp_path / "config.json").write_text(to_json(experiment))
     (tmp_path / "summary.json").write_text(json.dumps({"variants": {"plain": {}}}))
-    bits = SimpleNamespace(bits=Bits(4, 4), act_bits=4)
-    training = SimpleNamespace(experiment=experiment, variant=experiment.variants[0], model=bits)
+    model = qpde.models.create("resnet20", num_classes=10, levels="pot", weight_bits=4, act_bits=4)
+    found = Finished("plain", qpde.TrainedNetwork(model, {}, ()), SimpleNamespace(), experiment)
     for module in ("certify", "report", "elastic"):
-        monkeypatch.setattr(f"train.commands.{module}.read_finished", lambda *_: {"plain": Finished(training, {})})
+        monkeypatch.setattr(f"train.commands.{module}.read_finished", lambda *_: {"plain": found})
     assert main([arguments[0], str(tmp_path), *arguments[1:]]) == 2
-    assert "levels 'pot' have no widths of 12 bits: choose 2 to 8, or 16 and more" in capsys.readouterr().err
+    assert "levels 'pot' have no 12 bits: choose 2 to 8, or 16 and more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["prepare", "work"])

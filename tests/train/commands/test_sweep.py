@@ -64,9 +64,9 @@ def test_without_bits_a_sweep_has_the_widths_of_the_model(started, tmp_path, cap
     assert main([*command, "--model.weight-bits", "3"]) == 0
     assert started == ["W3A4_seed0"]
     assert main([*command, "--model.weight_bits", "3", "--bits", "4"]) == 2
-    assert "--model.weight-bits and --bits both give widths" in capsys.readouterr().err
+    assert "--model.weight-bits and --bits both give bits" in capsys.readouterr().err
     assert main([*command, "--model.act-bits", "None"]) == 2
-    assert "not all variants are quantized alike: give widths" in capsys.readouterr().err
+    assert "not all variants are quantized alike: give some" in capsys.readouterr().err
 
 
 def test_one_seed_has_a_mean_and_nothing_else():

@@ -15,7 +15,7 @@ from train.config.images import (
     Model,
     Optimizer,
     Rule,
-    StrengthSchedule,
+    SmoothingSchedule,
     Variant,
 )
 
@@ -24,7 +24,7 @@ EXPERIMENT = Experiment(
     variants=(Variant("symmetric"), Variant("plain", {"symmetric": False})),
     model=Model(smoothing=Smoothing(blocks=(1, 2))),
     optimizer=Optimizer(rules=(Rule("clip", learning_rate=10.0, weight_decay=0.0),)),
-    annealing=Annealing(activations=BitSchedule("listed", widths=(8, 6))),
+    annealing=Annealing(activations=BitSchedule("listed", bits=(8, 6))),
 )
 
 
@@ -53,9 +53,9 @@ EXPERIMENT = Experiment(
         (lambda: Loss(similarity_weight=math.nan), r"similarity_weight \(=nan\)"),
         (lambda: Optimizer(averaging=1.0), r"averaging \(=1.0\) must lie in \[0, 1\)"),
         (lambda: BitSchedule(every=0), r"every \(=0\)"),
-        (lambda: BitSchedule(widths=(8, 40)), "holds 40: widths are 2 to 32"),
-        (lambda: StrengthSchedule("rise", 0), r"annealing.smoothing.epochs \(=0\)"),
-        (lambda: BitSchedule("random"), "needs widths to draw from"),
+        (lambda: BitSchedule(bits=(8, 40)), "holds 40: bits are 2 to 32"),
+        (lambda: SmoothingSchedule("rise", 0), r"annealing.smoothing.epochs \(=0\)"),
+        (lambda: BitSchedule("random"), "needs bits to draw from"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(build, message):

@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     variants=(Variant("symmetric"), Variant("plain", {"symmetric": False})),
     model=Model(smoothing=Smoothing(blocks=(1, 2))),
     optimizer=Optimizer(rules=(Rule("clip", learning_rate=10.0, weight_decay=0.0),)),
-    annealing=Annealing(activations=BitSchedule("listed", widths=(8, 6))),
+    annealing=Annealing(activations=BitSchedule("listed", bits=(8, 6))),
 )
 
 

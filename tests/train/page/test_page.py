@@ -60,7 +60,7 @@ def shown(tmp_path_factory, compiled_once):
     folder, measured = tmp_path_factory.mktemp("shown"), {}
 
     def spy(finished, **options):
-        measured[finished.training.variant.name] = found = measure(finished, **options)
+        measured[finished.name] = found = measure(finished, **options)
         return found
 
     measure = report.measure
@@ -168,7 +168,7 @@ def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
     folder, measured = shown
     monkeypatch.chdir(folder)
     monkeypatch.setitem(registry.ARCHITECTURES, "tiny", TINY)
-    monkeypatch.setattr(report, "measure", lambda finished, **_: measured[finished.training.variant.name])
+    monkeypatch.setattr(report, "measure", lambda finished, **_: measured[finished.name])
     shutil.copytree("runs/tiny", "runs/again")
     assert main(["report", "runs/tiny", "runs/again", "--output", "both"]) == 0
     text = (folder / "both" / "report.html").read_text()
@@ -314,8 +314,8 @@ def test_a_run_on_a_graph_is_shown_with_the_sections_that_apply(graph_run, tmp_p
     [
         ([], "name a run"),
         (["nowhere"], "no folder of a run"),
-        (["RUN", "--bits", "4", "33"], "--bits holds 33: give widths from 2 to 32"),
-        (["RUN", "--certify", "16"], "--certify holds 16: give widths from 2 to 15"),
+        (["RUN", "--bits", "4", "33"], "--bits holds 33: give bits from 2 to 32"),
+        (["RUN", "--certify", "16"], "--certify holds 16: give bits from 2 to 15"),
         (["RUN", "--images", "0"], r"images (=0) must be at least 1"),
         (["RUN", "RUN"], "two runs have the same name"),
         (["RUN", "OTHER"], "give it a page of its own"),

@@ -1,4 +1,4 @@
-"""Bits and strength of smoothing over the epochs, and bits that are drawn for every step."""
+"""Bits and smoothing over the epochs, and bits that are drawn for every step."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from qpde.bits import Bits
-from train.config.images import Annealing, BitSchedule, Experiment, Model, StrengthSchedule, Variant
+from train.config.images import Annealing, BitSchedule, Experiment, Model, SmoothingSchedule, Variant
 from train.config.recipes import any_bit
-from train.steps.annealing import is_annealed, make_draw, strength_of, widths_of
+from train.steps.annealing import bits_of, is_annealed, make_draw, smoothing_scale_of
 from train.steps.state import RANDOM
 
 
 def test_each_schedule_is_its_formula_weights_and_activations_apart():
-    annealing = Annealing(BitSchedule("staircase", start=6, every=2), BitSchedule("listed", every=3, widths=(16, 8)))
-    widths = widths_of(annealing, Bits(4, 3), 10)
+    annealing = Annealing(BitSchedule("staircase", start=6, every=2), BitSchedule("listed", every=3, bits=(16, 8)))
+    widths = bits_of(annealing, Bits(4, 3), 10)
     assert [widths(epoch).weights for epoch in range(1, 11)] == [6, 6, 5, 5, 4, 4, 4, 4, 4, 4]
     assert [widths(epoch).activations for epoch in range(1, 11)] == [16, 16, 16, 8, 8, 8, 3, 3, 3, 3]
-    assert widths_of(Annealing(), Bits(None, 4), 1)(1) == Bits(None, 4)
+    assert bits_of(Annealing(), Bits(None, 4), 1)(1) == Bits(None, 4)
 
 
 @pytest.mark.parametrize(
@@ -34,27 +34,27 @@ def test_each_schedule_is_its_formula_weights_and_activations_apart():
 )
 def test_a_schedule_must_reach_the_models_width(annealing, target, message):
     if message is None:  # it starts below the target and so is there at once
-        assert widths_of(annealing, target, 10)(1).weights == 4
+        assert bits_of(annealing, target, 10)(1).weights == 4
     else:
         with pytest.raises(ValueError, match=message):
-            widths_of(annealing, target, 10)
+            bits_of(annealing, target, 10)
 
 
 def test_smoothing_rises_or_falls_in_equal_steps():
-    rise, fall = (strength_of(StrengthSchedule(name, 4), smooths=True, epochs=6) for name in ("rise", "fall"))
+    rise, fall = (smoothing_scale_of(SmoothingSchedule(name, 4), smooths=True, epochs=6) for name in ("rise", "fall"))
     assert [rise(epoch) for epoch in range(1, 7)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert [fall(epoch) for epoch in range(1, 7)] == [1, 0.75, 0.5, 0.25, 0, 0]
-    assert strength_of(StrengthSchedule(), smooths=False, epochs=0)(1) is None
+    assert smoothing_scale_of(SmoothingSchedule(), smooths=False, epochs=0)(1) is None
     with pytest.raises(ValueError, match="nothing to schedule: give the recipe's model smoothing"):
-        strength_of(StrengthSchedule("fall", 4), smooths=False, epochs=6)
+        smoothing_scale_of(SmoothingSchedule("fall", 4), smooths=False, epochs=6)
     with pytest.raises(ValueError, match=r"annealing.smoothing.epochs \(=4\) leaves none of 4 epochs"):
-        strength_of(StrengthSchedule("rise", 4), smooths=True, epochs=4)
+        smoothing_scale_of(SmoothingSchedule("rise", 4), smooths=True, epochs=4)
 
 
 def test_random_widths_are_all_drawn_alike_from_the_key_alone_and_validated_at_the_models_own():
-    annealing = Annealing(weights=BitSchedule("random", widths=(2, 8)))
+    annealing = Annealing(weights=BitSchedule("random", bits=(2, 8)))
     assert not is_annealed(annealing)
-    assert [widths_of(annealing, Bits(4, 3), 9)(epoch) for epoch in (1, 9)] == [Bits(4, 3)] * 2
+    assert [bits_of(annealing, Bits(4, 3), 9)(epoch) for epoch in (1, 9)] == [Bits(4, 3)] * 2
     keys = jax.random.split(jax.random.key(0, impl=RANDOM), 600)
     draw = jax.jit(make_draw(annealing, Bits(4, 3)))
     drawn = [draw(key, None) for key in keys]
@@ -85,7 +85,7 @@ def test_any_bit_draws_all_its_widths_alike_whichever_is_the_models_own(own):
         assert found.weights[i] == [*others, own][int(jax.random.randint(key, (), 0, len(others) + 1))]
 
 
-def test_without_random_schedules_the_widths_of_a_step_are_those_given():
-    draw = make_draw(Annealing(activations=BitSchedule("listed", widths=(8,))), Bits(4, 4))
+def test_without_random_schedules_the_bits_of_a_step_are_those_given():
+    draw = make_draw(Annealing(activations=BitSchedule("listed", bits=(8,))), Bits(4, 4))
     assert draw(jax.random.key(0), None) is None
     assert draw(jax.random.key(0), Bits(4, 8)) == Bits(4, 8)

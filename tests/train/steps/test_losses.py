@@ -150,7 +150,7 @@ def test_similarity_alone_lowers_the_difference_of_the_passes(network):
 def test_mixup_mixes_images_and_targets_with_the_same_shares_and_partners(seed):
     n = 6
     x = jnp.eye(n).reshape(n, n, 1, 1)
-    mixed, targets = mixup(jax.random.key(seed), x, jnp.eye(n), strength=0.4)
+    mixed, targets = mixup(jax.random.key(seed), x, jnp.eye(n), mixup_alpha=0.4)
     np.testing.assert_array_equal(mixed.reshape(n, n), targets)
     targets = np.asarray(targets)
     np.testing.assert_allclose(targets.sum(0), 1.0, atol=1e-6)  # each image is itself and once a partner
@@ -163,7 +163,7 @@ def test_mixup_mixes_images_and_targets_with_the_same_shares_and_partners(seed):
 def test_mixups_share_follows_its_distribution():
     """Beta(1, 1) is uniform, so the larger of s and 1 - s is uniform on [1/2, 1]: mean 3/4, deviation 0.144."""
     x, targets = jnp.zeros((2, 1, 1, 1)), jnp.eye(2)
-    mix = jax.jit(jax.vmap(lambda key: mixup(key, x, targets, strength=1.0)[1]))
+    mix = jax.jit(jax.vmap(lambda key: mixup(key, x, targets, mixup_alpha=1.0)[1]))
     mixed = np.asarray(mix(jax.random.split(jax.random.key(0), 2000)))
     shares = mixed[:, 0, 0][mixed[:, 0, 0] < 1]  # where the two were exchanged
     assert abs(len(shares) - 1000) < 4 * np.sqrt(2000) / 2

@@ -11,15 +11,16 @@ import numpy as np
 import optax
 import pytest
 
+import qpde
 import qpde.models
 from qpde.bits import Bits
 from qpde.datasets import NodeGraph, SparseRows
 from train.commands.cli import load_recipes, main
 from train.config.graphs import GraphData, GraphExperiment, GraphModel, GraphVariant
-from train.config.images import Adam, Rule
+from train.config.images import Adam, Model, Rule
 from train.config.serialize import from_json, to_json
 from train.runs.checkpoints import Checkpoints
-from train.runs.warm_start import read_model
+from train.runs.warm_start import read_start
 from train.steps.losses import classification_sums
 from train.steps.optimizer import create_optimizer
 from train.tasks import nodes_step as steps
@@ -178,9 +179,12 @@ def test_an_experiment_out_of_range_is_refused(changes, message):
 
 
 def test_no_training_on_images_starts_from_a_run_on_a_graph(tmp_path):
-    (tmp_path / "config.json").write_text(to_json(EXPERIMENT))
+    model = qpde.models.pde_gcn(num_classes=3, layers=1, width=2)
+    graph = make_task(small_graph()).graph
+    shapes = jax.eval_shape(model.init, jax.random.key(0), graph)
+    qpde.save(tmp_path / "symmetric", model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
     with pytest.raises(ValueError, match="is a run on a graph: give one on images"):
-        read_model(tmp_path, "symmetric")
+        read_start(tmp_path, "symmetric", Model(), {}, calibrated=False)
 
 
 def test_more_variants_than_a_picture_shows_are_refused_before_training():
@@ -280,7 +284,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_seed_and_epoch(config, 
         (["--model.step-size", "-1"], "step_size"),
         (["--data.name", "cora"], "give --data-dir or set QPDE_DATA_DIR"),
         (["--data.name", "cora", "--data-dir", "nowhere"], "nowhere"),
-        (["--bits", "4", "1"], "widths are 2 to 32"),
+        (["--bits", "4", "1"], "give some of 2 to 32"),
     ],
 )
 def test_bad_input_is_refused_with_its_reason_and_nothing_written(config, monkeypatch, capsys, arguments, message):

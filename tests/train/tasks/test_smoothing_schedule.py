@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qpde
 import train.tasks.images as application
 from qpde import stencils
 from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import main
 from train.config.images import Optimizer
-from train.runs.checkpoints import read_best
 from train.steps.optimizer import create_optimizer
 from train.steps.state import create_state
 from train.steps.train_step import make_train_step
@@ -100,21 +100,19 @@ def test_a_run_learns_its_gamma2_as_smoothing_rises_or_falls(config, monkeypatch
     assert main([*command, "whole"]) == 0
     assert "gamma2 of the blocks that smooth, mean" in capsys.readouterr().out
     assert len(traced) == 1
-    assert [line["smoothing_strength"] for line in _lines("whole")] == [0, 0.5, 1]
+    assert [line["smoothing_scale"] for line in _lines("whole")] == [0, 0.5, 1]
     result = _result("whole")
     assert result["best_epoch"] == 3
     assert len(result["gamma2"]) == 2
     assert all(0 <= value <= np.float32(BOUND) and abs(value - 0.0125) > 1e-4 for value in result["gamma2"])
     assert result["mean_gamma2"] == pytest.approx(np.mean(result["gamma2"]))
-    state, _ = read_best(Path("runs/whole/checkpoints/symmetric"))
-    for collections in (state["model_state"], state["averages"]["model_state"]):
-        assert collections["smoothing"]["strength"] == 1
+    assert qpde.load("runs/whole/symmetric").variables["smoothing"]["scale"] == 1
 
     # Whoever takes up a network finds it as it ended, here without smoothing.
     assert main(["run", config, *schedule, "fall", "--name", "fall"]) == 0
-    assert [line["smoothing_strength"] for line in _lines("fall")] == [1, 0.5, 0]
+    assert [line["smoothing_scale"] for line in _lines("fall")] == [1, 0.5, 0]
     (found,) = read_finished(Path("runs/fall"), None).values()
-    assert float(found.variables["smoothing"]["strength"]) == 0
+    assert float(found.variables["smoothing"]["scale"]) == 0
     assert _result("fall")["gamma2"] == [0, 0]
     assert main([*command, "short", "--epochs", "2"]) == 2
-    assert "leaves none of 2 epochs at the final strength" in capsys.readouterr().err
+    assert "leaves none of 2 epochs at the final scale" in capsys.readouterr().err

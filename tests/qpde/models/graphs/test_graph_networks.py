@@ -140,8 +140,8 @@ def test_a_convolution_layer_is_that_of_kipf_and_welling():
 
 def test_an_initial_residual_layer_is_that_of_gcnii():
     graph = random_graph()
-    _, variables = make("gcnii", alpha=0.2, strength=1.5)
-    _, states = runner("gcnii", alpha=0.2, strength=1.5)(variables, graph, EXACT)
+    _, variables = make("gcnii", alpha=0.2, lambda_=1.5)
+    _, states = runner("gcnii", alpha=0.2, lambda_=1.5)(variables, graph, EXACT)
     start = jax.nn.relu(graph.nodes @ variables["params"]["stem_kernel"])
     beta = np.log(1.5 / 3 + 1)
     y = 0.8 * (states[1] - graphs.laplacian(graph, states[1])) + 0.2 * start
@@ -500,7 +500,7 @@ def test_dropout_is_off_outside_training_and_needs_a_key_in_it():
         ("pde_gcn", {"weight_bits": 1}, "weight_bits must be 2 to 32"),
         ("gcn", {"act_bits": 33}, "act_bits must be 2 to 32"),
         ("gcnii", {"alpha": 1.5}, "alpha must be within"),
-        ("gcnii", {"strength": 0.0}, "strength must be positive"),
+        ("gcnii", {"lambda_": 0.0}, "lambda_ must be positive"),
         ("gat", {"heads": 3}, "heads .=3. must divide width .=64."),
     ],
 )

@@ -1,0 +1,40 @@
+"""Images as a network takes them, outside of training: for batch statistics, calibration and tests."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from train.data.resident import ImageSet
+from train.steps.state import RANDOM
+
+STATISTICS_BATCHES = 32
+"""Training batches over which batch statistics are estimated again for an evaluation."""
+
+
+def training_batches(
+    images: ImageSet, vary: Callable[[Array, Array, Array], tuple[Array, Array]], *, seed: int, limit: int
+) -> Iterator[tuple[Array, Array]]:
+    """Read the first training batches, varied as in training.
+
+    Statistics of images without the variation are of another distribution than the network learned on, and lower its
+    accuracy.
+
+    Args:
+      images: The set.
+      vary: Variation of each image, as `train.data.resident.make_vary` makes it, compiled.
+      seed: Seed of the run, which the variation is drawn from.
+      limit: Largest number of batches.
+    Yields:
+      Network input and labels.
+    """
+    for i, (x, labels) in enumerate(images.first_batches(limit=limit)):
+        key = jax.random.fold_in(jax.random.key(seed, impl=RANDOM), i)
+        yield vary(key, jnp.asarray(x), jnp.asarray(labels, jnp.int32))
+
+
+def in_network_form(images: ImageSet, part: str) -> Iterator[tuple[Array, Array]]:
+    """Read the batches of "validation" or "test" in order, as network input and labels."""
+    normalize = jax.jit(images.normalize)
+    return ((normalize(x), jnp.asarray(labels)) for x, labels in images.in_order(part))
