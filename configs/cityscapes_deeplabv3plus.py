@@ -1,4 +1,4 @@
-"""python -m train run configs/cityscapes_deeplabv3plus.py --data-dir FOLDER        # FOLDER holds leftImg8bit and gtFine
+"""python -m train run configs/cityscapes_deeplabv3plus.py --data-dir FOLDER     # FOLDER holds leftImg8bit and gtFine
 
 DeepLabV3+ over MobileNetV2 at output stride 16 on Cityscapes, whole images on one large GPU (25 GB as bytes), crops of
 769 pixels in batches of 16 for 90,000 steps (Chen et al., 2018). The published learning rate, 0.007, falls with the

@@ -1,6 +1,7 @@
 """Segmentation networks: every pixel a class, dilation that keeps a network's function, and all that measures them."""
 
 import functools
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,26 @@ def test_dilation_keeps_what_a_stride_computes_and_fills_in_between(encoder, sta
     found = apply(fine, variables, x, return_states=True)[1][last]
     assert found.shape == (1, 8, 12, expected.shape[-1])
     np.testing.assert_allclose(found[:, ::2, ::2], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_deeplabv3plus_computes_what_pytorch_does_with_the_same_weights(small_golden_dir):
+    """Against tests/golden/deeplabv3plus_torch.py, written in PyTorch from the network's description alone."""
+    published = runpy.run_path(str(small_golden_dir / "deeplabv3plus_torch.py"))
+    model = tiny(output_stride=8, symmetric=False)
+    x = jnp.asarray(published["image"]())
+
+    def weight(path, leaf):
+        names = [entry.key for entry in path]
+        shape = leaf.shape[1:] if "block" in names[2] else leaf.shape  # equal blocks are stacked
+        if names[-1].endswith("clips"):
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(published["value"]("/".join(names), shape).reshape(leaf.shape))
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    logits = apply(model, jax.tree_util.tree_map_with_path(weight, shapes), x)
+    expected = np.load(small_golden_dir / "deeplabv3plus.npz")["logits"]
+    assert float(np.abs(expected).std()) > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=2e-4)
 
 
 def test_interpolation_keeps_constants_and_ramps():
