@@ -111,7 +111,7 @@ def random_colour(key: Key[Array, ""], x: Float[Array, "n h w c"], *, amount: fl
 def _coordinates(own: int, wanted: int, factor: jax.Array, share: jax.Array) -> jax.Array:
     """Where the pixels of a part lie in the image, along one axis."""
     first = share * (own - wanted / factor)
-    return first + (jnp.arange(wanted) + 0.5) / factor - 0.5
+    return first + (jnp.arange(wanted, dtype=jnp.float32) + 0.5) / factor - 0.5
 
 
 def _inside(at: jax.Array, size: int) -> jax.Array:
