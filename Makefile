@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 RUN    := $(VENV)/bin/python
 JOBS   ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-fast durations lint docs bench clean
 
 # The main job on embedded data: symmetric and plain nets in 4 bits, their table, and the page of their report.
 demo: $(VENV)/.train
@@ -18,16 +18,29 @@ demo: $(VENV)/.train
 test: lint
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
+# What says most in two minutes; tests/slow.txt lists what is left out.
+test-fast: $(VENV)/.test
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+# Measures every test, alone on one core, and writes tests/slow.txt.
+durations: $(VENV)/.test
+	$(RUN) -m pytest -p tests.durations
+
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
+	$(RUN) -m mypy
+
+# The site, in docs/_build/html. Warnings are errors, broken links between its pages too.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -W --keep-going --nitpicky -b html docs docs/_build/html
 
 # One question per file; each prints ratios measured side by side in one process.
 bench: $(VENV)/.bench
 	for file in benchmarks/[a-z]*.py; do $(RUN) $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/api/_made *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no python3.11, 3.12 or 3.13 with its venv module: install one, or give make PYTHON=..."; exit 1; }
@@ -40,6 +53,10 @@ $(VENV)/.train: setup.cfg pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: setup.cfg pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[train,test]'
+	touch $@ $(VENV)/.train
+
+$(VENV)/.docs: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[train,docs]'
 	touch $@ $(VENV)/.train
 
 $(VENV)/.bench: setup.cfg pyproject.toml | $(VENV)/bin/python

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
 
 from train.data.reader import Batches, Varied, read_ahead, read_all
-from train.data.tfds_records import Records
+from train.data.records import Records
 
 BATCH = 128
 SIZE = 224
@@ -42,13 +42,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind, (batches, shape, form) in IMAGES.items():
             records = write_records(Path(folder) / kind, batches * BATCH, shape, form)
-            source = Batches(records, Varied((0,), SIZE, 0.08), BATCH)
+            source = Batches(records, Varied((0,), (SIZE, SIZE, 3), 0.08), BATCH)
             candidates = {
                 f"grain, {workers} workers" if workers else "grain, threads": partial(streamed, source, workers)
                 for workers in options.workers
             }
             if kind == "small":
-                images, labels = read_all(records, Varied((0,), SIZE, 0.08))
+                images, labels = read_all(records, Varied((0,), (SIZE, SIZE, 3), 0.08))
                 candidates = {"device": resident(images, labels), "variation": variation(images)} | candidates
             found = {name: [] for name in candidates}
             for _ in range(options.rounds):

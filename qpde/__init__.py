@@ -5,31 +5,42 @@ Rooms: `quantizers`, `stencils`, `operators`, `integrators`, `graphs` and `norms
 compares, `certify` proves, `plots` shows; `datasets` reads real data; `testing` checks what users write.
 """
 
-from qpde import (
-    certify,
-    datasets,
-    graphs,
-    integrators,
-    measure,
-    models,
-    nn,
-    norms,
-    operators,
-    ptq,
-    quantizers,
-    stencils,
-    testing,
-)
-from qpde.bits import Bits
-from qpde.models.protocol import QuantizedNetwork
-from qpde.nn import Rule, optimizer_labels, project, quantized
-from qpde.trained import TrainedNetwork, load, save
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qpde import (
+        certify,
+        datasets,
+        graphs,
+        integrators,
+        measure,
+        models,
+        nn,
+        norms,
+        operators,
+        ptq,
+        quantizers,
+        stencils,
+        testing,
+    )
+    from qpde.bits import Bits
+    from qpde.models.protocol import QuantizedNetwork
+    from qpde.nn import Rule, optimizer_labels, project, quantized
+    from qpde.trained import TrainedNetwork, load, save
+
+try:
+    __version__ = version("qpde")  # of setup.cfg, by way of what was installed
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Bits",
     "QuantizedNetwork",
     "Rule",
     "TrainedNetwork",
+    "__version__",
     "certify",
     "datasets",
     "graphs",
@@ -49,3 +60,32 @@ __all__ = [
     "stencils",
     "testing",
 ]
+
+_HOMES = {
+    "Bits": "qpde.bits",
+    "QuantizedNetwork": "qpde.models.protocol",
+    "Rule": "qpde.nn",
+    "TrainedNetwork": "qpde.trained",
+    "load": "qpde.trained",
+    "optimizer_labels": "qpde.nn",
+    "project": "qpde.nn",
+    "quantized": "qpde.nn",
+    "save": "qpde.trained",
+}
+"""Modules of the names that are no rooms."""
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are asked for: the help of the script and the processes that read pictures need no JAX.
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in __all__:
+        value = importlib.import_module(f"qpde.{name}")
+    else:
+        raise AttributeError(f"module 'qpde' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -239,7 +239,8 @@ def nonlinear_laplacian(
     else:
         weight = scale
     channels = math.prod(x.shape[1:])
-    fluxes, closed_over = {}, []
+    fluxes: dict[int, Callable] = {}
+    closed_over: list[Array] = []
     ends = (graph.senders, graph.receivers)
     x, weight = vary_alike(x, weight, like=ends)
     for rows in _block_rows(len(graph.senders), channels):
@@ -324,20 +325,22 @@ def tv_step(
       ValueError: a static gamma2 outside its bounds, a static eps <= 0, and as for `gradient`.
     """
     _check(graph, kind, x)
-    eps, gamma2 = _positive("eps", eps), scalar("gamma2", gamma2)
+    eps, step = _positive("eps", eps), scalar("gamma2", gamma2)
     bound = 2 * eps / GRADIENTS[kind]
-    if _is_static(gamma2, eps):
-        if not 0 <= gamma2 <= bound:
+    if _is_static(step, eps):
+        if not 0 <= step <= bound:
             raise ValueError(
-                f"gamma2 (={gamma2}) must be within [0, {bound:g}] for kind={kind!r}, eps={eps:g}: a larger step "
+                f"gamma2 (={step}) must be within [0, {bound:g}] for kind={kind!r}, eps={eps:g}: a larger step "
                 "can raise the energy; take more steps instead"
             )
     else:
         # `where`, not `clip`: the gradient at the bounds themselves is 1, so a step can start there and learn.
-        gamma2 = jnp.where(gamma2 < 0, 0.0, jnp.where(gamma2 > bound, bound, gamma2))
+        step = jnp.where(step < 0, 0.0, jnp.where(step > bound, bound, step))
     scale = normalize(graph) if scale is None else scale
     g = gradient(graph, x, kind=kind, scale=scale)
-    return x + gamma2 * divergence(graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale)
+    return jnp.asarray(x) + step * divergence(
+        graph, g * jax.lax.rsqrt(jnp.square(g) + _square(eps)), kind=kind, scale=scale
+    )
 
 
 def largest_eigenvalue_bound(

@@ -221,7 +221,8 @@ def _keep_dtype(formula: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def _in_dtypes_of(state: Any, new: Any) -> Any:
     """The new state in the dtypes of the old; one of another structure as it is, for `lax.scan` to explain."""
-    same = jax.tree.structure(state) == jax.tree.structure(new)
+    structure: Any = jax.tree.structure(state)
+    same = structure == jax.tree.structure(new)
     return jax.tree.map(_cast, state, new) if same else new
 
 
@@ -269,4 +270,4 @@ def _unstack(stacked: Any, length: int) -> list[Any]:
     """One pytree per step. The gradient of `lax.split` is one concatenation, that of slices a sum of pads."""
     leaves, treedef = jax.tree.flatten(stacked)
     columns = [[lax.squeeze(part, (0,)) for part in lax.split(leaf, (1,) * length)] for leaf in leaves]
-    return [treedef.unflatten([column[j] for column in columns]) for j in range(length)]
+    return [jax.tree.unflatten(treedef, [column[j] for column in columns]) for j in range(length)]

@@ -82,7 +82,7 @@ def conv_norm_is_at_most(
         gram = sum(rows[a] @ rows[b].T for a, b in taps) if taps else np.zeros((len(rows[0]),) * 2)
         return bound**2 * (1 - 1e-9) * np.eye(len(gram)) * (i == j) - gram
 
-    factor = {}
+    factor: dict[tuple[int, int], np.ndarray] = {}
     try:
         for i in range(height):
             for j in range(max(0, i - reach), i + 1):

@@ -119,11 +119,12 @@ def total_variation(
     row = _kind(kind)
     x = x.astype(_wide(x))
     eps = _checked_eps(eps, x.dtype)
-    differences = tuple(d[..., 1:, 1:, :] for d in _differences(x, boundary))
+    along_h, along_w = (d[..., 1:, 1:, :] for d in _differences(x, boundary))
     axes = (-3, -2)
     if row.coupled:
-        return jnp.sum(row.density(_squared_length(differences), eps), axis=axes)
-    return sum(jnp.sum(row.density(d * d, eps), axis=axes) for d in differences)
+        return jnp.sum(row.density(_squared_length(along_h, along_w), eps), axis=axes)
+    of_h, of_w = (jnp.sum(row.density(d * d, eps), axis=axes) for d in (along_h, along_w))
+    return of_h + of_w
 
 
 def max_stable_step(*, eps: Real, kind: str = "isotropic") -> float | Float[Array, ""]:
@@ -223,7 +224,7 @@ def implicit_step(
 
 # --- The kinds: for a new one, write its two functions and its row. -------------------------------------------------
 
-_Pointwise = Callable[[Array, Array], Array]
+_Pointwise = Callable[[Array, Array | float], Array]
 
 
 class Energy(NamedTuple):
@@ -331,7 +332,7 @@ ENERGIES: dict[str, Energy] = {  # diffusivity, density, slope_is_one, coupled, 
 
 
 @partial(jax.jit, static_argnames=("steps", "kind", "boundary"), inline=True)
-def _explicit_steps(x: Array, gamma2: Real, eps: Real, steps: int, kind: str, boundary: str) -> Array:
+def _explicit_steps(x: Array, gamma2: Array | float, eps: Array | float, steps: int, kind: str, boundary: str) -> Array:
     # A gradient keeps one map per step and computes the fluxes again, which is cheaper than to store them; the loop
     # (not unrolled) keeps XLA from fusing one step into the next and computing its fluxes many times.
     @jax.checkpoint
@@ -342,18 +343,18 @@ def _explicit_steps(x: Array, gamma2: Real, eps: Real, steps: int, kind: str, bo
 
 
 @partial(jax.jit, static_argnames=("kind", "boundary"), inline=True)
-def _implicit_step(x: Array, gamma2: Real, eps: Real, kind: str, boundary: str) -> Array:
+def _implicit_step(x: Array, gamma2: Array | float, eps: Array | float, kind: str, boundary: str) -> Array:
     row = _kind(kind)
-    differences = tuple(d[..., 1:, 1:, :] for d in _differences(x, boundary))
+    along_h, along_w = (d[..., 1:, 1:, :] for d in _differences(x, boundary))
     if row.coupled:
-        diffusivities = (row.diffusivity(_squared_length(differences), eps),) * 2
+        diffusivities = [row.diffusivity(_squared_length(along_h, along_w), eps)] * 2
     else:
-        diffusivities = tuple(row.diffusivity(d * d, eps) for d in differences)
-    along_h, along_w = (
+        diffusivities = [row.diffusivity(d * d, eps) for d in (along_h, along_w)]
+    by_h, by_w = (
         _diffuse_along(x, 2 * gamma2 * g, axis=axis, boundary=boundary)
         for axis, g in zip((-3, -2), diffusivities, strict=True)
     )
-    return 0.5 * (along_h + along_w)
+    return 0.5 * (by_h + by_w)
 
 
 # --- Stencils on the extended grid -----------------------------------------------------------------------------------
@@ -404,18 +405,18 @@ def _border_masks(x: Array, boundary: str) -> tuple[Array | np.ndarray, Array | 
     return mask(height).reshape(*leading, -1, 1, 1), mask(width).reshape(*leading, 1, -1, 1)
 
 
-def _squared_length(differences: tuple[Array, Array]) -> Array:
-    along_h, along_w = differences
+def _squared_length(along_h: Array, along_w: Array) -> Array:
     return along_h * along_h + along_w * along_w
 
 
 def _flux(row: Energy, along_h: Array, along_w: Array, eps: Array | float) -> tuple[Array, Array]:
     if row.coupled:
-        g = row.diffusivity(_squared_length((along_h, along_w)), eps)
+        g = row.diffusivity(_squared_length(along_h, along_w), eps)
         return along_h * g, along_w * g
     if row.flux is not None:
         return row.flux(along_h, eps), row.flux(along_w, eps)
-    return tuple(d * row.diffusivity(d * d, eps) for d in (along_h, along_w))
+    g_h, g_w = (row.diffusivity(d * d, eps) for d in (along_h, along_w))
+    return along_h * g_h, along_w * g_w
 
 
 # --- Implicit diffusion along one axis -------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class TrainedNetwork:
       input_shape: (height, width, channels) of the images that it was trained on, or None.
       mean: Mean of the training images by channel, a full pixel being 1, or None.
       std: Standard deviation alike, or None.
+      centre: Share of a picture's short side that it was evaluated on, see `qpde.pictures.centre_crop`.
       about: Where it came from, as far as known: seed, command, versions, device, date, fingerprint of its data.
     """
 
@@ -76,6 +77,7 @@ class TrainedNetwork:
     input_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    centre: float = 1.0
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def normalize(self, images: Any) -> Array:
@@ -150,6 +152,7 @@ def save(
     input_shape: Sequence[int] | None = None,
     mean: Any = None,
     std: Any = None,
+    centre: float = 1.0,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a trained network to a folder, from which `load` reads it anywhere.
@@ -162,12 +165,15 @@ def save(
       input_shape: (height, width, channels) of the images.
       mean: Mean of the training images by channel, a full pixel being 1. Default: images are used as they are.
       std: Standard deviation alike.
+      centre: Share of a picture's short side that it is evaluated on, above 0 and at most 1.
       about: What else is known of it, values of JSON.
     Returns:
       The folder.
     Raises:
       ValueError: Not a network of `qpde.models`, another number of classes, or variables of other shapes.
     """
+    if not 0 < centre <= 1:
+        raise ValueError(f"`centre` (={centre}) must be a share above 0 and at most 1")
     described = _described(model)
     classes = [str(k) for k in range(model.num_classes)] if classes is None else [str(name) for name in classes]
     if len(classes) != model.num_classes:
@@ -185,6 +191,7 @@ def save(
         "input_shape": None if input_shape is None else [int(n) for n in input_shape],
         "mean": None if mean is None else [float(v) for v in np.asarray(mean).reshape(-1)],
         "std": None if std is None else [float(v) for v in np.asarray(std).reshape(-1)],
+        "centre": float(centre),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "about": dict(about or {}),
     }
@@ -231,17 +238,24 @@ def load(folder: str | Path) -> TrainedNetwork:
         mean, std, shape = (
             None if description[k] is None else tuple(description[k]) for k in ("mean", "std", "input_shape")
         )
+        centre = float(description.get("centre", 1.0))
+        if not 0 < centre <= 1:
+            raise ValueError(f"it looks at {centre} of a picture's short side")
         about = dict(description["about"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no network that this qpde knows: {error}") from None
     if len(classes) != model.num_classes:
         raise ValueError(f"{path} names {len(classes)} classes of a network that has {model.num_classes}")
     _check_shapes(model, tensors, str(weights))
-    return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, about)
+    return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, centre, about)
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """SHA-256 of the weights of a network's folder as its description says, or None where there is no such network."""
+    """SHA-256 of the weights of a trained network, or None where there is no network.
+
+    Args:
+      folder: Folder that `save` wrote. The digest is the one that its description holds.
+    """
     try:
         found = json.loads((Path(folder) / DESCRIPTION).read_bytes())
     except (OSError, ValueError, RecursionError):

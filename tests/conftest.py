@@ -24,6 +24,7 @@ os.environ.setdefault("CI", "true")
 
 import jax
 import pytest
+from durations import SLOW, function_of, listed
 from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
@@ -37,6 +38,14 @@ install_import_hook("qpde", "beartype.beartype")
 
 settings.register_profile("qpde", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("qpde")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests that `make test-fast` leaves out."""
+    slow = listed(SLOW.read_text())
+    for item in items:
+        if function_of(item.nodeid) in slow:
+            item.add_marker("slow")
 
 
 def pytest_unconfigure():

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 # The order of the rooms, from the ground up. A room knows the floors below its own, and no room beside it.
 FLOORS = {
     "qpde": """
-        bits checks devices
+        bits checks devices pictures
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
         measure certify nn deploy trained
-        ptq testing
+        ptq testing predictions description
         cli
     """,
     "train": """
@@ -120,7 +120,10 @@ def test_every_public_function_says_what_it_computes():
     assert not missing
 
 
-DOCUMENTED = ("datasets", "graphs", "integrators", "measure", "nn", "norms", "plots", "testing", "trained")
+DOCUMENTED = (
+    "cli", "datasets", "description", "graphs", "integrators", "measure", "nn", "norms", "pictures", "plots",
+    "predictions", "testing", "trained",
+)  # fmt: skip
 """Rooms whose docstrings name every argument in an entry of its own."""
 
 

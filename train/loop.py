@@ -32,25 +32,35 @@ Scores = dict[str, Any]
 
 
 class Plan(Protocol):
-    """The training of one variant, as the loop sees it.
+    """The training of one variant, as the loop sees it."""
 
-    Attributes:
-      variant: Its name.
-      title: What messages call the training.
-      epochs: Its length.
-      steps_per_epoch: Steps of an epoch.
-      checkpoint_every: Steps between saves. 0 saves at the end of epochs only.
-      totals: Sums before the first batch of an epoch.
-      chance: Validation accuracy of guessing.
-    """
+    @property
+    def variant(self) -> str:
+        """Its name."""
 
-    variant: str
-    title: str
-    epochs: int
-    steps_per_epoch: int
-    checkpoint_every: int
-    totals: Any
-    chance: float
+    @property
+    def title(self) -> str:
+        """What messages call the training."""
+
+    @property
+    def epochs(self) -> int:
+        """Its length."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between saves; 0 saves at the end of epochs only."""
+
+    @property
+    def totals(self) -> Any:
+        """Sums before the first batch of an epoch."""
+
+    @property
+    def chance(self) -> float:
+        """Validation accuracy of guessing."""
 
     def bits(self, epoch: int) -> Bits:
         """Bits of an epoch, from 1 on: Python integers, or None where nothing is rounded."""

@@ -135,7 +135,7 @@ def certify(
     check_model(model)
     x = jnp.asarray(x)
     bits = model.checked_bits(bits)
-    size = x.shape[1:3]
+    size = (x.shape[1], x.shape[2])
     if steps is None:
         steps = step_bounds(model, variables, size, bits)
     else:

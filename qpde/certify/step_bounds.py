@@ -117,7 +117,7 @@ def step_bound(bound: BoundPart, size: tuple[int, int]) -> StepBound:
     Raises:
       ValueError: The block smooths by a kind that is not convex.
     """
-    smoothing = bound.part.smoothing
+    smoothing = getattr(bound.part, "smoothing", None)
     if smoothing is not None and not stencils.ENERGIES[smoothing.kind].convex:
         convex = ", ".join(name for name, kind in stencils.ENERGIES.items() if kind.convex)
         raise ValueError(

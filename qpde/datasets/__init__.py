@@ -5,12 +5,14 @@ arguments give the same images in the same order. Nothing is downloaded and noth
 `download_planetoid`.
 """
 
+from qpde.datasets.arrays import load_npz
 from qpde.datasets.camvid import load_camvid
 from qpde.datasets.cifar10 import load_cifar10
 from qpde.datasets.cityscapes import load_cityscapes
 from qpde.datasets.containers import IGNORED, Images, NodeGraph, SparseRows, Split, random_split
 from qpde.datasets.digits import load_digits, load_digits_graph
 from qpde.datasets.download import download_planetoid
+from qpde.datasets.folders import load_folder
 from qpde.datasets.label_maps import load_label_maps
 from qpde.datasets.planetoid import load_planetoid
 
@@ -26,7 +28,9 @@ __all__ = [
     "load_cityscapes",
     "load_digits",
     "load_digits_graph",
+    "load_folder",
     "load_label_maps",
+    "load_npz",
     "load_planetoid",
     "random_split",
 ]

@@ -50,8 +50,8 @@ def load_cifar10(
     images = np.concatenate([split.images for split in read])
     labels = np.concatenate([split.labels for split in read])
     held_out = round(validation_fraction * len(labels))
-    train, validation = stratified_parts(labels, (len(labels) - held_out, held_out), seed=seed)
-    train, validation = (Split(images[part], labels[part]) for part in (train, validation))
+    parts = stratified_parts(labels, (len(labels) - held_out, held_out), seed=seed)
+    train, validation = (Split(images[part], labels[part]) for part in parts)
     mean, std = channel_statistics(train.images)
     return Images(train=train, validation=validation, test=test, classes=CLASSES, mean=mean, std=std)
 

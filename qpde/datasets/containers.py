@@ -36,6 +36,7 @@ class Images:
     classes: their names; label k is classes[k].
     mean, std: of the training split, per channel, on the scale where a full pixel is 1.
     ignored_label: a label that counts neither in losses nor in metrics, if there is one.
+    centre: share of a picture's short side that evaluation looks at, see `qpde.pictures.centre_crop`.
     """
 
     train: Split
@@ -45,6 +46,7 @@ class Images:
     mean: Float32[np.ndarray, " channels"]
     std: Float32[np.ndarray, " channels"]
     ignored_label: int | None = None
+    centre: float = 1.0
 
     @property
     def num_classes(self) -> int:
@@ -163,6 +165,34 @@ def stratified_parts(labels: np.ndarray, sizes: Sequence[int], *, seed: int) -> 
     quantile = (_rank_in_class(classes) + 0.5) / np.bincount(classes)[classes]
     order = shuffled[np.argsort(quantile, kind="stable")]
     return [np.sort(part) for part in np.split(order, np.cumsum(sizes))[: len(sizes)]]
+
+
+def split_parts(
+    labels: np.ndarray, parts: dict[str, np.ndarray], *, validation: float, test: float, what: str
+) -> dict[str, np.ndarray]:
+    """The items of "train", "validation" and "test": the parts that are missing are held out from the training items.
+
+    Args:
+      labels: (N,) classes of all items.
+      parts: Numbers of the items of each part that is there, "train" at least.
+      validation: Share of the training items to validate on, with the classes in proportion.
+      test: Share to test on, alike, taken first.
+      what: What messages call the set.
+    Raises:
+      ValueError: A share is none, or a part would be empty.
+    """
+    found = dict(parts)
+    for part, share in (("test", test), ("validation", validation)):
+        if not 0 < share < 1:
+            raise ValueError(f"`{part}` (={share}) must be a share above 0 and below 1")
+        if part not in found:
+            whole = found["train"]
+            held = max(1, round(share * len(whole)))
+            rest, own = stratified_parts(labels[whole], [len(whole) - held, held], seed=0)
+            found["train"], found[part] = whole[rest], whole[own]
+    if empty := [part for part in ("train", "validation", "test") if not len(found[part])]:
+        raise ValueError(f"{what} has {len(labels)} images and none for {empty[0]}: more are needed")
+    return {part: found[part] for part in ("train", "validation", "test")}
 
 
 def channel_statistics(images: UInt8[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:

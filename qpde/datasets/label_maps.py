@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qpde.datasets.containers import IGNORED, Images, Split, channel_statistics
+from qpde.datasets.folders import PARTS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 IGNORED_IN_FILES = 255
@@ -56,6 +57,17 @@ def load_label_maps(root: str | PathLike[str], *, size: tuple[int, int] | None =
             find_pairs(root / part / "images", root / part / "labels") for part in ("train", "validation", "test")
         ]
     return as_images([read_pairs(pairs, table, size=size) for pairs in chosen], classes, where=root)
+
+
+def _parts(root: Path) -> list[Path]:
+    """The folders of the parts, under any of their names."""
+    found = []
+    for part, known in PARTS.items():
+        folder = next((root / name for name in known if (root / name).is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(f"{root / part} is missing: give train, validation and test, or images and labels")
+        found.append(folder)
+    return found
 
 
 def find_pairs(images: Path, labels: Path, *, ending: tuple[str, str] = ("", "")) -> list[tuple[Path, Path]]:

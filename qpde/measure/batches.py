@@ -44,7 +44,7 @@ def read_batches(batches: Iterable[Batch], variables: Mapping[str, Any]) -> Iter
 
 def mean_over(
     batches: Iterable[Batch], variables: Mapping[str, Any], measure: Callable[[Any, int], Measured]
-) -> tuple[int, dict[str, np.ndarray | None]]:
+) -> tuple[int, dict[str, Any]]:
     """Means of what two networks are measured by, over all inputs.
 
     A shorter batch is padded to the longest so far, so that one compiled program serves it too; what was padded is not
@@ -62,7 +62,8 @@ def mean_over(
     Raises:
       ValueError: an empty set, labels on some batches only, of the wrong number or out of range.
     """
-    samples, longest, labelled, sums, choices = 0, 0, None, {}, 0
+    samples, longest, labelled, choices = 0, 0, None, 0
+    sums: dict[str, Any] = {}
     for index, (x, labels) in enumerate(read_batches(batches, variables)):
         if labelled is None:
             labelled = labels is not None
@@ -78,7 +79,7 @@ def mean_over(
         shape = prediction.shape[: 3 if of_pixels else 1]
         prediction, prediction_q = (p.reshape(-1, *p.shape[len(shape) :]) for p in (prediction, prediction_q))
         chosen = {"agreement": prediction == prediction_q}
-        if labelled:
+        if labels is not None:
             has_gaps = is_graph or of_pixels
             _check_labels(labels, shape, smallest=IGNORED if has_gaps else 0, classes=classes, index=index)
             labels = labels.reshape(-1, *[1] * (prediction.ndim - 1))

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from qpde.bits import Bits, stack_bits
 from qpde.measure.batches import Batch, mean_over
 from qpde.measure.faithfulness import logit_difference, reestimate_statistics
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["BitsComparison", "Elastic", "compare_bits"]
 
@@ -51,7 +51,7 @@ class Elastic:
       model: a network of `qpde.models`.
     """
 
-    model: nn.Module
+    model: QuantizedNetwork
 
     def apply(self, variables: Any, x: Any, *, bits: Bits, **options: Any) -> Any:
         """`model.apply` at each width.
@@ -96,7 +96,7 @@ class Elastic:
 
 
 def compare_bits(
-    model: nn.Module,
+    model: QuantizedNetwork,
     variables: Any,
     batches: Iterable[Batch],
     bits: Sequence[Bits],

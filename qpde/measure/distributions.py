@@ -194,7 +194,8 @@ class _Total:
 
     def __init__(self):
         self.above = self.below = None
-        self.count, self.moments, self.saturated, self.levels = 0, np.zeros(4), 0, 0
+        self.count, self.moments, self.saturated = 0, np.zeros(4), 0
+        self.levels: np.ndarray = np.zeros((), np.int64)
 
     def add(self, seen: _Seen) -> None:
         self.above = seen.above if self.above is None else _merge(self.above, seen.above)

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from flax.core import unfreeze
 from jaxtyping import Array, Float
 
 from qpde.measure.batches import Batch, mean_over, read_batches
+from qpde.models.protocol import QuantizedNetwork
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Faithfulness:
 
 
 def compare(
-    model: nn.Module,
+    model: QuantizedNetwork,
     variables: Any,
     batches: Iterable[Batch],
     bits: Any,

@@ -1,6 +1,6 @@
 """Histograms of magnitudes that can be merged, and the clips that they give: a stream of data in constant memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def clip_from(
         [jnp.zeros(1, bool), (ends[:-1] <= histogram.largest) & (histogram.largest < ends[1:])]
     )
     values = jnp.where(of_largest | ~jnp.isfinite(histogram.largest), histogram.largest, middles)
-    options = {"signed": signed, "method": method, "levels": levels}
+    options: dict[str, Any] = {"signed": signed, "method": method, "levels": levels}
     return quantizers.initial_clip(values, bits, counts=histogram.counts, **options)
 
 

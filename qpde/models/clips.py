@@ -43,17 +43,18 @@ def calibrate_clips(
     Returns:
       `variables` with the new clips in "params".
     """
-    variables = unfreeze(variables)
+    new = unfreeze(dict(variables))
     bits = model.bits if bits is None else bits
     if hasattr(model, "adopt"):
-        variables = model.adopt(variables, x)
-    if getattr(model, "clip_bits", None) is None:
-        return replace_clips(variables, _fitting_clips(model, variables, x, bits, method=method, train=train))
-    for row, width in enumerate(model.clip_bits):
+        new = model.adopt(new, x)
+    clip_bits = getattr(model, "clip_bits", None)
+    if clip_bits is None or bits is None:
+        return replace_clips(new, _fitting_clips(model, new, x, bits, method=method, train=train))
+    for row, width in enumerate(clip_bits):
         widths = Bits(*(None if part is None else width for part in bits))
-        found = _fitting_clips(model, variables, x, widths, method=method, train=train)
-        variables = replace_clips(variables, found, row=row)
-    return variables
+        found = _fitting_clips(model, new, x, widths, method=method, train=train)
+        new = replace_clips(new, found, row=row)
+    return new
 
 
 @partial(jax.jit, static_argnames=("model", "method", "train"))
@@ -86,7 +87,7 @@ def converge_norms(model: QuantizedNetwork, variables: Mapping[str, Any], x: Any
     Returns:
       `variables` with other singular vectors in "spectral"; the same ones if there are none.
     """
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     if "spectral" not in variables:
         return variables
     return {**variables, "spectral": _converged(model, variables, x, model.bits if bits is None else bits)}
@@ -123,5 +124,5 @@ def replace_clips(variables: Mapping[str, Any], observed: dict, *, row: int | No
             return tree
         return packed(new) if row is None else tree.at[:, row].set(packed(new))
 
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     return {**variables, "params": replaced(variables["params"], observed)}

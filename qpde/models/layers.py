@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,12 +67,12 @@ class Mode:
     compute_dtype: str = "float32"
 
 
-def he_normal(key: PRNGKeyArray, shape: tuple[int, int, int, int]) -> Float[Array, "kh kw c_in c_out"]:
+def he_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "kh kw c_in c_out"]:
     """Kernel (kh, kw, I, O) from N(0, 2 / (kh kw O)), fan-out; a depthwise kernel (I = 1) feeds one channel each."""
     return he_normals(key, [shape])[0]
 
 
-def he_normals(key: PRNGKeyArray, shapes: list[tuple[int, int, int, int]]) -> list[Array]:
+def he_normals(key: PRNGKeyArray, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     """`he_normal` kernels of several shapes from one draw: each draw costs compile time."""
     sizes = [math.prod(shape) for shape in shapes]
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
@@ -92,7 +92,7 @@ def batch_moments(x: Float[Array, "*pixels c"]) -> tuple[Float[Array, " c"], Flo
 
 def moments(
     x: Float[Array, "*pixels c"], running: Mapping[str, Array], mode: Mode
-) -> tuple[Float[Array, " c"], Float[Array, " c"] | None, dict]:
+) -> tuple[Float[Array, " c"], Any, dict]:
     """What a norm of x (..., C) normalises by, and the running statistics after it.
 
     In training these are the batch's moments, and the running ones move towards them by 1 - momentum; the running
@@ -106,7 +106,7 @@ def moments(
       mean (C,), variance (C,) or None, updated running statistics.
     """
     if not mode.train:
-        return running["mean"], running.get("var"), running
+        return running["mean"], running.get("var"), dict(running)
     mean, var = batch_moments(x)
     count = x.size // x.shape[-1]
     batch = {"mean": mean, "var": var * (count / max(count - 1, 1))}

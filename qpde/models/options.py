@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from qpde import stencils
 from qpde.bits import LARGEST_BITS, SMALLEST_BITS
+from qpde.quantizers import LEVEL_SETS, Levels
 
 __all__ = ["BlockOptions", "NetworkOptions", "Smoothing"]
 
@@ -44,7 +45,7 @@ class BlockOptions:
     """Norm of the symmetric steps: "separate" (published), "tied" or "spectral" (both non-expansive)."""
     residual: Literal["rounded", "precise"] = "rounded"
     """Input of the shortcut: the rounded activation, as published, or the one that is only clipped."""
-    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    levels: Levels = "uniform"
     """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
     standardize: bool = True
     """Round kernels after giving them mean 0 and variance 1; the norm behind takes up the scale. Off for a network that
@@ -133,7 +134,7 @@ class NetworkOptions(BlockOptions):
 _CHOICES = {
     "norm": ("separate", "tied", "spectral"),
     "residual": ("rounded", "precise"),
-    "levels": ("uniform", "pot", "apot"),
+    "levels": tuple(LEVEL_SETS),
     "head": ("dense", "scaled"),
     "loop": ("auto", "scan", "unroll"),
     "compute_dtype": ("float32", "bfloat16"),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 from jaxtyping import Array
@@ -31,6 +31,7 @@ from qpde.models.layers import Mode, Observe
 from qpde.models.options import LIPSCHITZ_TARGET, Smoothing
 from qpde.nn.rounding import rounded_input, rounded_kernel, smoothed
 from qpde.nn.rules import LayerQuantizers
+from qpde.quantizers import Levels
 
 __all__ = [
     "GradientStep",
@@ -61,7 +62,7 @@ class QuantLayer(nn.Module, kw_only=True):
     weights: int | None = None
     activations: int | None = None
     signed: bool = True
-    levels: str = "uniform"
+    levels: Levels = "uniform"
     per_channel: bool = False
     standardize: bool = False
     smoothing: Smoothing | None = None
@@ -142,7 +143,7 @@ class QuantConv(QuantLayer):
     def __call__(self, x: Array, *, bits: Bits | None = None, observe: Observe | None = None) -> Array:
         """(N, H', W', features) from images (N, H, W, C); arguments as for `QuantDense`."""
         kernel = self._kernel(self.kernel_init, (*self.kernel_size, x.shape[-1], self.features), bits, observe)
-        options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return self._biased(operators.conv(self._input(x, bits, observe), kernel, **options), self.use_bias)
 
 
@@ -169,7 +170,7 @@ class QuantDepthwise(QuantLayer):
     def __call__(self, x: Array, *, bits: Bits | None = None, observe: Observe | None = None) -> Array:
         """(N, H', W', C) from images (N, H, W, C); arguments as for `QuantDense`."""
         kernel = self._kernel(self.kernel_init, (*self.kernel_size, 1, x.shape[-1]), bits, observe)
-        options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return self._biased(operators.depthwise(self._input(x, bits, observe), kernel, **options), self.use_bias)
 
 
@@ -260,10 +261,10 @@ class SymmetricStep(QuantLayer):
     hidden: int | None = None
     steps: int = 1
     taps: int = 3
-    norm: str = "spectral"
-    step_size: float | str = 0.1
+    norm: Literal["separate", "tied", "spectral"] = "spectral"
+    step_size: float | Literal["auto"] = 0.1
     lipschitz_target: float = LIPSCHITZ_TARGET
-    residual: str = "rounded"
+    residual: Literal["rounded", "precise"] = "rounded"
     loop: str = "auto"
     remat: bool = False
     momentum: float = 0.9

@@ -195,8 +195,8 @@ class QuantizedModule(nn.Module):
           bits: Whole numbers or None.
           per_channel: A clip for each output channel of every kernel.
         """
-        changed = {"standardize": False, "per_channel": per_channel}
-        return self.clone(rules=tuple(dataclasses.replace(rule, **changed) for rule in self.rules), own_bits=bits)
+        rules = (dataclasses.replace(rule, standardize=False, per_channel=per_channel) for rule in self.rules)
+        return self.clone(rules=tuple(rules), own_bits=bits)
 
     @nn.nowrap
     def with_signs(self, variables: Any, batches: Iterable[Any]) -> QuantizedModule:
@@ -214,7 +214,7 @@ class QuantizedModule(nn.Module):
             empty, observed = False, jax.device_get(_negative(self, variables, x))
             layers = [layer for layer in self.layers(variables, x).values() if layer.settings is not None]
             for layer, records in zip(layers, self.activation_records(observed, variables, x), strict=True):
-                if layer.settings.signed == "auto":
+                if layer.settings is not None and layer.settings.signed == "auto":
                     negative = any(bool(np.any(record)) for record in records)
                     signs[layer.path] = signs.get(layer.path, False) or negative
         if empty:
@@ -286,7 +286,7 @@ class QuantizedModule(nn.Module):
     def _traced(self, variables: Any, x: Any) -> tuple[_Layers, dict]:
         """Layers of one call, and the shapes of its parameters."""
         found: list[Any] = []
-        options = {"train": False, "bits": Bits(), "listen": found.append}
+        options: dict[str, Any] = {"train": False, "bits": Bits(), "listen": found.append}
         if variables is None:
             variables = jax.eval_shape(lambda x: self.init(jax.random.key(0), x, **options), x)
         else:
@@ -362,7 +362,7 @@ class _Call:
             self._check_carried(module, path)
             self._check_input(module, path, settings, bits, x)
             x = x if jnp.issubdtype(x.dtype, jnp.inexact) or bits.activations is None else x.astype(jnp.float32)
-            signed = self.signs.get(path, True) if settings.signed == "auto" else settings.signed
+            signed = self.signs.get(path, True) if settings.signed == "auto" else bool(settings.signed)
             x = rounded_input(module, x, settings, bits.activations, self.observe, signed=signed, call=number)
         if name:
             kwargs = {**kwargs, name: x}
@@ -517,7 +517,7 @@ def _equation(module, rest, kwargs) -> str:
     if not isinstance(module, nn.Einsum):
         return ""
     given = rest[0] if rest else kwargs.get("einsum_str")
-    return (given or module.einsum_str).replace(" ", "")
+    return (given or module.einsum_str or "").replace(" ", "")
 
 
 def _output_axes(module, kernel, equation) -> tuple[int, ...]:

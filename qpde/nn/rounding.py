@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from qpde import quantizers, stencils
 from qpde.models.layers import Observe, Quantizer
@@ -112,12 +113,12 @@ def smoothed(module: nn.Module, x: jax.Array, smoothing: Smoothing, boundary: st
 
     A learned step is the parameter "gamma2_share" of the module: the share of the largest stable one, from 0 to 1.
     """
-    gamma2 = smoothing.gamma2
+    gamma2: Array | float = smoothing.gamma2
     if smoothing.learned:
         bound = stencils.max_stable_step(eps=smoothing.eps, kind=smoothing.kind)
         gamma2 = bound * parameter(module, "gamma2_share", lambda: jnp.float32(smoothing.gamma2 / bound))
-    options = {"steps": smoothing.steps, "eps": smoothing.eps, "kind": smoothing.kind}
-    return stencils.smooth(x, gamma2=gamma2, boundary=boundary, **options)
+    s = smoothing
+    return stencils.smooth(x, steps=s.steps, gamma2=gamma2, eps=s.eps, kind=s.kind, boundary=boundary)
 
 
 def _rounded(module, x, name, quantizer, start, observe):

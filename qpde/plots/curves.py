@@ -1,13 +1,19 @@
 """Curves: errors along depth, accuracy against depth and against widths."""
 
+from __future__ import annotations
+
 import itertools
 import os
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, label, legend, new_figure, plain, styles
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 _LABEL_GAP = 0.15  # between names at the curves' ends, in heights of a panel: two lines of text
 
@@ -19,7 +25,7 @@ def layer_error_figure(
     relative: Mapping[str, Sequence[float] | ArrayLike] | None = None,
     stages: Sequence[int] = (),
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """The layer-wise error of networks against block number: the paper's figure, the relative error beside it.
 
     The absolute error rewards networks whose activations shrink, the relative one does not: show both where
@@ -61,7 +67,7 @@ def along_depth_figure(
     unit: str,
     stages: Sequence[int] = (),
     among: Collection[str] = (),
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """Any quantity of networks' blocks against block number, drawn as `layer_error_figure` draws the error.
 
     Args:
@@ -92,7 +98,7 @@ def over_smoothing_figure(
     path: str | os.PathLike | None = None,
     *,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """Over-smoothing: the energy of the states along the layers of the deepest network, and accuracy against depth.
 
     Args:
@@ -141,7 +147,7 @@ def against_bits_figure(
     x: str = "widths of weights and activations",
     legend_below: bool = False,
     among: Collection[str] = (),
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """What was measured against the widths of networks: a panel for each quantity.
 
     Args:

@@ -1,6 +1,14 @@
 """What all figures share: colours, marks and the frame of a panel."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import matplotlib.artist
+    import matplotlib.figure
+    import matplotlib.legend
 
 # Okabe and Ito's palette (2008), told apart by colour-blind readers; its yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -39,7 +47,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def legend(owner, handles: Mapping[str, "matplotlib.artist.Artist"], **place) -> "matplotlib.legend.Legend":
+def legend(owner, handles: Mapping[str, matplotlib.artist.Artist], **place) -> matplotlib.legend.Legend:
     """A legend with every name as it is: matplotlib itself leaves out those that begin with an underscore.
 
     Args:
@@ -53,14 +61,14 @@ def legend(owner, handles: Mapping[str, "matplotlib.artist.Artist"], **place) ->
     return made
 
 
-def new_figure(panels: int = 1, *, title: str | None = None, height: float = 4.2) -> "matplotlib.figure.Figure":
+def new_figure(panels: int = 1, *, title: str | None = None, height: float = 4.2) -> matplotlib.figure.Figure:
     """An empty figure, as wide as so many panels; ImportError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("qpde.plots needs matplotlib: pip install 'qpde[train]'") from error
-    figure = Figure(figsize=(5.4 * panels, height), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
+    figure = Figure(figsize=(5.4 * panels, height), dpi=160)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08, wspace=0.04)
     if title:
         figure.suptitle(plain(title), x=0.01, ha="left", fontsize=13, color=INK)
     return figure

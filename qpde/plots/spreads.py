@@ -1,12 +1,18 @@
 """Spreads: histograms, feature maps, spectra, and bounds over what they bound. One panel each, readable on a phone."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from qpde.plots.frame import COLOURS, GREY, INK, PALE, label, legend, new_figure, plain, styles
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 Numbers = Sequence | ArrayLike
 
@@ -20,7 +26,7 @@ def histogram_figure(
     x: str = "value / clip",
     clip: float | None = 1.0,
     among: Collection[str] = (),
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """Histograms, one row below the other, the share of values on a logarithmic axis: outliers are rare.
 
     Args:
@@ -62,7 +68,7 @@ def maps_figure(
     path: str | os.PathLike | None = None,
     *,
     heading: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """Feature maps in a grid, each column with grey values of its own range, which its first row sets.
 
     Args:
@@ -84,7 +90,7 @@ def maps_figure(
     first = next(iter(rows.values()))
     ranges = [(float(np.min(m)), float(np.max(m))) for m in first]
     figure = new_figure(title=heading, height=(0.7 if heading else 0.3) + 5.0 * len(rows) / len(columns))
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     subplots = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (name, maps) in zip(subplots, rows.items(), strict=True):
         for axes, picture, (low, high) in zip(line, maps, ranges, strict=True):
@@ -104,7 +110,7 @@ def spectrum_figure(
     *,
     heading: str = "Spectra",
     among: Collection[str] = (),
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """Eigenvalues of the blocks' Jacobians against block number; between the lines at -1 and 1 nothing is amplified.
 
     Args:
@@ -129,8 +135,9 @@ def spectrum_figure(
         for block, values in blocks.items():
             values = np.ravel(values)
             places = np.full(len(values), block + shift)
-            style = {"color": COLOURS[colours[name]], "marker": "_", "s": 360 * width, "linewidths": 1.0, "alpha": 0.8}
-            drawn[name] = axes.scatter(places, values, **style)
+            drawn[name] = axes.scatter(
+                places, values, s=360 * width, color=COLOURS[colours[name]], marker="_", linewidths=1.0, alpha=0.8
+            )
     axes.set_xticks(sorted({block for blocks in spectra.values() for block in blocks}))
     for line in (-1, 1):
         axes.axhline(line, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -145,7 +152,7 @@ def bound_figure(
     *,
     heading: str,
     among: Collection[str] = (),
-) -> "matplotlib.figure.Figure":
+) -> matplotlib.figure.Figure:
     """A proven bound over the error it bounds, on logarithmic axes: every point lies above the diagonal.
 
     Args:

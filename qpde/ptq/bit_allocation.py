@@ -9,6 +9,7 @@ C[c, j] the bit-operations of the block at them, an allocation c(j) minimises
 independent add in squares: so the sum stands for the divergence with all blocks rounded.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -59,7 +60,10 @@ def sensitivity(
     references = [block_bits([FULL] * count)] * len(rows)
     found = compare_bits(model, variables, batches, rows, references=references, statistics_batches=statistics_batches)
     shape = (len(choices), count)
-    return BitsComparison(**{k: v.reshape(shape) if isinstance(v, np.ndarray) else v for k, v in vars(found).items()})
+    arrays: dict[str, Any] = {
+        name: value.reshape(shape) for name, value in vars(found).items() if isinstance(value, np.ndarray)
+    }
+    return dataclasses.replace(found, **arrays)
 
 
 def block_bits(widths: Sequence[Bits]) -> Bits:
@@ -80,8 +84,7 @@ def block_costs(
     """Bit-operations of each block for one input at each of the widths, see `qpde.models.summary`."""
     blocks = set(model.block_names(None, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)))
     tables = [summary(model, image_shape, bits=choice).rows for choice in choices]
-    tables = [[row for row in rows if row.name in blocks] for rows in tables]
-    return np.array([[row.bit_operations for row in rows] for rows in tables], np.int64)
+    return np.array([[row.bit_operations for row in rows if row.name in blocks] for rows in tables], np.int64)
 
 
 def allocate(

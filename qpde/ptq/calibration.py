@@ -66,8 +66,8 @@ def quantize(
       ValueError: a network that has quantizers already, no batches or batches that can be read only once, a width out
         of range, an unknown method, or activations that are not finite, naming the block.
     """
-    variables = unfreeze(variables)
-    batches = _read(batches, variables)
+    new = unfreeze(dict(variables))
+    inputs = _read(batches, new)
     bits = _checked_bits(bits)
     if isinstance(model, Network | GraphNetwork) and model.bits != EXACT:
         raise ValueError(
@@ -75,23 +75,25 @@ def quantize(
             "choose new clips for it by `qpde.models.calibrate_clips`"
         )
     if equalize:
-        variables = equalized(model, variables, batches)
+        new = equalized(model, new, inputs)
     if hasattr(model, "adopt"):
-        model, variables = model.with_signs(variables, batches), model.adopt(variables, batches[0])
+        new = model.adopt(new, inputs[0])
+    if hasattr(model, "with_signs"):
+        model = model.with_signs(new, inputs)
     # One network for all widths: they are traced, so that other widths compile nothing.
     model = model.with_quantizers(EXACT, per_channel=per_channel)
-    exact = variables = _with_clips_of(model, variables, batches[0])
+    exact = new = _with_clips_of(model, new, inputs[0])
     if bits.weights is not None:
         only = bits._replace(activations=None)
-        variables = calibrate_clips(model, variables, batches[0], method=weights, bits=only)
+        new = calibrate_clips(model, new, inputs[0], method=weights, bits=only)
     if bits.activations is not None:
-        clips = _activation_clips(model, exact, batches, bits.activations, method=activations)
-        variables = replace_clips(variables, clips)
-    if "spectral" in variables:
-        variables = converge_norms(model, variables, batches[0], bits=bits)
+        clips = _activation_clips(model, exact, inputs, bits.activations, method=activations)
+        new = replace_clips(new, clips)
+    if "spectral" in new:
+        new = converge_norms(model, new, inputs[0], bits=bits)
     if bias_correction:
-        variables = correct_bias(model, variables, batches, bits, exact=exact)
-    return model.with_bits(bits), variables
+        new = correct_bias(model, new, inputs, bits, exact=exact)
+    return model.with_bits(bits), new
 
 
 def correct_bias(
@@ -117,16 +119,16 @@ def correct_bias(
     Returns:
       `variables` with other batch statistics and another last bias.
     """
-    variables, exact = unfreeze(variables), unfreeze(exact)
-    batches = _read(batches, variables)
+    variables, exact = unfreeze(dict(variables)), unfreeze(dict(exact))
+    inputs = _read(batches, variables)
     if "batch_stats" in variables:
-        before = reestimate_statistics(model, exact, batches, EXACT)["batch_stats"]
-        after = reestimate_statistics(model, variables, batches, bits)["batch_stats"]
+        before = reestimate_statistics(model, exact, inputs, EXACT)["batch_stats"]
+        after = reestimate_statistics(model, variables, inputs, bits)["batch_stats"]
         variables = {**variables, "batch_stats": _shifted(variables["batch_stats"], before, after)}
-    bias = model.output_bias(variables, batches[0])
+    bias = model.output_bias(variables, inputs[0])
     if bias is None:
         return variables
-    shift = _mean_logits(model, exact, batches, EXACT) - _mean_logits(model, variables, batches, bits)
+    shift = _mean_logits(model, exact, inputs, EXACT) - _mean_logits(model, variables, inputs, bits)
     return {**variables, "params": _added(variables["params"], bias, shift)}
 
 
@@ -230,7 +232,7 @@ def _added(params, place, shift):
     return {**params, place[0]: _added(params[place[0]], place[1:], shift)}
 
 
-def _read(batches, variables):
+def _read(batches: Iterable[Batch], variables: Mapping[str, Any]) -> list[Any]:
     """The inputs of all batches, which are read several times."""
     if iter(batches) is batches:
         raise ValueError("`batches` is an iterator, which can be read only once: give a list of batches")
@@ -240,7 +242,7 @@ def _read(batches, variables):
     return inputs
 
 
-def _checked_bits(bits):
+def _checked_bits(bits: Bits) -> Bits:
     for field, value in zip(Bits._fields, bits, strict=True):
         if value is not None and not (isinstance(value, int | np.integer) and 2 <= value <= 32):
             raise ValueError(f"bits.{field} (={value}) must be a whole number from 2 to 32, or None for exact")

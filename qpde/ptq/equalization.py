@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
@@ -31,11 +30,12 @@ from qpde.measure.batches import Batch, read_batches
 from qpde.models.images.blocks import Block, is_depthwise
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, Quantizer
+from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["equalize"]
 
 
-def equalize(model: nn.Module, variables: Mapping[str, Any], batches: Iterable[Batch]) -> dict:
+def equalize(model: QuantizedNetwork, variables: Mapping[str, Any], batches: Iterable[Batch]) -> dict:
     """A network of the same function in full precision, whose channels have similar ranges.
 
     With r the largest |K| of a channel and r_z the largest value of its activation on the data, the free scales are
@@ -52,7 +52,7 @@ def equalize(model: nn.Module, variables: Mapping[str, Any], batches: Iterable[B
     """
     if not isinstance(model, Network):
         raise ValueError(f"{type(model).__name__} has no norms to take up a scale: equalize image networks only")
-    variables = unfreeze(variables)
+    variables = unfreeze(dict(variables))
     ranges = None
     for x, _ in read_batches(batches, variables):
         new = _largest_activations(model, variables, jnp.asarray(x))

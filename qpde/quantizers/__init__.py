@@ -1,7 +1,7 @@
 """Quantizers: `rounding` holds the formulas and gradients, `levels` the sets of levels, `clips` the starts of clips."""
 
 from qpde.quantizers.clips import initial_clip
-from qpde.quantizers.levels import LEVEL_SETS
+from qpde.quantizers.levels import LEVEL_SETS, Levels
 from qpde.quantizers.rounding import (
     ACTIVATION_CLIP,
     LARGEST_LEVEL,
@@ -23,6 +23,7 @@ __all__ = [
     "LEVEL_SETS",
     "WEIGHT_CLIP",
     "Codes",
+    "Levels",
     "dequantize",
     "encode_activation",
     "encode_weight",

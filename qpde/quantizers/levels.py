@@ -4,12 +4,12 @@
     pot        0 and powers of two, down to 2^-(2^bits - 2)
     apot       additive powers of two (Li, Dong and Wang, ICLR 2020), normalised to maximum 1
 
-A new set is one row of `LEVEL_SETS`.
+A new set is one row of `LEVEL_SETS`, and its name in `Levels`.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ from jax import Array
 
 from qpde.bits import EXACT_BITS
 
-__all__ = ["INVERSE_STEPS", "LEVEL_SETS", "STEPS", "LevelSet", "look_up"]
+__all__ = ["INVERSE_STEPS", "LEVEL_SETS", "STEPS", "LevelSet", "Levels", "look_up"]
+
+Levels: TypeAlias = Literal["uniform", "pot", "apot"]
+"""Names of the level sets: the keys of `LEVEL_SETS`, for annotations."""
 
 # Level sets. Each rounds t in [-n, n] to the nearest level of a magnitude of `bits` bits, an int or a traced one.
 
@@ -54,6 +57,8 @@ def _snap_pot(t, bits):
 
 def _snap_apot(t, bits):
     table, starts, counts = _apot_table()
+    start: Array | float
+    count: Array | float
     if isinstance(bits, int):
         table, start, count = table[starts[bits] :][: counts[bits] + 1], 0, float(counts[bits])
     else:

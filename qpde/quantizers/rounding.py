@@ -54,7 +54,7 @@ def quantize_weight(
     standardize: bool = False,
     per_channel_statistics: bool = False,
     gradient_scale: ArrayLike = 1.0,
-) -> Num[Array | np.ndarray, "*shape"]:
+) -> Num[Array, "*shape"]:
     """Rounds a weight to at most 2^bits - 1 levels, symmetric around zero, in [-clip, clip].
 
     With v = w / clip and n = 2^(bits-1) - 1 the value is clip * round(clamp(v, -1, 1) * n) / n, or the nearest of a
@@ -85,7 +85,7 @@ def quantize_weight(
     """
     grid, traced_bits = resolve(levels, bits, signed=True)
     if bits is None:
-        return w
+        return jnp.asarray(w)
     if standardize:
         w = standardize_weight(w, per_channel=per_channel_statistics)
     gradient_scale = jnp.asarray(gradient_scale)
@@ -100,7 +100,7 @@ def quantize_activation(
     levels: str = "uniform",
     signed: bool = False,
     gradient_scale: ArrayLike = 1.0,
-) -> Num[Array | np.ndarray, "*shape"]:
+) -> Num[Array, "*shape"]:
     """Rounds an activation to at most 2^bits levels in [0, clip], or in [-clip, clip] if signed.
 
     With v = x / clip and n = 2^bits - 1 the value is clip * round(clamp(v, 0, 1) * n) / n, or the nearest of a level
@@ -125,7 +125,7 @@ def quantize_activation(
     """
     grid, traced_bits = resolve(levels, bits, signed=signed)
     if bits is None:
-        return x
+        return jnp.asarray(x)
     gradient_scale = jnp.asarray(gradient_scale)
     return fake_quantize(grid, *_operands(x, clip, traced_bits, gradient_scale), traced_bits, gradient_scale)
 
@@ -285,9 +285,8 @@ class Grid(NamedTuple):
     bits: int | None
 
 
-@partial(jax.jit, static_argnums=0)  # traced once for all layers of equal shapes
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fake_quantize(grid: Grid, x: Array, clip: Array, traced_bits: Array | None, gradient_scale: Array) -> Array:
+def _fake_quantize(grid: Grid, x: Array, clip: Array, traced_bits: Array | None, gradient_scale: Array) -> Array:
     """The rounded x, with the gradients of the module's docstring."""
     snapped = _snap(grid, x, clip, traced_bits)
     y = unless_exact(
@@ -319,7 +318,8 @@ def _fake_quantize_backward(grid, residuals, g):
     return grad_x, grad_clip.astype(clip.dtype), None, None
 
 
-fake_quantize.__wrapped__.defvjp(_fake_quantize_forward, _fake_quantize_backward)
+_fake_quantize.defvjp(_fake_quantize_forward, _fake_quantize_backward)
+fake_quantize = jax.jit(_fake_quantize, static_argnums=0)  # traced once for all layers of equal shapes
 
 
 class _Snapped(NamedTuple):
@@ -350,9 +350,9 @@ def _snap(grid: Grid, x: Array, clip: Array, traced_bits: Array | None) -> _Snap
 
 def _encode(x, clip, bits, *, signed):
     grid, traced_bits = resolve("uniform", _require_bits(bits), signed=signed)
-    if grid.bits is None:
+    if traced_bits is not None:
         traced_bits = jnp.minimum(traced_bits, _CODE_BITS)
-    elif grid.bits > _CODE_BITS:
+    elif grid.bits is not None and grid.bits > _CODE_BITS:
         raise ValueError(f"bits={bits} do not fit an integer code: at most {_CODE_BITS}")
     x, clip = _operands(x, clip)
     snapped = _snap(grid, x, clip, traced_bits)
@@ -446,7 +446,10 @@ def _along_channels(values: Array, ndim: int) -> Array:
 
 def bits_of(grid: Grid, traced_bits: Array | None) -> Array | int:
     """The bits, static or traced."""
-    return traced_bits if grid.bits is None else grid.bits
+    if grid.bits is not None:
+        return grid.bits
+    assert traced_bits is not None, "bits that are not static are traced"
+    return traced_bits
 
 
 def _at_most(bits: Array | int, limit: int) -> Array | int:

@@ -93,11 +93,12 @@ def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: lis
         labels += [(_text(bits), "all alike"), ("mixed", " ".join(f"{w}/{a}" for w, a in mixed))]
         rows += [block_bits([bits] * len(mixed)), block_bits(mixed)]
     found = compare_at(finished, rows, [block_bits([FULL] * len(model.blocks))] * len(rows))
+    accuracy = np.asarray(found.accuracy)
     return [
         (
             text,
             f"{qpde.models.summary(model, shape, bits=row).bit_operations / 1e6:,.2f}",
-            f"{found.accuracy[i]:.2%}",
+            f"{accuracy[i]:.2%}",
             f"{found.agreement[i]:.2%}",
             f"{found.kl[i]:.4g}",
             blocks,

@@ -48,7 +48,8 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
     """
     check_at_least("images", options.images, 1)
     check_at_least("newton_steps", options.newton_steps, 0)
-    if outside := [bits for bits in options.bits if not 2 <= bits <= 15] or not options.bits:
+    outside = [bits for bits in options.bits if not 2 <= bits <= 15]
+    if outside or not options.bits:
         raise ValueError(f"--bits (={outside or ()}) must round: give some of 2 to 15")
     found = read_finished(options.run, options.data_dir)
     for name, finished in found.items():

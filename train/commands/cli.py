@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,8 @@ from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
 from train.commands.options import filled, parse
+from train.commands.paper import Paper, prepare_paper
+from train.commands.predict import parse_predict
 from train.commands.quantize import Quantize, prepare_quantize
 from train.commands.report import Report, prepare_report
 from train.commands.reproduce import Reproduce, prepare_reproduce
@@ -23,7 +25,7 @@ from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
 from train.config.suggestions import did_you_mean
-from train.data.tfds_records import DataError
+from train.data.records import DataError
 from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join
 from train.host.interrupt import Interrupted
@@ -89,7 +91,9 @@ def _parse_with_recipe(command: type, name: str, arguments: Sequence[str]):
     experiment = recipes[recipe]
     if command is Sweep and not isinstance(experiment, Experiment):
         raise ValueError(f"{paths[0]} trains on a graph, at all its seeds and bits in one run: use {_PROGRAM} run")
-    kind = Run[type(experiment)] if command is Run else command
+    kind: Any = command
+    if command is Run:
+        kind = Run[type(experiment)]  # type: ignore[misc]  # a class that only the file of the experiment names
     return parse(
         kind,
         arguments[1:],
@@ -187,6 +191,16 @@ COMMANDS = {
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
     ),
+    "predict": Command(
+        parse_predict,
+        "predict RUN FILE [FILE ...]",
+        "the classes of pictures",
+    ),
+    "paper": Command(
+        command_of("paper", Paper, prepare_paper),
+        "paper --minutes 60 --data-dir FOLDER",
+        "the paper's experiments, as far as time reaches",
+    ),
     "data": Command(
         parse_data,
         "data prepare NAME [--data-dir FOLDER]",
@@ -216,12 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose from {list(COMMANDS)}")
-    if rest[:1] in (["-h"], ["--help"]) and COMMANDS[name].help:
-        print(_help_of(COMMANDS[name]))
+    command = COMMANDS[name]
+    if rest[:1] in (["-h"], ["--help"]) and command.help:
+        print(_help_of(command.usage, *command.help))
         return 0
     try:
         try:
-            work = COMMANDS[name].prepare(rest)
+            work = command.prepare(rest)
         except (ValueError, OSError, ImportError) as error:
             return _fail(str(error))
         return work(Console(quiet=not is_first())) or 0
@@ -259,11 +274,10 @@ def _help() -> str:
     )
 
 
-def _help_of(command: Command) -> str:
-    options, words = command.help
-    paragraphs = inspect.getdoc(options).split("\n\n")
+def _help_of(usage: str, options: type, words: str) -> str:
+    paragraphs = (inspect.getdoc(options) or "").split("\n\n")
     paragraphs.append(f"`{_PROGRAM} {words} --help` lists the options with their defaults.")
-    return "\n\n".join((f"usage: {_PROGRAM} {command.usage}", *map(filled, paragraphs)))
+    return "\n\n".join((f"usage: {_PROGRAM} {usage}", *map(filled, paragraphs)))
 
 
 def _fail(message: str, *, status: int = 2) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
@@ -104,10 +105,11 @@ def _measure(finished: Finished, at: dict[str, Bits]) -> dict[str, dict[str, flo
     """`_FIELDS` by bits."""
     rows, count = list(at.values()), len(at)
     found = compare_at(finished, rows * 2, [bits.twin for bits in rows] + [_FULL] * count)
+    accuracy, accuracy_twin = np.asarray(found.accuracy), np.asarray(found.accuracy_reference)
     return {
         text: {
-            "accuracy": float(found.accuracy[i]),
-            "accuracy_twin": float(found.accuracy_reference[i]),
+            "accuracy": float(accuracy[i]),
+            "accuracy_twin": float(accuracy_twin[i]),
             "agreement": float(found.agreement[i]),
             "agreement_full": float(found.agreement[count + i]),
             "kl": float(found.kl[i]),

@@ -62,7 +62,7 @@ class _LikeStdout(io.StringIO):
         self._stdout = sys.stdout
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute in typeshed, read-only here
         return self._stdout.encoding
 
     def isatty(self) -> bool:

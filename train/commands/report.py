@@ -67,9 +67,9 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder: choose another --output")
     first = experiments[options.runs[0]]
-    if on_graph:
-        (named,) = results.values()
-        return _work(experiments, named, folder, lambda _: graph_sections.sections(first, named, folder))
+    if isinstance(first, GraphExperiment):
+        (of_graph,) = results.values()
+        return _work(experiments, of_graph, folder, lambda _: graph_sections.sections(first, of_graph, folder))
 
     named = {_name(run, variant, options): r for run, variants in results.items() for variant, r in variants.items()}
     check_drawable(named)

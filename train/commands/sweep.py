@@ -85,7 +85,7 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
     check_at_least("at_once", at_once, 1)
     parts = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
 
-    def prepared(part: list[Experiment]) -> Callable[[Console], None]:
+    def prepared(part: Sequence[Experiment]) -> Callable[[Console], None]:
         if at_once == 1:
             return prepare_job(part[0], data_dir=options.data_dir, runs_dir=folder)
         return prepare_lockstep(part, data_dir=options.data_dir, runs_dir=folder)
@@ -105,13 +105,13 @@ def prepare_sweep(options: Sweep) -> Callable[[Console], None]:
     return work
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and half the width of its 95% confidence interval, t(n - 1) s / sqrt(n); NaN for one value."""
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return float(sample.mean()), float("nan")
+    quantile = stats.t.ppf(0.975, len(sample) - 1)
+    return float(sample.mean()), float(quantile * sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
 def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
@@ -199,6 +199,6 @@ def _table(options: Sweep, results) -> Table:
     return table
 
 
-def _with_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+def _with_interval(values: Sequence[float] | np.ndarray, digits: int, sign: str = "") -> str:
     mean, half = interval(values)
     return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")

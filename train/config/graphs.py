@@ -1,11 +1,12 @@
 """What an experiment on a graph is. Files in configs/ define `recipes: dict[str, GraphExperiment]`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from qpde.models import GraphSmoothing
+from qpde.quantizers import Levels
 from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
 
 
@@ -58,7 +59,7 @@ class GraphModel:
     """Start of pde_gcn's K."""
     smoothing: tyro.conf.AvoidSubcommands[GraphSmoothing | None] = None
     """Total-variation smoothing of pde_gcn's states."""
-    levels: Literal["uniform", "pot", "apot"] = "uniform"
+    levels: Levels = "uniform"
     """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -75,6 +76,11 @@ class GraphVariant(Variant):
 @dataclass(frozen=True)
 class GraphExperiment(Comparison):
     """Graph networks, each trained from several seeds, in full precision and in few bits."""
+
+    if TYPE_CHECKING:  # what `Comparison` does with these variants
+
+        @property
+        def chosen(self) -> tuple[GraphVariant, ...]: ...
 
     variants: tyro.conf.Fixed[tuple[GraphVariant, ...]]
     data: GraphData = field(default_factory=GraphData)

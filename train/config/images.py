@@ -6,13 +6,15 @@ is also an option of `python -m train run`, spelled as in `--optimizer.learning-
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from qpde.models import NetworkOptions, Smoothing
+from qpde.pictures import CENTRE
 from train.config.suggestions import did_you_mean
 
 _LARGEST = 2**31 - 1
@@ -27,20 +29,33 @@ _LONGEST_NAME = 128
 
 _RESERVED = ("checkpoints", "report", "tensorboard")
 
+FOLDER, NPZ = "folder/", "npz/"
+"""Own pictures and own arrays have a name that is this and their path."""
+
 
 @dataclass(frozen=True)
 class Data:
     """The images, and how each training batch is varied."""
 
     name: str = "digits"
-    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; or tfds/NAME, any
-    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012."""
+    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; tfds/NAME, any
+    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012; folder/PATH,
+    your own pictures, a folder for each class; or npz/PATH, your own arrays. PATH is kept as an absolute one."""
     test: str | None = None
-    """Test on the test images of another such set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
+    """Test on the test images of a prepared set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
     validation: float = 0.1
-    """Share of the training images held out to choose the best epoch. The digits have their own split."""
+    """Share of the training images held out to choose the best epoch. The digits have their own split, and so has a
+    folder or a file with a part "validation"."""
+    test_share: float = 0.2
+    """Share of your own images to test on, where they have no part "test"."""
     size: int = 16
     """Side in pixels of the digits, and of the squares that photographs are cropped to. Other images have their own."""
+    channels: Literal[1, 3] = 3
+    """Of pictures in a folder: 3 for colours, 1 for shades of grey."""
+    centre: float = CENTRE
+    """Evaluation looks at the square in the middle of a photograph, of this share of its short side."""
+    skip_unreadable: bool = False
+    """Leave pictures of a folder that cannot be read out, and say which, instead of refusing the folder."""
     smallest_crop: float = 0.08
     """Each training photograph is a random part, at least this share of its area, resized."""
     streamed: bool | None = None
@@ -53,10 +68,14 @@ class Data:
     """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
 
     def __post_init__(self):
-        _check_set("data.name", self.name, "digits", "cifar10")
+        object.__setattr__(self, "name", _from_everywhere(self.name))
+        if not self.name.startswith((FOLDER, NPZ)):
+            _check_set("data.name", self.name, "digits", "cifar10")
         if self.test is not None:
             _check_set("data.test", self.test)
-        for name, value, limit in (("validation", self.validation, 0.5), ("smallest_crop", self.smallest_crop, 1.0)):
+        limits = {"validation": 0.5, "test_share": 0.5, "centre": 1.0, "smallest_crop": 1.0}
+        for name, limit in limits.items():
+            value = getattr(self, name)
             if not 0 < value <= limit:
                 raise ValueError(f"data.{name} (={value}) must be above 0 and at most {limit}")
         check_at_least("data.size", self.size, 1)
@@ -256,6 +275,12 @@ class Calibration:
 class Comparison:
     """What every kind of experiment has: variants of one `model`, trained alike and compared."""
 
+    if TYPE_CHECKING:  # not a field of this class, which would come before those without defaults
+
+        @property
+        def model(self) -> Any:
+            """The network, a dataclass of options."""
+
     name: str
     """The run lives in the folder of this name."""
     variants: tyro.conf.Fixed[tuple[Variant, ...]]
@@ -361,9 +386,24 @@ def check_seeds(name: str, first: int, count: int = 1) -> None:
         raise ValueError(f"{name} (={first}) must lie in 0 to {_LARGEST_SEED - (count - 1)}")
 
 
+def _from_everywhere(name: str) -> str:
+    """The name of own images with an absolute path, so that a run is read, or repeated, from any working directory.
+
+    Raises:
+      ValueError: The path is empty.
+    """
+    for prefix in (FOLDER, NPZ):
+        if name == prefix:
+            raise ValueError(f"data.name (={name!r}) has no path: give {prefix}PATH")
+        if name.startswith(prefix):
+            return prefix + os.path.abspath(os.path.expanduser(name.removeprefix(prefix)))
+    return name
+
+
 def _check_set(name: str, value: str, *others: str) -> None:
     if value not in others and not re.fullmatch(r"tfds/\w[\w./-]*", value):
-        known = ", ".join(repr(other) for other in (*others, "tfds/NAME"))
+        own = ("folder/PATH", "npz/PATH") if others else ()
+        known = ", ".join(repr(other) for other in (*others, "tfds/NAME", *own))
         raise ValueError(f"{name} (={value!r}) is no set of images: {did_you_mean(value, others)}choose {known}")
 
 

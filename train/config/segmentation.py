@@ -1,16 +1,13 @@
 """What an experiment on images with a class for every pixel is: frozen values, checked when they are built."""
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.config.images import Experiment, Loss, Model, check_at_least
+from train.config.images import FOLDER, Experiment, Loss, Model, check_at_least
 from train.config.suggestions import did_you_mean
 
 SETS = ("camvid", "cityscapes", "tfds/cityscapes/semantic_segmentation")
-FOLDER = "folder/"
-"""A data set's name in a configuration is this and the path of a folder of one's own pairs."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +100,3 @@ class SegmentationExperiment(Experiment):
     loss: SegmentationLoss = field(default_factory=SegmentationLoss)
     batch_size: int = 8
     """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
-
-
-def folder_of(name: str) -> str | None:
-    """PATH of the set folder/PATH, or None for another set."""
-    found = re.fullmatch(f"{FOLDER}(.+)", name)
-    return found[1] if found else None

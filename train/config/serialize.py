@@ -63,7 +63,7 @@ def _build(hint: Any, value: Any, name: str = "the text") -> Any:
         raise TypeError(f"{name} (={value!r}) must be {_described(hint)}")
     if origin is tuple:
         return tuple(_build(arguments[0], item, name) for item in value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         unknown = sorted(value.keys() - hints.keys())
         if unknown:

@@ -38,4 +38,5 @@ def mixup(
     share = jax.random.beta(share_key, mixup_alpha, mixup_alpha)
     share = jnp.maximum(share, 1 - share)
     order = jax.random.permutation(order_key, len(x))
-    return tuple(share * values + (1 - share) * values[order] for values in (x, targets))
+    mixed_x, mixed_targets = (share * values + (1 - share) * values[order] for values in (x, targets))
+    return mixed_x, mixed_targets

@@ -8,7 +8,8 @@ import numpy as np
 from qpde.datasets import Images, Split, load_camvid, load_cityscapes, load_label_maps
 from qpde.datasets.cityscapes import CLASSES, classes_of_ids, split_train
 from qpde.datasets.label_maps import as_images
-from train.config.segmentation import SegmentationData, folder_of
+from train.config.images import FOLDER
+from train.config.segmentation import SegmentationData
 from train.data.resident import data_root
 from train.data.tfds_records import PREFIX, find_builder
 
@@ -26,8 +27,8 @@ def load_maps(config: SegmentationData, data_dir: Path | None) -> Images:
       FileNotFoundError: The files are not in the folder, or one has no partner.
       ImportError: A package is missing.
     """
-    if (own := folder_of(config.name)) is not None:
-        return load_label_maps(Path(own).expanduser(), size=config.size)
+    if config.name.startswith(FOLDER):
+        return load_label_maps(Path(config.name.removeprefix(FOLDER)).expanduser(), size=config.size)
     root = data_root(config.name, data_dir)
     if config.name.startswith(PREFIX):
         return _prepared_cityscapes(config, root)

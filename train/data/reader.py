@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from train.data.photographs import centre_crop, random_resized_crop
-from train.data.tfds_records import DataError, Records
+from qpde.pictures import centre_crop
+from train.data.photographs import random_resized_crop
+from train.data.records import DataError, Records
 
 _AHEAD = 2
 """Batches that each thread or worker reads ahead."""
@@ -31,12 +32,18 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Central:
-    """The image as it is, or the centre of a photograph, resized to `size`."""
+    """The image as it is, or the middle of a photograph, resized.
 
-    size: int
+    Attributes:
+      shape: (height, width, channels) of the result.
+      centre: Share of a photograph's short side, see `qpde.pictures.centre_crop`.
+    """
+
+    shape: tuple[int, int, int]
+    centre: float
 
     def __call__(self, image: np.ndarray | bytes, place: int) -> np.ndarray:
-        return image if isinstance(image, np.ndarray) else centre_crop(image, size=self.size)
+        return image if isinstance(image, np.ndarray) else centre_crop(image, self.shape, centre=self.centre)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +51,20 @@ class Varied:
     """The image as it is, because what varies it does so on the device; or a random part of a photograph.
 
     Attributes:
-      seed: with the image's place, what the part follows from.   size: of the result.
-      smallest_area: of the part, as a share of the photograph.
+      seed: With the image's place, what the part follows from.
+      shape: (height, width, channels) of the result.
+      smallest_area: Smallest area of the part, as a share of the photograph.
     """
 
     seed: tuple[int, ...]
-    size: int
+    shape: tuple[int, int, int]
     smallest_area: float
 
     def __call__(self, image: np.ndarray | bytes, place: int) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return image
         rng = np.random.default_rng((*self.seed, place))
-        return random_resized_crop(image, rng, size=self.size, smallest_area=self.smallest_area)
+        return random_resized_crop(image, rng, shape=self.shape, smallest_area=self.smallest_area)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +97,8 @@ class Batches:
         try:
             return self.pixels(image, place), label
         except OSError as error:
-            number = self.records.numbers[place]
-            raise DataError(f"{self.records.name}: record {number} is no readable image ({error})") from error
+            called = self.records.called(place)
+            raise DataError(f"{self.records.name}: {called} is no readable image ({error})") from error
 
 
 def read_all(records: Records, pixels: Pixels) -> Batch:

@@ -42,14 +42,22 @@ class ImageSet(Protocol):
       select: (state, *arguments) -> ((images, labels), key): the batch of the step that the state stands at.
     """
 
-    shape: tuple[int, int, int]
-    num_classes: int
-    count: int
-    chance: float
-    normalize: Callable
-    stored: Images
-    fingerprint: str
-    select: Callable
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def chance(self) -> float: ...
+    @property
+    def normalize(self) -> Callable: ...
+    @property
+    def stored(self) -> Images: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def select(self) -> Callable: ...
 
     def feed(self, mesh: Mesh) -> Callable[[TrainState], Iterable[tuple]]:
         """`batches(state)`: `select`'s arguments, on the devices of the mesh, for the step that the state stands at and

@@ -17,8 +17,8 @@ from qpde.datasets import Images, Split
 from train.config.images import Data
 from train.data.order import epoch_order, select_given
 from train.data.reader import Batches, Central, Pixels, Varied, read_ahead
+from train.data.records import Records
 from train.data.resident import stack_batches
-from train.data.tfds_records import Records
 from train.host.mesh import batch_sharding
 from train.steps.state import TrainState
 
@@ -30,7 +30,7 @@ class Streamed:
     Attributes:
       train, validation, test: what it reads.   config: of the crops.   batch_size: images a step.
       workers: processes that read; 0 reads in threads of this one.
-      stored: no images, but the names of the classes, mean and std.
+      stored: no images, but the names of the classes, mean, std, and the share of photographs that is looked at.
     """
 
     train: Records
@@ -57,8 +57,9 @@ class Streamed:
 
     @property
     def fingerprint(self) -> str:
-        # Not of every byte: the set may be larger than what can be read here.
-        described = (self.config.name, len(self.train), self.stored.classes, self.stored.mean, self.stored.std)
+        # Of a prepared set not every byte: it may be larger than what can be read here.
+        name = self.train.contents or self.config.name
+        described = (name, len(self.train), self.stored.classes, self.stored.mean, self.stored.std)
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
     @property
@@ -93,13 +94,13 @@ class Streamed:
         return self._read(self.train.take(np.arange(steps * self.batch_size)), self._varied(0))
 
     def in_order(self, part: str) -> Iterator[Split]:
-        return self._read(getattr(self, part), Central(self.config.size))
+        return self._read(getattr(self, part), Central(self.shape, self.stored.centre))
 
     def stacks(self, part: str, mesh: Mesh | None = None) -> Iterable[Split]:
         return _Stacks(self, part, mesh)
 
     def _varied(self, *seed: int) -> Varied:
-        return Varied(seed, self.config.size, self.config.smallest_crop)
+        return Varied(seed, self.shape, self.config.smallest_crop)
 
     def _read(self, records: Records, pixels: Pixels) -> Iterator[Split]:
         batches = Batches(records, pixels, self.batch_size)
@@ -107,8 +108,8 @@ class Streamed:
 
 
 def shape_of(records: Records, size: int) -> tuple[int, int, int]:
-    """(height, width, channels) of what the network sees of images: photographs become squares of three colours."""
-    return records.shape if records.is_uniform else (size, size, 3)
+    """(height, width, channels) of what the network sees of images: photographs become squares."""
+    return records.shape if records.is_uniform else (size, size, records.shape[2] or 3)
 
 
 @dataclasses.dataclass(frozen=True)

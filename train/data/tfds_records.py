@@ -4,13 +4,13 @@
 first such set, and the array_record files alone.
 """
 
-import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from train.data.records import Records
 
 PREFIX = "tfds/"
 """A data set's name in a configuration is this and its name in the catalogue of tensorflow-datasets."""
@@ -20,57 +20,6 @@ FOLDER = "tensorflow_datasets"
 
 _LABELLED_TEST = {"imagenet2012": "validation"}
 """Split to test on where it is not "test"; the test images of ImageNet come without labels."""
-
-
-class DataError(Exception):
-    """A record cannot be read, or is no image."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """Labelled images that are read when they are asked for.
-
-    Attributes:
-      name: of the set and split, for messages.
-      source: record number -> {"image": ..., "label": ...}; can be pickled.
-      numbers: (N,) of the records that belong to this set.
-      shape: (height, width, channels) of the images; height and width are None where they differ.
-      classes: names; label k is classes[k].
-    """
-
-    name: str
-    source: Sequence[dict[str, Any]]
-    numbers: np.ndarray
-    shape: tuple[int | None, int | None, int]
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray | bytes, int]:
-        """(image, label): the pixels, uint8 (height, width, channels), or of images of different sizes the file.
-
-        Raises:
-          DataError: the record is damaged or its label is no class.
-        """
-        number = int(self.numbers[position])
-        try:
-            example = self.source[number]
-        except (RuntimeError, ValueError, OSError) as error:  # array_record's, the decoder's
-            raise DataError(f"{self.name}: record {number} cannot be read ({error}): prepare the set again") from error
-        label = int(example["label"])
-        if not 0 <= label < len(self.classes):
-            raise DataError(f"{self.name}: record {number} has label {label}, outside 0..{len(self.classes) - 1}")
-        return example["image"], label
-
-    def take(self, positions: np.ndarray) -> "Records":
-        """The records at these positions, in their order."""
-        return dataclasses.replace(self, numbers=self.numbers[positions])
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all images have one size."""
-        return None not in self.shape
 
 
 def open_records(name: str, part: str, root: Path) -> Records:

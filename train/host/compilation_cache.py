@@ -17,7 +17,8 @@ def keep_compiled_programs() -> Path | None:
     """
     import jax  # not before the allocator is set up, and this module is imported before
 
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return None
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qpde" / "compiled"

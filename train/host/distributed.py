@@ -8,7 +8,7 @@ step.  With one process everything here is the identity.
 import builtins
 import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def join(coordinator: str, processes: int | None = None, process: int | None = N
     if coordinator == AUTO:
         if not (processes is process is None):
             raise ValueError(f"--processes and --process are found by themselves with --distributed {AUTO}: leave them")
-        arguments = {}
+        arguments: dict[str, Any] = {}
     else:
         if processes is None or process is None or not 0 <= process < processes:
             raise ValueError(
@@ -62,6 +62,7 @@ def from_first(function: Callable[[], Value]) -> Value:
     if jax.process_count() == 1:
         return function()
     message = b""
+    answer: dict[str, Any]
     if is_first():
         try:
             answer = {"value": function()}

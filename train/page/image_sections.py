@@ -79,12 +79,12 @@ def _layer_error(experiment, results, stages, folder, every) -> str:
         curves = {name: np.asarray(result[key]) for name, result in results.items()}
         pictures.append((folder / f"{file}.png", f"{heading} of each block: {_means(curves)}."))
         plots.along_depth_figure(curves, pictures[-1][0], heading=heading, unit=unit, stages=stages, among=every)
-    name, curves = published_curves.nearest(experiment)
+    name, published = published_curves.nearest(experiment)
     path = folder / "layer_error_published.png"
     heading = f"Published: {name}"
-    plots.along_depth_figure(curves, path, heading=heading, unit="absolute error")
-    pictures.append((path, f"Absolute error of the published {name}: {_means(curves)}."))
-    ratio = np.mean(curves["symmetric"]) / np.mean(curves["plain"])
+    plots.along_depth_figure(published, path, heading=heading, unit="absolute error")
+    pictures.append((path, f"Absolute error of the published {name}: {_means(published)}."))
+    ratio = np.mean(published["symmetric"]) / np.mean(published["plain"])
     caption = (
         "Lower is more faithful. The absolute error rewards a network whose activations are small, the relative one "
         f"does not. The last panel shows the paper's curves ({escape(published_curves.SOURCE)}), where the symmetric "
@@ -277,7 +277,7 @@ def _sizes(measured, folder) -> str:
     return text + what + table(header, rows)
 
 
-def _means(curves: Mapping[str, Sequence[float]]) -> str:
+def _means(curves: Mapping[str, Sequence[float] | np.ndarray]) -> str:
     return ", ".join(f"{name} {np.mean(curve):.3g} in the mean" for name, curve in curves.items())
 
 

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -33,6 +33,8 @@ _START, _LOCK, _PART = "start.json", ".lock", ".part"
 
 _BEGUN = {_LOCK, CONFIG + _PART, _START, _START + _PART}
 """What there is of a run before it has a config.json."""
+
+AnyExperiment = TypeVar("AnyExperiment", bound=Experiment | GraphExperiment)
 
 
 class RunDirectory:
@@ -120,9 +122,7 @@ def open_run(
     return RunDirectory(Path(folder), locks, changes, board if is_first() else None)
 
 
-def unfinished(
-    runs_dir: Path, experiments: Sequence[Experiment | GraphExperiment], *, advice: str
-) -> list[Experiment | GraphExperiment]:
+def unfinished(runs_dir: Path, experiments: Sequence[AnyExperiment], *, advice: str) -> list[AnyExperiment]:
     """Those of the experiments that have no finished run in their folders yet.
 
     Args:
@@ -298,9 +298,12 @@ def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[
     recorded = {}
     with contextlib.suppress(OSError, RecursionError, ValueError):
         recorded = json.loads((path / _START).read_text())
-    now = _starts(experiment) if isinstance(recorded, dict) and recorded else {}
+    start, now = (
+        getattr(experiment, "start_from", None),
+        _starts(experiment) if isinstance(recorded, dict) and recorded else {},
+    )
     return {
-        f"network {name} of {experiment.start_from}": (recorded[name], now[name])
+        f"network {name} of {start}": (recorded[name], now[name])
         for name in now
         if name in recorded and recorded[name] != now[name]
     }
@@ -308,11 +311,10 @@ def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[
 
 def _starts(experiment: Experiment | GraphExperiment) -> dict[str, str]:
     """By variant, the digest of the network that it starts from; nothing where it starts anew."""
-    if getattr(experiment, "start_from", None) is None:
+    start = getattr(experiment, "start_from", None)
+    if start is None:
         return {}
-    digests = {
-        variant.name: weights_digest(Path(experiment.start_from) / variant.name) for variant in experiment.chosen
-    }
+    digests = {variant.name: weights_digest(Path(start) / variant.name) for variant in experiment.chosen}
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 

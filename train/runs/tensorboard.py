@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterable
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ class Board:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ImportError("--tensorboard needs tensorboardX: install the [tensorboard] extra") from error
-        self._folder, self._make, self._writers = folder, SummaryWriter, {}
+        self._folder, self._make = folder, SummaryWriter
+        self._writers: dict[str, Any] = {}
 
     def restart(self, variant: str, lines: Iterable[dict[str, Any]]) -> None:
         """Replaces what there is of a variant by these lines: of an interrupted run, those that it goes on from."""
@@ -43,7 +43,7 @@ class Board:
         if variant not in self._writers:
             self._writers[variant] = self._make(logdir=str(self._folder / variant))
         for name, value in line.items():
-            if name not in _NO_METRICS and isinstance(value, Real | list):
+            if name not in _NO_METRICS and isinstance(value, int | float | np.number | list):
                 self._writers[variant].add_scalar(name, float(np.mean(value)), line["epoch"])
         self._writers[variant].flush()
 

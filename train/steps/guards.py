@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from qpde.models.protocol import QuantizedNetwork
 from train.steps.paths import path_name
 
 SMALLEST_CLIP = 1e-3
@@ -67,7 +67,10 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 
 
 def make_explain(
-    model: nn.Module, loss: Callable[..., tuple[Array, Any]], inputs: Callable[..., Array], draw: Callable[..., Any]
+    model: QuantizedNetwork,
+    loss: Callable[..., tuple[Array, Any]],
+    inputs: Callable[..., Array],
+    draw: Callable[..., Any],
 ) -> Callable[..., str]:
     """`explain(state, batch, key, bits) -> str`: where the step from that state breaks down, and the clips there.
 

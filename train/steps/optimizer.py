@@ -1,7 +1,7 @@
 """Gradient descent whose learning rate and weight decay depend on the parameter's path."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -39,6 +39,7 @@ def create_optimizer(config: Optimizer | Adam, params, *, steps: int) -> optax.G
     decays = jax.tree.map_with_path(partial(_decay_of, config.weight_decay), chosen)
     factors = jax.tree.map(lambda rule: rule.learning_rate, chosen)
     decay = optax.stateless(lambda grads, params: jax.tree.map(lambda g, w, d: g + d * w, grads, params, decays))
+    rate: float | Callable[..., jax.Array]
     if isinstance(config, Adam):
         directions, rate = (decay, optax.scale_by_adam()), config.learning_rate
     else:

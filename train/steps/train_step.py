@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from qpde.bits import Bits
 from qpde.measure import confusion_matrix, intersection_over_union, mean_iou
+from qpde.models.protocol import QuantizedNetwork
 from train.config.images import Loss
 from train.host.mesh import batch_sharding, replicated
 from train.steps import twin_clips
@@ -25,7 +25,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(
-    model: nn.Module, config: Loss, entropy: Entropy | None = None
+    model: QuantizedNetwork, config: Loss, entropy: Entropy | None = None
 ) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
     """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
@@ -55,6 +55,7 @@ def make_loss(
         high, act_bits = None, None
         if row.twin:
             own = model.bits if bits is None else bits
+            assert own is not None, "a network that is trained has bits of its own"
             high, _ = forward(twin_clips.high(params), model_state, x, own.twin)
             act_bits = own.activations
         terms = row.formula(low, high, targets, act_bits, config, entropy)
@@ -165,7 +166,9 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
     return whole if parts == 1 else in_parts
 
 
-def make_evaluate(model: nn.Module, normalize, *, map_classes: int | None = None) -> Callable[..., dict[str, Any]]:
+def make_evaluate(
+    model: QuantizedNetwork, normalize, *, map_classes: int | None = None
+) -> Callable[..., dict[str, Any]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
     The bits are traced; None takes the model's own.

@@ -6,7 +6,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +83,8 @@ class Training:
     experiment: Experiment
     variant: Variant
     images: ImageSet
-    model: nn.Module
-    exact: nn.Module
+    model: Any
+    exact: Any
     optimizer: optax.GradientTransformation
     start: Start | None
     mesh: Mesh
@@ -164,6 +163,7 @@ class Training:
             input_shape=self.images.shape,
             mean=stored.mean,
             std=stored.std,
+            centre=stored.centre,
             about=about | {"data_fingerprint": self.fingerprint} | provenance(),
         )
 
@@ -258,7 +258,7 @@ class Training:
         twin = variables if state.twin_variables is None else state.twin_variables
         twin = reestimate_statistics(model, twin, statistics, model.bits.twin)
         results |= compare(model, variables, self.test_images(), model.bits, twin=twin).as_dict()
-        if self.experiment.calibration is None:
+        if self.experiment.calibration is None or self.start is None:
             return results
         start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
         return results | self._beside_start(variables, start)
@@ -292,8 +292,8 @@ class Training:
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
             ((x, _),) = self.training_batches(limit=1)
-            options = {"method": experiment.clip_start, "smoothing_scale": self.smoothing_scale(1)}
-            variables = jax.jit(partial(_first_variables, self.model, **options))(init_key, x)
+            first = partial(_first_variables, self.model, smoothing_scale=self.smoothing_scale(1))
+            variables = jax.jit(partial(first, method=experiment.clip_start))(init_key, x)
         else:
             variables = with_smoothing_scale(self.start.variables, self.smoothing_scale(1))
             variables = self._started(dataclasses.replace(self.start, variables=variables))
@@ -323,6 +323,7 @@ class Training:
 
     def _quantized(self, start: Start) -> dict[str, Any]:
         """The full-precision start's variables, quantized after training."""
+        assert self.experiment.calibration is not None, "asked for by the caller"
         options = dataclasses.asdict(self.experiment.calibration)
         batches = [x for x, _ in self.training_batches(limit=-(-options.pop("images") // self.experiment.batch_size))]
         options["per_channel"] = self.experiment.model_of(self.variant).per_channel
@@ -439,7 +440,7 @@ class ImagePlan:
         return put(jax.tree.map(np.int32, bits), replicated(self.training.mesh)) if self.traced else None
 
 
-def _first_variables(model: nn.Module, key, x, *, method: str, smoothing_scale: float | None = None) -> dict[str, Any]:
+def _first_variables(model: Any, key, x, *, method: str, smoothing_scale: float | None = None) -> dict[str, Any]:
     variables = with_smoothing_scale(model.init(key, x), smoothing_scale)
     if model.bits == Bits(None, None):
         return variables
@@ -454,7 +455,7 @@ def _at_smoothing_scale(state: TrainState, smoothing_scale: float | None) -> Tra
     return state.replace(model_state=with_smoothing_scale(state.model_state, smoothing_scale), averages=averages)
 
 
-def _smoothing_of(model: nn.Module, variables: dict[str, Any]) -> dict[str, Any]:
+def _smoothing_of(model: Any, variables: dict[str, Any]) -> dict[str, Any]:
     """The learned or scheduled gamma2 by block, None where a block does not smooth, and the mean of the others."""
     if all(block.smoothing is None for block in model.blocks):
         return {}

@@ -70,19 +70,31 @@ def check_drawable(variants: Collection) -> None:
         )
 
 
+def cells(experiment: Experiment, results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The table of a run: a column for each variant, its head first.
+
+    Args:
+      experiment: The run's configuration.
+      results: See `write_report`.
+    """
+    rows = [["", *results], ["bits, weights and activations", *(_bits_of(experiment, name) for name in results)]]
+    for label, key, form in _ROWS:
+        if any(key in result for result in results.values()):
+            rows.append([label, *(form.format(r[key]) if key in r else "-" for r in results.values())])
+    for name in next((r["iou"] for r in results.values() if "iou" in r), {}):
+        own = [r.get("iou", {}).get(name) for r in results.values()]
+        rows.append([f"intersection over union, {name}", *("-" if v is None else f"{v:.2%}" for v in own)])
+    return rows
+
+
 def _table(experiment: Experiment, results: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=f"{experiment.name}: {experiment.model.name} on {experiment.data.name}, test images")
-    table.add_column("")
-    for name in results:
+    (first, *names), *rows = cells(experiment, results)
+    table.add_column(first)
+    for name in names:
         table.add_column(name, justify="right")
-    table.add_row("bits, weights and activations", *[_bits_of(experiment, name) for name in results])
-    for label, key, form in _ROWS:
-        if not any(key in result for result in results.values()):
-            continue
-        table.add_row(label, *[form.format(result[key]) if key in result else "-" for result in results.values()])
-    for name in next((result["iou"] for result in results.values() if "iou" in result), {}):
-        own = [result.get("iou", {}).get(name) for result in results.values()]
-        table.add_row(f"of {name}", *["-" if value is None else f"{value:.2%}" for value in own])
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

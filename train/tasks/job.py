@@ -17,7 +17,7 @@ from train.config.segmentation import SegmentationExperiment
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
-_TASKS = {
+_TASKS: dict[type, Callable[..., tuple[Any, Any]]] = {
     Experiment: train.tasks.images.trainings_of,
     SegmentationExperiment: train.tasks.segmentation.trainings_of,
     GraphExperiment: train.tasks.nodes.trainings_of,

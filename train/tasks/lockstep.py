@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def prepare_lockstep(
         with contextlib.ExitStack() as held:
             for run in runs:
                 held.enter_context(run)
-            results = [{} for _ in cells]
+            results: list[dict[str, Any]] = [{} for _ in cells]
             for variant in prepared[0][0]:
                 members = [trainings[variant] for trainings, _ in prepared]
                 for own, member, run, state in zip(

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +53,7 @@ class Training:
     experiment: GraphExperiment
     variant: GraphVariant
     task: Task
-    model: nn.Module
+    model: Any
     optimizer: optax.GradientTransformation
     tuner: optax.GradientTransformation
 
@@ -85,7 +84,7 @@ class Training:
         params = init_seeds(model, init_keys, task, _EXACT, methods=_EXACT, at_once=self.at_once)
         full = self._fit(FULL, params, keys, _EXACT, run, console)
         accuracy, energy = jax.device_get(test_seeds(model, full.best_params, task, at_once=self.at_once))
-        results = {"parameters": _count(params)}
+        results: dict[str, Any] = {"parameters": _count(params)}
         self._keep(run.path / self.variant.name / FULL, full, _EXACT)
         results[FULL] = {"accuracy": accuracy.tolist(), "energy": energy.tolist()} | _best_epoch(full)
         for pair in experiment.bits:

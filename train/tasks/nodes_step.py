@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qpde.bits import Bits
 from qpde.graphs import dirichlet_energy
-from qpde.models import calibrate_clips
+from qpde.models import QuantizedNetwork, calibrate_clips
 from train.steps.losses import classification_sums
 
 
@@ -52,7 +51,7 @@ class NodeState(flax.struct.PyTreeNode):
 
 @partial(jax.jit, static_argnames=("model", "methods", "at_once"))
 def init_seeds(
-    model: nn.Module, keys: Key[Array, " seeds"], task: Task, bits: Bits, *, methods: Bits, at_once: int
+    model: QuantizedNetwork, keys: Key[Array, " seeds"], task: Task, bits: Bits, *, methods: Bits, at_once: int
 ) -> PyTree:
     """Random parameters of each seed, with clips that fit them where `bits` quantizes (see `calibrate_seeds`)."""
 
@@ -63,14 +62,16 @@ def init_seeds(
 
 
 @partial(jax.jit, static_argnames=("model", "methods", "at_once"))
-def calibrate_seeds(model: nn.Module, params: PyTree, task: Task, bits: Bits, *, methods: Bits, at_once: int) -> PyTree:
+def calibrate_seeds(
+    model: QuantizedNetwork, params: PyTree, task: Task, bits: Bits, *, methods: Bits, at_once: int
+) -> PyTree:
     """The parameters with the clips that `methods` reads off kernels and activations, where `bits` quantizes."""
     return jax.lax.map(lambda p: _calibrated(model, p, task, bits, methods), params, batch_size=at_once)
 
 
 @partial(jax.jit, static_argnames=("model", "optimizer", "at_once"))
 def start_seeds(
-    model: nn.Module,
+    model: QuantizedNetwork,
     optimizer: optax.GradientTransformation,
     params: PyTree,
     keys: Key[Array, " seeds"],
@@ -82,14 +83,15 @@ def start_seeds(
     """`first_state` of each seed."""
 
     def start(values):
-        return first_state(model, optimizer, *values, task, bits)
+        own_params, key = values
+        return first_state(model, optimizer, own_params, key, task, bits)
 
     return jax.lax.map(start, (params, keys), batch_size=at_once)
 
 
 @partial(jax.jit, static_argnames=("model", "optimizer", "epochs", "at_once"), donate_argnames="states")
 def train_seeds(
-    model: nn.Module,
+    model: QuantizedNetwork,
     optimizer: optax.GradientTransformation,
     states: NodeState,
     task: Task,
@@ -108,7 +110,7 @@ def train_seeds(
 
 @partial(jax.jit, static_argnames=("model", "at_once"))
 def test_seeds(
-    model: nn.Module, params: PyTree, task: Task, *, at_once: int
+    model: QuantizedNetwork, params: PyTree, task: Task, *, at_once: int
 ) -> tuple[Float[Array, " seeds"], Float[Array, "seeds layers"]]:
     """Accuracy on the test nodes in full precision, and the relative Dirichlet energy |G x|^2 / 2 |x|^2 of each state.
 
@@ -129,7 +131,7 @@ def test_seeds(
 
 
 def first_state(
-    model: nn.Module,
+    model: QuantizedNetwork,
     optimizer: optax.GradientTransformation,
     params: PyTree,
     key: Key[Array, ""],
@@ -143,7 +145,13 @@ def first_state(
 
 
 def train_epochs(
-    model: nn.Module, optimizer: optax.GradientTransformation, state: NodeState, task: Task, bits: Any, *, epochs: int
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    state: NodeState,
+    task: Task,
+    bits: Any,
+    *,
+    epochs: int,
 ) -> tuple[NodeState, dict[str, Float[Array, " epochs"]]]:
     """That many steps down the mean cross entropy of the training nodes, each with its own dropout.
 

@@ -19,7 +19,7 @@ FULL = "full"
 """Name of the part of a run that is in full precision; the others are named like "W4A8"."""
 
 # Columns of the table: heading, key in the results, factor, format of the mean, and of the deviation if it is shown.
-_COLUMNS = (
+_COLUMNS: tuple[tuple[str, str, *tuple[Any, ...]], ...] = (
     ("accuracy", "accuracy", 100, "{:.1f}", "±{:.1f}"),
     ("its twin's", "accuracy_twin", 100, "{:.1f}", "±{:.1f}"),
     ("agreement", "agreement", 100, "{:.1f}", "±{:.1f}"),
@@ -91,21 +91,36 @@ def _families(experiment: GraphExperiment) -> dict[str, dict[int, str]]:
     return families
 
 
+def cells(experiment: GraphExperiment, results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The table of a run: a row for each variant and part, the head first.
+
+    Args:
+      experiment: The run's configuration.
+      results: See `write_report`.
+    """
+    rows = [["network", "parameters", "bits", *(heading for heading, *_ in _COLUMNS)]]
+    for name, result in results.items():
+        for i, part in enumerate((FULL, *map(name_of, experiment.bits))):
+            numbers = [_cell(result[part].get(key), *form) for _, key, *form in _COLUMNS]
+            rows.append([*((name, f"{result['parameters']:,}") if i == 0 else ("", "")), part, *numbers])
+    return rows
+
+
 def _table(experiment: GraphExperiment, results: dict[str, dict[str, Any]]) -> Table:
     seeds = f"mean ± standard deviation over {experiment.seeds} seeds" if experiment.seeds > 1 else "one seed"
     table = Table(title=f"{experiment.name}: {experiment.data.name}, test nodes, {seeds}", box=box.SIMPLE_HEAD)
-    for heading in ("parameters", "bits", *(heading for heading, *_ in _COLUMNS)):
+    (_, *head), *rows = cells(experiment, results)
+    for heading in head:
         table.add_column(heading, justify="left" if heading in ("parameters", "bits") else "right", no_wrap=True)
-    for name, result in results.items():
-        table.add_row(f"[bold]{name}")
-        for i, part in enumerate((FULL, *map(name_of, experiment.bits))):
-            cells = [_cell(result[part].get(key), *form) for _, key, *form in _COLUMNS]
-            table.add_row(f"{result['parameters']:,}" if i == 0 else "", part, *cells)
+    for name, *row in rows:
+        if name:
+            table.add_row(f"[bold]{name}")
+        table.add_row(*row)
     return table
 
 
 def _cell(values: Sequence[float] | None, factor: float, mean: str, deviation: str) -> str:
     if values is None:
         return "-"
-    values = factor * np.asarray(values)
-    return mean.format(values.mean()) + (deviation.format(values.std(ddof=1)) if len(values) > 1 else "")
+    scaled = factor * np.asarray(values)
+    return mean.format(scaled.mean()) + (deviation.format(scaled.std(ddof=1)) if len(scaled) > 1 else "")

@@ -46,7 +46,7 @@ def measure_images(finished: Finished, act_bits: int, *, images: int, newton_ste
     for x, labels in finished.test_images(images):
         if not parts:
             variables = converge_norms(model, variables, x, bits=bits)
-            steps = step_bounds(model, variables, x.shape[1:3], bits)
+            steps = step_bounds(model, variables, (x.shape[1], x.shape[2]), bits)
         found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
         twin = exact_twin(model, variables, x, bits)
         chosen, difference = found.prediction[:, None], found.logits - twin

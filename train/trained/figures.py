@@ -160,7 +160,7 @@ def _maps(model, variables, x) -> Maps:
         pictures = (state, rounded(state), smoothed, rounded(smoothed))
         for row, picture in zip(rows.values(), pictures, strict=True):
             row.append(np.asarray(picture[0, :, :, channel]))
-        errors.append(tuple(_relative(v, rounded(v)) for v in (state, smoothed)))
+        errors.append((_relative(state, rounded(state)), _relative(smoothed, rounded(smoothed))))
         if i in (chosen[0], chosen[-1]):
             spread[f"block {i + 1}"] = {"before": _spread(state / clip), "after smoothing": _spread(smoothed / clip)}
     return Maps([i + 1 for i in chosen], rows, errors, spread, smoothing, bool(own))

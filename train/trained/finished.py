@@ -41,6 +41,7 @@ class Finished:
     @property
     def model(self) -> Network:
         """The network's module."""
+        assert isinstance(self.network.model, Network), "a run on images has image networks"
         return self.network.model
 
     @property

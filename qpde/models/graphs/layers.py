@@ -111,16 +111,24 @@ class GraphLayer(abc.ABC):
     levels: str = "uniform"
     per_channel: bool = False
 
-    kernel_names = ("kernel",)
     act_count = 1  # quantizers of activations
     drops_inputs = True  # whether training drops entries of every layer's input
-    shared_params = ()  # scalars, starting at 0, that all layers share
+
+    @property
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels of a layer, in the order of their clips."""
+        return ("kernel",)
+
+    @property
+    def shared_params(self) -> tuple[str, ...]:
+        """Scalars, starting at 0, that all layers share."""
+        return ()
 
     def init(self, key: jax.Array) -> dict:
         """Parameters of one layer: kernels, and clips, a weight's being the largest magnitude of its kernel."""
         keys = jax.random.split(key, len(self.kernel_names))
         params = {name: self.initial_kernel(k) for name, k in zip(self.kernel_names, keys, strict=True)}
-        options = {"signed": True, "method": "absmax", "per_channel": self.per_channel}
+        options: dict[str, Any] = {"signed": True, "method": "absmax", "per_channel": self.per_channel}
         clips = [quantizers.initial_clip(k, None, **options).reshape(-1) for k in params.values()]
         return (
             params

@@ -38,11 +38,11 @@ from qpde.models.graphs.layers import (
     PDELayer,
 )
 from qpde.models.layers import Observe
+from qpde.quantizers import LEVEL_SETS
 
 __all__ = ["GraphNetwork", "gat", "gcn", "gcnii", "pde_gcn"]
 
 LOOPS = ("auto", "scan", "unroll")
-LEVELS = ("uniform", "pot", "apot")
 
 # The deepest network that "auto" unrolls. A scan compiles faster, but copies what the backward pass needs into stacks.
 # Rematerialisation is there to save memory and has little to copy.
@@ -417,7 +417,7 @@ def _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, r
     for option, value in (("weight_bits", weight_bits), ("act_bits", act_bits)):
         if value is not None and not 2 <= value <= 32:
             raise ValueError(f"{option} must be 2 to 32, or None for full precision; got {value}")
-    _check_known("levels", layer.levels, LEVELS)
+    _check_known("levels", layer.levels, LEVEL_SETS)
     _check_known("loop", loop, LOOPS)
     return GraphNetwork(
         layer=layer,

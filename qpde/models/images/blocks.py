@@ -77,9 +77,13 @@ class Block(Part, BlockOptions):
     dilation: int = 1
     dilation_after: int = 1
 
-    act_count = 2
     has_signed_inputs = False  # whether a block's input can be negative
     keeps_width = False  # whether the first block of a stage can be symmetric: it keeps its width inside
+
+    @property
+    def act_count(self) -> int:
+        """Quantizers of activations."""
+        return 2
 
     @property
     def has_spectral_state(self) -> bool:
@@ -140,14 +144,14 @@ class Block(Part, BlockOptions):
         if self.clip_bits is not None:
             for name in ("weight_clips", "act_clips"):
                 params[name] = jnp.tile(params[name], (len(self.clip_bits), 1))
-        if self.learns_gamma2:
+        if self.smoothing is not None and self.smoothing.learned:
             params["gamma2"] = jnp.float32(self.smoothing.gamma2)
         return params, stats
 
     def _initial_weight_clips(self, kernels: dict) -> jax.Array:
         """The published constant for standardized weights, the largest magnitude for others."""
         method = "constant" if self.standardize else "absmax"
-        options = {"signed": True, "method": method, "per_channel": self.per_channel}
+        options: dict[str, Any] = {"signed": True, "method": method, "per_channel": self.per_channel}
         clips = [quantizers.initial_clip(kernels[name], None, **options) for name in self.kernel_shapes()]
         return jnp.concatenate([clip.reshape(-1) for clip in clips])
 
@@ -158,12 +162,13 @@ class Block(Part, BlockOptions):
         smaller, and the last one where all are.
         """
         rows = {"weight_clips": params["weight_clips"], "act_clips": params["act_clips"]}
-        if self.clip_bits is None:
+        known = self.clip_bits
+        if known is None:
             return rows
 
         def place(width):
-            last = len(self.clip_bits) - 1
-            return last if width is None else jnp.minimum(jnp.searchsorted(jnp.array(self.clip_bits), width), last)
+            last = len(known) - 1
+            return last if width is None else jnp.minimum(jnp.searchsorted(jnp.array(known), width), last)
 
         return {name: own[place(width)] for (name, own), width in zip(rows.items(), bits, strict=True)}
 
@@ -320,7 +325,7 @@ class BasicBlock(Block):
     def scalings(self):
         if self.symmetric:
             return self._symmetric_scalings("kernel1")
-        outputs = (Scaling("norm1", "kernel1"), Scaling("norm2", "kernel2"))
+        outputs: tuple[Scaling, ...] = (Scaling("norm1", "kernel1"), Scaling("norm2", "kernel2"))
         if self.has_projection:
             outputs += (Scaling("shortcut_norm", "shortcut_kernel"),)
         return self._activation_scalings(Scaling("norm1", "kernel2", 1)) + outputs
@@ -594,16 +599,16 @@ class _Call:
 
     def smooth(self, x: jax.Array) -> jax.Array:
         """S after a nonlinearity inside the block."""
-        if self.gamma2 is None:
-            return x
         s = self.block.smoothing
+        if self.gamma2 is None or s is None:
+            return x
         return stencils.smooth(x, steps=s.steps, gamma2=self.gamma2, eps=s.eps, kind=s.kind)
 
     def smooth_output(self, x: jax.Array) -> jax.Array:
         """S of the block's output, where asked for."""
         return self.smooth(x) if self.block.smoothing is not None and self.block.smoothing.output else x
 
-    def statistics(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def statistics(self, name: str, x: jax.Array) -> tuple[jax.Array, Any]:
         """Mean and variance (C,) that normalise x: the batch's in training, else the running ones."""
         mean, var, self.updates["batch_stats"][name] = moments(x, self.stats[name], self.mode)
         return mean, var

@@ -64,9 +64,9 @@ class Summary:
             widths = f"{r.weight_bits}/{r.act_bits}"
             lines.append((r.name, shape, f"{r.parameters:,}", widths, f"{r.macs:,}", f"{r.bit_operations:,}"))
         lines.append(("total", "", f"{self.parameters:,}", "", f"{self.macs:,}", f"{self.bit_operations:,}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        columns = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            "  ".join([line[0].ljust(columns[0]), *(c.rjust(w) for c, w in zip(line[1:], columns[1:], strict=True))])
             for line in lines
         )
 

@@ -341,7 +341,7 @@ class Network(nn.Module):
         Returns:
           The network, created with these widths and one clip for all, and its variables.
         """
-        variables = unfreeze(variables)
+        variables = unfreeze(dict(variables))
         params = dict(variables["params"])
         for stage, name, block, _ in self.stacks:
             own = params[stage][name]
@@ -356,7 +356,7 @@ class Network(nn.Module):
           variables: Collections of this network.
           bits: Scalars, or one value for each block. Default: the network's own.
         """
-        variables = unfreeze(variables)
+        variables = unfreeze(dict(variables))
         bits = self.checked_bits(self.bits if bits is None else bits)
 
         def exact(part, name):
@@ -374,8 +374,9 @@ class Network(nn.Module):
 
         One that is not chosen for smoothing comes without it, and its gamma2 is None.
         """
-        variables = unfreeze(variables)
-        found, smoothing_scale = [], variables.get("smoothing", {}).get("scale")
+        variables = unfreeze(dict(variables))
+        found: list[tuple[Block, dict, Any, Any]] = []
+        smoothing_scale = variables.get("smoothing", {}).get("scale")
         for stage, name, block, count in self.stacks:
             step_size = block.step_size if isinstance(block.step_size, float) else 1.0
             stacked = {k: v[stage][name] for k, v in variables.items() if name in v.get(stage, {})}
@@ -394,12 +395,9 @@ class Network(nn.Module):
         learning; from the ends themselves the gradient leads back.
         """
         return {
-            f"{stage}/{name}/gamma2": (
-                0.0,
-                stencils.max_stable_step(eps=block.smoothing.eps, kind=block.smoothing.kind),
-            )
+            f"{stage}/{name}/gamma2": (0.0, float(stencils.max_stable_step(eps=s.eps, kind=s.kind)))
             for stage, name, block, _ in self.stacks
-            if block.learns_gamma2
+            if (s := block.smoothing) is not None and s.learned
         }
 
     @property
@@ -450,8 +448,10 @@ class Network(nn.Module):
         bits = self.checked_bits(self.bits if bits is None else bits)
         mode = Mode(train, momentum, observe, power_iterations, self.options.compute_dtype)
 
-        x = self._exact("stem", self.stem_part(x.shape[-1]), x, mode)
-        states, first, smoothing_scale = [], 0, self.get_variable("smoothing", "scale")
+        x = self._exact("stem", self.stem_part(x.shape[-1]), jnp.asarray(x), mode)
+        states: list[jax.Array] = []
+        smoothing_scale: jax.Array | None = self.get_variable("smoothing", "scale")
+        first = 0
         for i, blocks in enumerate(self.stages):
             stage = Stage(blocks, first, self.options.loop, self.options.remat, name=f"stage{i}")
             x, new = stage(x, bits, mode, smoothing_scale, return_states)
@@ -562,7 +562,7 @@ def _gamma2(
 ) -> jax.Array | float | None:
     """gamma2 for each of these blocks where they may differ, or one for all of them, or None where none smooths."""
     chosen = _smooths(smoothing, first, count)
-    if not any(chosen):
+    if smoothing is None or not any(chosen):
         return None
     gamma2 = params["gamma2"] if smoothing.learned else smoothing.gamma2
     if smoothing_scale is not None:

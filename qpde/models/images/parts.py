@@ -67,7 +67,11 @@ class Part(abc.ABC):
 
     width_in: int
     width_out: int
-    smallest_map = 1  # side of an input that it can take
+
+    @property
+    def smallest_map(self) -> int:
+        """Side of the smallest input that it can take."""
+        return 1
 
     @abc.abstractmethod
     def kernel_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -33,6 +33,8 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
         the network's, NaN or infinite, a negative variance, or a clip that is not one positive number.
     """
     model = create(name, **options)
+    if not isinstance(model, Network):
+        raise ValueError(f"{name!r} is a graph network; published weights are those of image networks")
     side = model.smallest_image
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     if set(template) != {"params", "batch_stats"}:

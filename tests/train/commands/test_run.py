@@ -479,11 +479,11 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
     class Interrupting(lockstep.Together):
         count = 0
 
-        def __call__(self, requests):
+        def __call__(self, trainings, batches):
             self.count += 1
             if self.count == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().__call__(requests)
+            return super().__call__(trainings, batches)
 
     monkeypatch.setattr(lockstep, "Together", Interrupting)
     assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 143

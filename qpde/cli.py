@@ -1,0 +1,207 @@
+"""The script `qpde`: what a person does with a trained network.
+
+Each command imports what it needs when it runs, so that help and completion answer at once.
+"""
+
+# PYTHON_ARGCOMPLETE_OK
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+WIDTH = 80
+"""Columns of a plain terminal."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with status 2, and whose help fits a plain terminal."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end."""
+        self.exit(2, f"error: {message}: `{self.prog} --help` lists the options\n")
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, width=WIDTH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A row of the table.
+
+    Attributes:
+      summary: Its line in the help.
+      add_arguments: Gives a parser the command's arguments.
+      run: Parsed arguments -> exit status. ValueError, OSError and ImportError say what was wrong with them.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("network", metavar="NETWORK", help="folder of a trained network, such as runs/digits/plain")
+    add_prediction_arguments(parser)
+
+
+def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser what `predict` asks for but the network.
+
+    Args:
+      parser: Parser of a command.
+    """
+    parser.add_argument("files", metavar="FILE", nargs="+", help="pictures, or folders of pictures")
+    parser.add_argument("--bits", metavar="W4A4", help="bits of weights and activations; default: the network's own")
+    parser.add_argument("--certify", action="store_true", help="say which predictions rounding provably keeps; slower")
+    parser.add_argument(
+        "--newton-steps", type=int, default=2, metavar="N", help="of the proof; more certify more; default: 2"
+    )
+    parser.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="default: table")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from qpde.predictions import predict_files
+    from qpde.trained import load
+
+    predictors = predictors_of({"": load(options.network)}, options)
+    return predict_files(predictors, options.files, form=options.format)
+
+
+def predictors_of(networks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The `qpde.predictions.Predictor` of each network.
+
+    Args:
+      networks: Results of `qpde.load` by their names.
+      options: What a parser with `add_prediction_arguments` has parsed.
+    Raises:
+      ValueError: A network cannot do what the options ask for.
+    """
+    from qpde.bits import parse_bits
+    from qpde.predictions import Predictor
+
+    bits = None if options.bits is None else parse_bits(options.bits)
+    more = {"certified": options.certify, "newton_steps": options.newton_steps}
+    return {name: Predictor(network, bits, **more) for name, network in networks.items()}
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("network", metavar="NETWORK", help="folder of a trained network, such as runs/digits/plain")
+    parser.add_argument("--json", action="store_true", help="as one object of JSON")
+
+
+def _show(options: argparse.Namespace) -> int:
+    import json
+
+    from qpde.description import describe
+    from qpde.trained import load
+
+    found = describe(load(options.network))
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        for i, line in enumerate(_lines(value)):
+            print(f"{'' if i else name:16}{line}")
+    return 0
+
+
+def _lines(value: Any) -> list[str]:
+    """A value in lines that fit beside its name."""
+    if isinstance(value, dict):
+        return [f"{name}: {', '.join(_lines(inner))}" for name, inner in value.items()] or ["-"]
+    if not isinstance(value, list | tuple):
+        return ["-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)]
+    lines = [""]
+    for word in map(str, value):
+        longer = f"{lines[-1]}, {word}" if lines[-1] else word
+        if len(longer) <= WIDTH - 17 or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines[-1] += ","
+            lines.append(word)
+    return lines
+
+
+def _lazily(module: str, summary: str) -> Command:
+    """A command that a module of its own holds, as functions `add_arguments` and `run`."""
+
+    def function(name: str) -> Callable[..., Any]:
+        return lambda argument: getattr(importlib.import_module(module), name)(argument)
+
+    return Command(summary, function("add_arguments"), function("run"))
+
+
+COMMANDS = {
+    "predict": Command("predict the classes of pictures", _add_predict, _predict),
+    "show": Command("what a network is, and where it came from", _add_show, _show),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      arguments: Words of the command line. Default: those of the process.
+    Returns:
+      The exit status: 0 done, 1 a file could not be read, 2 bad input.
+    """
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        return _fail(f"there is no command {name!r}: {meant}choose from {list(COMMANDS)}")
+    parser = Parser(prog=f"qpde {name}", description=COMMANDS[name].summary)
+    try:
+        COMMANDS[name].add_arguments(parser)
+        return COMMANDS[name].run(parser.parse_args(rest))
+    except SystemExit as end:  # argparse has printed what there is to say
+        return int(end.code or 0)
+    except BrokenPipeError:  # whoever read the lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error))
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: qpde COMMAND ...\n\nUses a trained network: its folder holds network.json and weights.safetensors.\n\n"
+        f"commands:\n{commands}\n\n`qpde COMMAND --help` lists the options of a command."
+    )
+
+
+def _complete() -> None:
+    """Answer the shell that asks by way of argcomplete."""
+    import argcomplete
+
+    parser = Parser(prog="qpde")
+    commands = parser.add_subparsers()
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name))
+    argcomplete.autocomplete(parser)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
