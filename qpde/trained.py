@@ -130,8 +130,12 @@ class TrainedNetwork:
 
     def _pixels(self, images: Any) -> tuple[int, ...]:
         """Axes of the logits that are pixels."""
-        is_segmenting = isinstance(self.model.architecture, SegmentationArchitecture)
-        return tuple(images.shape[1:3]) if is_segmenting else ()
+        return tuple(images.shape[1:3]) if self.is_segmenting else ()
+
+    @property
+    def is_segmenting(self) -> bool:
+        """Whether the network has a class for every pixel of an image."""
+        return isinstance(getattr(self.model, "architecture", None), SegmentationArchitecture)
 
     def predict(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
         """Index of the predicted class of every image, pixel or node; names are in `classes`."""

@@ -24,7 +24,7 @@ FLOORS = {
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
         measure certify nn deploy trained
-        ptq testing predictions description
+        ptq testing predictions description overlays
         cli
     """,
     "train": """
@@ -121,8 +121,8 @@ def test_every_public_function_says_what_it_computes():
 
 
 DOCUMENTED = (
-    "cli", "datasets", "description", "graphs", "integrators", "measure", "nn", "norms", "pictures", "plots",
-    "predictions", "testing", "trained",
+    "cli", "datasets", "description", "graphs", "integrators", "measure", "nn", "norms", "overlays", "pictures",
+    "plots", "predictions", "testing", "trained",
 )  # fmt: skip
 """Rooms whose docstrings name every argument in an entry of its own."""
 

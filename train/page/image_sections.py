@@ -12,10 +12,12 @@ from train.config.images import Experiment
 from train.page import published_curves
 from train.page.html import figure, formula, table
 from train.trained.certificates import tightness
-from train.trained.figures import Maps, Measured, as_histogram
+from train.trained.figures import SCENE_COLUMNS, Maps, Measured, as_histogram
 
 # Rows of the table: what, key in summary.json, format.
 _RESULTS = (
+    ("mean intersection over union", "mean_iou", "{:.2%}"),
+    ("the same, high-precision twin", "mean_iou_twin", "{:.2%}"),
     ("accuracy", "accuracy", "{:.2%}"),
     ("accuracy, high-precision twin", "accuracy_twin", "{:.2%}"),
     ("agreement with the twin", "agreement", "{:.2%}"),
@@ -53,6 +55,8 @@ def sections(
             ("Smoothing", _smoothing(low, folder)),
         ]
     found.append(("Does a step amplify?", _spectra(measured, folder)))
+    if any(m.scenes for m in measured.values()):
+        found.insert(1, ("Scenes", _scenes(results, measured, folder)))
     if any(m.certified for m in low.values()):
         found.append(("Errors and what is proven about them", _certificates(low, folder, every)))
     found.append(("Sizes", _sizes(measured, folder)))
@@ -67,6 +71,23 @@ def _results(results, measured) -> str:
     ]
     rows.insert(0, ("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values())))
     return table(("", *results), rows, "At the end of the runs, on all test images.")
+
+
+def _scenes(results, measured, folder) -> str:
+    pictures = []
+    for i, (name, m) in enumerate(measured.items()):
+        path = folder / f"scenes_{i}.png"
+        plots.maps_figure(m.scenes, SCENE_COLUMNS, path, heading=name)
+        pictures.append((path, f"Test images with the true classes, those of {name}, and those of its twin."))
+    classes = next(iter(results.values()))["iou"]
+    rows = [
+        (name, *("–" if r["iou"].get(name) is None else f"{r['iou'][name]:.2%}" for r in results.values()))
+        for name in classes
+    ]
+    lead = "<p>The class of every pixel, as a colour over the image. Accuracy and agreement are shares of pixels.</p>"
+    what = formula("IoU = |true ∩ predicted| / |true ∪ predicted|")
+    caption = "The last column shows in colour the pixels to which rounding of the activations gives another class."
+    return lead + what + figure(pictures, caption) + table(("", *results), rows, "Intersection over union by class.")
 
 
 def _layer_error(experiment, results, stages, folder, every) -> str:

@@ -16,10 +16,14 @@ from qpde.measure.faithfulness import Faithfulness, compare
 from qpde.measure.jacobians import jacobian_spectrum
 from qpde.models import Smoothing, converge_norms
 from qpde.models.layers import Mode
+from qpde.overlays import overlay
 from qpde.quantizers import quantize_activation
 from train.trained.certificates import measure_images
 from train.trained.finished import Finished
 
+SCENE_COLUMNS = ("truth", "network", "its twin", "where they differ")
+
+_SCENES = 3  # test images of a segmentation network that are shown
 _MAPS = 4  # columns of the picture of feature maps
 _POINTS = 4  # images at which Jacobians are taken
 _RITZ = 24  # Lanczos steps of each
@@ -54,7 +58,8 @@ class Measured:
       by_bits: faithfulness by bits of the activations.
       inputs: of every block, the distribution of its input.
       spectra: by block, from 1, eigenvalues of the Jacobian's symmetric part and the gain, at some images.
-      certified: by bits, of `train.trained.certificates.measure_images`.
+      certified: by bits, of `train.trained.certificates.measure_images`; none of networks that are no chain of parts.
+      scenes: of a segmentation network some test images by name, as `SCENE_COLUMNS` show them, uint8 (H, W, 3).
     """
 
     cost: qpde.models.Summary
@@ -64,6 +69,7 @@ class Measured:
     inputs: list[Distribution]
     maps: Maps | None
     certified: dict[int, dict[str, np.ndarray]]
+    scenes: dict[str, list[np.ndarray]]
 
 
 def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[int, ...], images: int) -> Measured:
@@ -79,6 +85,7 @@ def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[
     x, _ = next(finished.test_images(images))
     variables = converge_norms(model, finished.at(model.bits), x)
     is_quantized = model.bits.activations is not None
+    is_proven = is_quantized and model.is_chain
     return Measured(
         cost=qpde.models.summary(model, finished.images.shape),
         stages=[len(blocks) for blocks in model.stages],
@@ -86,8 +93,30 @@ def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[
         by_bits=_by_bits(finished, act_bits, images) if is_quantized else {},
         inputs=_inputs(finished, variables, images) if is_quantized else [],
         maps=_maps(model, variables, x[:_POINTS]) if is_quantized else None,
-        certified={a: measure_images(finished, a, images=images) for a in certify_at} if is_quantized else {},
+        certified={
+            a: measure_images(finished, a, images=images) for a in certify_at if is_quantized and model.is_chain
+        },
     )
+
+
+def _scenes(finished: Finished, variables: dict[str, Any]) -> dict[str, list[np.ndarray]]:
+    """Test images with their true classes, the predicted ones, the twin's, and where the two precisions differ."""
+    model, stored = finished.model, next(iter(finished.images.in_order("test")))
+    count, found = model.num_classes, {}
+    for i, place in enumerate(np.linspace(0, len(stored.images) - 1, _SCENES).astype(int), start=1):
+        image, truth = stored.images[place], stored.labels[place]
+        x = finished.images.normalize(image[None])
+        low, twin = (
+            np.asarray(_logits(model, variables, x, bits).argmax(-1)[0]) for bits in (model.bits, model.bits.twin)
+        )
+        row = [overlay(image, labels, count) for labels in (truth, low, twin)]
+        found[f"image {i}"] = [*row, overlay(image // 2, np.where(low == twin, -1, low), count, share=1.0)]
+    return found
+
+
+@partial(jax.jit, static_argnames="model")
+def _logits(model, variables, x, bits):
+    return model.apply(variables, x, bits=bits)
 
 
 def _by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
@@ -117,8 +146,8 @@ def _spectra(model, variables, x) -> dict[int, tuple[np.ndarray, float]]:
     """Of every block but the first that keeps the shape, at the states that the high-precision twin runs through."""
     bits = model.bits.twin
     states, found = _states(model, variables, x, bits), {}
-    for i, (block, own, step_size, gamma2) in enumerate(model.steps(variables)[1:], 1):
-        if states[i].shape == states[i - 1].shape:
+    for i, (block, own, step_size, gamma2) in enumerate(model.steps(variables)):
+        if model.follows[i] and states[i].shape == states[i - 1].shape:
             values, gains = _spectrum(block, own, states[i - 1], jnp.float32(step_size), bits, gamma2)
             found[i + 1] = (np.asarray(values).ravel(), float(jnp.max(gains)))
     return found
@@ -140,7 +169,8 @@ def _maps(model, variables, x) -> Maps:
     """Inputs of some blocks: as they are, rounded, smoothed, smoothed and then rounded."""
     steps = model.steps(variables)
     states = _states(model, variables, x, model.bits)
-    chosen = sorted({round(k) for k in np.linspace(1, len(steps) - 1, min(_MAPS, len(steps) - 1))})
+    possible = [i for i, follows in enumerate(model.follows) if follows]
+    chosen = sorted({possible[round(k)] for k in np.linspace(0, len(possible) - 1, min(_MAPS, len(possible)))})
     own = [float(gamma2) for *_, gamma2 in steps if gamma2 is not None]
     smoothing = dataclasses.replace(steps[0][0].smoothing, gamma2=float(np.mean(own))) if own else Smoothing()
     rows: dict[str, list[np.ndarray]] = {"as it is": [], "rounded": [], "smoothed": [], "then rounded": []}
