@@ -93,9 +93,8 @@ def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[
         by_bits=_by_bits(finished, act_bits, images) if is_quantized else {},
         inputs=_inputs(finished, variables, images) if is_quantized else [],
         maps=_maps(model, variables, x[:_POINTS]) if is_quantized else None,
-        certified={
-            a: measure_images(finished, a, images=images) for a in certify_at if is_quantized and model.is_chain
-        },
+        certified={a: measure_images(finished, a, images=images) for a in certify_at} if is_proven else {},
+        scenes=_scenes(finished, variables) if finished.network.is_segmenting else {},
     )
 
 
