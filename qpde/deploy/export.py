@@ -13,7 +13,7 @@ from qpde.deploy.folded import Folded, fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.onnx import onnx_model, require
 from qpde.deploy.settle import settle as settled
-from qpde.deploy.stablehlo import stablehlo_bytes
+from qpde.deploy.stablehlo import export_network, stablehlo_bytes
 from qpde.models.graphs.networks import GraphNetwork
 
 __all__ = ["FORMATS", "export"]
@@ -65,6 +65,10 @@ def export(
     if image_size is None and getattr(network, "input_shape", None) is not None:
         image_size = tuple(network.input_shape[:2])
     _check(formats, is_graph, image_size, graph_size)
+    if not is_graph and not network.model.is_chain:
+        _check_plain(network.model, formats, settle=settle, outer_bits=outer_bits)
+        program = export_network(network.model, network.variables, image_size, bits=bits)
+        return [write_whole(Path(folder) / FORMATS["stablehlo"], bytes(program.serialize()))]
     if is_graph:
         if settle or outer_bits is not None:
             raise ValueError("settle and outer_bits are for image networks: leave them out for a graph network")
@@ -80,6 +84,17 @@ def export(
     }
     contents = {name: makers[name]() for name in formats}
     return [write_whole(Path(folder) / FORMATS[name], content) for name, content in contents.items()]
+
+
+def _check_plain(model, formats, *, settle, outer_bits):
+    """ValueError for what a network without an integer program cannot have."""
+    if formats != ["stablehlo"]:
+        raise ValueError(
+            f"{model.architecture.name} has maps that several parts take, which integer programs here cannot hold: "
+            "its format is 'stablehlo', in float32 arithmetic"
+        )
+    if settle or outer_bits is not None:
+        raise ValueError("settle and outer_bits are for integer programs: leave them out")
 
 
 def _check(formats, is_graph, image_size, graph_size):

@@ -152,7 +152,7 @@ def fold(
     if not model.is_chain:
         raise ValueError(
             f"{model.architecture.name} has maps that several parts take, which integer programs here cannot hold: "
-            "export it by qpde.deploy's jax.export form"
+            "export it in format 'stablehlo'"
         )
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")

@@ -4,6 +4,7 @@ import functools
 import runpy
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -248,6 +249,18 @@ def test_what_needs_a_chain_of_parts_says_so(calibrated):
         certify.certify(model, variables, images(), BITS)
     with pytest.raises(ValueError, match="maps that several parts take"):
         deploy.fold(model, variables)
+
+
+def test_it_runs_elsewhere_as_a_program_of_its_own(calibrated, tmp_path):
+    model, variables = calibrated
+    network = qpde.TrainedNetwork(model, variables, ("a", "b", "c"), (33, 46, 3))
+    with pytest.raises(ValueError, match="its format is 'stablehlo'"):
+        deploy.export(network, tmp_path, ("packed", "stablehlo"))
+    (path,) = deploy.export(network, tmp_path, ("stablehlo",))
+    logits = jax.export.deserialize(bytearray(path.read_bytes())).call(images(3))
+    expected = apply(model, variables, images(3))
+    # A sum in another order can move a value across a rounding threshold.
+    assert float(jnp.abs(logits - expected).mean()) < 1e-3 * float(jnp.abs(expected).mean())
 
 
 @pytest.mark.parametrize(
