@@ -33,14 +33,14 @@ lint: $(VENV)/.test
 
 # The site, in docs/_build/html. Warnings are errors, broken links between its pages too.
 docs: $(VENV)/.docs
-	$(RUN) -m sphinx -W --keep-going --nitpicky -b html docs docs/_build/html
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 # One question per file; each prints ratios measured side by side in one process.
 bench: $(VENV)/.bench
 	for file in benchmarks/[a-z]*.py; do $(RUN) $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/api/_made *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no python3.11, 3.12 or 3.13 with its venv module: install one, or give make PYTHON=..."; exit 1; }

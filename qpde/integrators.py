@@ -20,6 +20,8 @@ from jaxtyping import Float
 
 from qpde.devices import vary_alike
 
+__all__ = ["SCAN_FROM", "euler", "hamiltonian", "integrate", "leapfrog", "midpoint", "rk4"]
+
 State = TypeVar("State")
 Params = Any
 StepSize = int | Float[ArrayLike, ""]

@@ -24,6 +24,8 @@ from jaxtyping import Array, Float
 from qpde.checks import whole_number
 from qpde.devices import by_compiler, on_each_device, vary_alike
 
+__all__ = ["conv", "conv_adjoint", "depthwise", "depthwise_adjoint"]
+
 
 def conv(
     x: Float[Array, "n h w c_in"],

@@ -45,6 +45,18 @@ from jaxtyping import Array, Float
 
 from qpde.checks import known_value, scalar, whole_number
 
+__all__ = [
+    "KINDS",
+    "Kind",
+    "divergence",
+    "gradient",
+    "implicit_step",
+    "max_stable_step",
+    "smooth",
+    "total_variation",
+    "tv_step",
+]
+
 Boundary: TypeAlias = Literal["neumann", "periodic", "dirichlet"]
 Real: TypeAlias = int | float | np.floating | Float[Array | np.ndarray, ""]
 Image: TypeAlias = Float[Array | np.ndarray, "*batch height width channels"]
