@@ -63,9 +63,9 @@ class SegmentationTraining(Training):
     def evaluate(self, state: TrainState, variables: dict[str, Any]) -> dict[str, Any]:
         """As `Training.evaluate`, with the intersection over union of the network and of its twin."""
         results = super().evaluate(state, variables)
-        results |= self._iou(variables, self.model.bits)
         if self.model.bits.activations is None:
-            return results
+            return results | self._iou(variables, None)
+        results |= self._iou(variables, self.model.bits)
         state, bits = state.averaged, self.model.bits.twin
         twin = variables if state.twin_variables is None else state.twin_variables
         twin = reestimate_statistics(self.model, twin, self.statistics_batches(), bits)

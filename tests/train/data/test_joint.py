@@ -38,7 +38,7 @@ def test_image_and_labels_move_alike(scales, crop):
     size = crop or (24, 32)
     assert (x.shape, moved.shape, moved.dtype) == ((6, *size, 3), (6, *size), jnp.int8)
     counted = (np.asarray(moved) != IGNORED) & inner(np.asarray(moved))
-    assert counted.mean() > 0.05
+    assert counted.sum() > 50
     np.testing.assert_allclose(np.asarray(x)[..., 0][counted], 20.0 * np.asarray(moved)[counted], atol=1e-3)
     outside = np.asarray(moved) == IGNORED
     np.testing.assert_allclose(np.asarray(x)[outside], np.broadcast_to(255 * MEAN, (outside.sum(), 3)), rtol=1e-6)
