@@ -52,8 +52,10 @@ class Images:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def normalize(self, images: UInt8[ArrayLike, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        """What the networks take: (x / 255 - mean) / std in float32, on the device, in or out of jit."""
+    def normalize(
+        self, images: UInt8[ArrayLike, "*batch channels"] | Float[ArrayLike, "*batch channels"]
+    ) -> Float[Array, "*batch channels"]:
+        """What the networks take: (x / 255 - mean) / std in float32, on the device, in or out of jit. x is 0 to 255."""
         scale, shift = 1 / (255 * self.std), self.mean / self.std
         ones = (1,) * (jnp.ndim(images) - 1)
         return jnp.asarray(images, jnp.float32) * scale.reshape(*ones, -1) - shift.reshape(*ones, -1)
