@@ -96,8 +96,8 @@ def variation(images: np.ndarray):
     split = Split(images[:BATCH], np.zeros(BATCH, np.int32))
     shared = Images(split, split, split, ("a",), np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
     vary = jax.jit(make_vary(Data("cifar10"), Resident(shared, BATCH)))
-    batch, key = jax.device_put(images[:BATCH]), jax.random.key(0, impl="rbg")
-    return lambda: _timed(lambda: vary(key, batch))
+    batch, key = jax.device_put(split), jax.random.key(0, impl="rbg")
+    return lambda: _timed(lambda: vary(key, *batch))
 
 
 def write_records(path: Path, count: int, shape: tuple[int, int], form: str) -> Records:

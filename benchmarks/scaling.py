@@ -111,7 +111,7 @@ def compiled_step(model, *, devices: int = 1):
     key = jax.random.key(0, impl="rbg")
     variables = jax.jit(model.init)(key, images)
     optimizer = create_optimizer(Optimizer(learning_rate=1e-3), variables["params"], steps=10**6)
-    prepare = lambda key, images, labels: (images, jax.nn.one_hot(labels, 10))  # noqa: E731
+    prepare = lambda key, images, labels: (images, jax.nn.one_hot(labels, 10), labels)  # noqa: E731
     train_step = make_train_step(make_loss(model, Loss()), optimizer, prepare)
     step = make_epoch_step(train_step, lambda state, *batch: (batch, state.key), mesh=mesh)
     everything = (

@@ -139,7 +139,7 @@ def compiled_step(net, symmetric, images, labels, **options):
     key = jax.random.key(0, impl="rbg")
     variables = jax.jit(model.init)(key, images)
     optimizer = create_optimizer(Optimizer(learning_rate=1e-3, weight_decay=1e-4), variables["params"], steps=10**6)
-    prepare = lambda key, images, labels: (images, jax.nn.one_hot(labels, 10))  # noqa: E731
+    prepare = lambda key, images, labels: (images, jax.nn.one_hot(labels, 10), labels)  # noqa: E731
     step = make_train_step(make_loss(model, Loss()), optimizer, prepare)
     first = create_state(variables, optimizer, key)
     batch = (jnp.asarray(images), jnp.asarray(labels, jnp.int32))

@@ -66,6 +66,12 @@ def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--newton-steps", type=int, default=2, metavar="N", help="of the proof; more certify more; default: 2"
     )
+    parser.add_argument(
+        "--output",
+        default="predictions",
+        metavar="FOLDER",
+        help="where label maps and overlays go, if the network has a class for every pixel; default: predictions",
+    )
     parser.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="default: table")
 
 
@@ -73,8 +79,35 @@ def _predict(options: argparse.Namespace) -> int:
     from qpde.predictions import predict_files
     from qpde.trained import load
 
-    predictors = predictors_of({"": load(options.network)}, options)
+    network = load(options.network)
+    if network.is_segmenting:
+        return maps_of({"": network}, options)
+    predictors = predictors_of({"": network}, options)
     return predict_files(predictors, options.files, form=options.format)
+
+
+def maps_of(networks: dict[str, Any], options: argparse.Namespace) -> int:
+    """Write the label maps and overlays of pictures, those of each network into a folder of its name.
+
+    Args:
+      networks: Segmentation networks by their names.
+      options: What a parser with `add_prediction_arguments` has parsed.
+    Returns:
+      The exit status.
+    Raises:
+      ValueError: A certificate was asked for.
+    """
+    from pathlib import Path
+
+    from qpde.bits import parse_bits
+    from qpde.overlays import write_maps
+
+    if options.certify:
+        raise ValueError("there are no certificates for every pixel: leave --certify out")
+    bits = None if options.bits is None else parse_bits(options.bits)
+    return max(
+        write_maps(network, options.files, Path(options.output) / name, bits=bits) for name, network in networks.items()
+    )
 
 
 def predictors_of(networks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from qpde.models.graphs.layers import (
 )
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.network import Architecture, Network
+from qpde.models.images.segmentation import SegmentationArchitecture
 from qpde.models.options import NetworkOptions, Smoothing
 from qpde.models.protocol import QuantizedNetwork
 from qpde.models.registry import BLOCKS, image_network
@@ -52,7 +54,10 @@ _LAYERS = {
     "initial_residual": InitialResidualLayer,
     "attention": AttentionLayer,
 }
+_ARCHITECTURES = {"image": Architecture, "segmentation": SegmentationArchitecture}
+_KIND_OF = {architecture: kind for kind, architecture in _ARCHITECTURES.items()}
 _LARGEST_BATCH = 256  # images that are computed at once
+_LARGEST_LOGITS = 2**24  # numbers of logits that are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,8 @@ class TrainedNetwork:
         return (x - mean) / std
 
     def logits(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
-        """Logits of images as `normalize` takes them, (N, classes), or of all nodes of a graph.
+        """Logits of images as `normalize` takes them, (N, classes), of their pixels, (N, H, W, classes), where the
+        network segments, or of all nodes of a graph.
 
         Args:
           inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs; or a pair of these and
@@ -116,9 +122,11 @@ class TrainedNetwork:
         if isinstance(self.model, GraphNetwork):
             return np.asarray(_apply(self.model, self.variables, inputs, bits))
         if len(inputs) == 0:
-            return np.zeros((0, len(self.classes)), np.float32)
+            return np.zeros((0, *self._pixels(inputs), len(self.classes)), np.float32)
         # Batches of a power of two, so that few programs serve every number of images.
-        size = min(_LARGEST_BATCH, 1 << (len(inputs) - 1).bit_length())
+        of_image = math.prod(self._pixels(inputs)) * self.model.num_classes
+        fits = 1 << max(0, (_LARGEST_LOGITS // of_image).bit_length() - 1)
+        size = min(_LARGEST_BATCH, fits, 1 << (len(inputs) - 1).bit_length())
         found = []
         for start in range(0, len(inputs), size):
             x = self.normalize(inputs[start : start + size])
@@ -133,8 +141,17 @@ class TrainedNetwork:
             return self.variables["params"]["stem"]["kernel"].shape[2]
         return None if self.input_shape is None else self.input_shape[-1]
 
+    def _pixels(self, images: Any) -> tuple[int, ...]:
+        """Axes of the logits that are pixels."""
+        return tuple(images.shape[1:3]) if self.is_segmenting else ()
+
+    @property
+    def is_segmenting(self) -> bool:
+        """Whether the network has a class for every pixel of an image."""
+        return isinstance(getattr(self.model, "architecture", None), SegmentationArchitecture)
+
     def predict(self, inputs: Any, *, bits: Bits | None = None) -> np.ndarray:
-        """Index of the predicted class of every image, or node; names are in `classes`."""
+        """Index of the predicted class of every image, pixel or node; names are in `classes`."""
         return self.logits(inputs, bits=bits).argmax(-1)
 
 
@@ -307,7 +324,7 @@ def _described(model: QuantizedNetwork) -> dict[str, Any]:
             )
         architecture["block"] = kinds[model.architecture.block]
         return {
-            "kind": "image",
+            "kind": _KIND_OF[type(model.architecture)],
             "architecture": architecture,
             "num_classes": model.num_classes,
             "options": dataclasses.asdict(model.options),
@@ -336,7 +353,7 @@ def _built(described: dict[str, Any], own: Any) -> QuantizedNetwork:
         return own.described(described)
     if own is not None:
         raise ValueError("it describes its network itself: leave `model` out")
-    if kind == "image":
+    if kind in _ARCHITECTURES:
         architecture = dict(described["architecture"])
         architecture["block"] = BLOCKS[architecture["block"]]
         architecture["stages"] = tuple(tuple(int(n) for n in stage) for stage in architecture["stages"])
@@ -347,7 +364,7 @@ def _built(described: dict[str, Any], own: Any) -> QuantizedNetwork:
         known = {field.name for field in dataclasses.fields(NetworkOptions)}
         if set(options) != known:
             raise ValueError(f"options {sorted(set(options) ^ known)} are unknown or missing")
-        return image_network(Architecture(**architecture), num_classes=described["num_classes"], **options)
+        return image_network(_ARCHITECTURES[kind](**architecture), num_classes=described["num_classes"], **options)
     if kind == "graph":
         options = dict(described.pop("layer_options"))
         if options.get("smoothing") is not None:

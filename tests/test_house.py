@@ -24,7 +24,7 @@ FLOORS = {
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
         measure certify nn trained
-        ptq testing predictions description deploy
+        ptq testing predictions description overlays deploy
         cli
     """,
     "train": """

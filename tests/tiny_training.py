@@ -36,7 +36,7 @@ def problem(batch_size=8, count=32, learning_rate=0.1):
     steps = 10 * count // batch_size
     optimizer = create_optimizer(Optimizer(learning_rate=learning_rate), variables["params"], steps=steps)
     state = create_state(variables, optimizer, jax.random.key(1))
-    prepare = lambda key, x, labels: (normalize(random_flip(key, x)), jax.nn.one_hot(labels, 3))  # noqa: E731
+    prepare = lambda key, x, labels: (normalize(random_flip(key, x)), jax.nn.one_hot(labels, 3), labels)  # noqa: E731
     traced = []
 
     def train_step(*arguments):

@@ -27,8 +27,8 @@ _NEAR_CHANCE = 1.1
 
 _KNOWN_SUMS = ("loss", "correct", "count", "collapsed_clips", "broken")
 
-Scores = dict[str, float]
-"""{"accuracy", "loss"}."""
+Scores = dict[str, Any]
+"""{"accuracy", "loss"}, and what else there is to log."""
 
 
 class Plan(Protocol):
@@ -78,7 +78,7 @@ class Plan(Protocol):
         """State and sums after one training step. It donates the state."""
 
     def evaluate(self, variables: dict[str, Any], bits: Bits) -> Scores:
-        """Accuracy and loss on the validation set."""
+        """Accuracy and loss on the validation set, and what else is to be logged."""
 
     def score(self, line: dict[str, Any]) -> Scores:
         """What the best epoch is chosen by, from a line of metrics."""
@@ -231,7 +231,7 @@ class Progress:
         plan = self.plan
         self._run.forget_after(plan.variant, -1)
         validation = _log_validated(self.state, plan, self._run, epoch=0)
-        self._checkpoints.save(0, (self.state, plan.totals), validation)
+        self._checkpoints.save(0, (self.state, plan.totals), plan.score(_named(validation)))
         if stopped := largest(stop.signal_number or 0):
             raise Interrupted(f"interrupted: {plan.title} is saved; the same command goes on from there", stopped)
         return self.state
@@ -252,8 +252,7 @@ def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: i
         step=epoch * plan.steps_per_epoch,
         weight_bits=bits.weights,
         act_bits=bits.activations,
-        validation_loss=validation["loss"],
-        validation_accuracy=validation["accuracy"],
+        **_named(validation),
         seconds=round(time.perf_counter() - start, 3),
     )
     return validation
@@ -281,10 +280,14 @@ def _end_epoch(state: TrainState, totals: Any, plan: Plan, epoch: int, *, began:
         "train_accuracy": float(sums["correct"] / sums["count"]),
         **{f"train_{name}": float(value / sums["count"]) for name, value in sums.items() if name not in _KNOWN_SUMS},
         "collapsed_clips": int(sums["collapsed_clips"]),
-        "validation_loss": validation["loss"],
-        "validation_accuracy": validation["accuracy"],
+        **_named(validation),
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _named(validation: Scores) -> dict[str, Any]:
+    """Scores on the validation set as a line of metrics has them."""
+    return {f"validation_{name}": value for name, value in validation.items()}
 
 
 def _ended(line: dict[str, Any], plan: Plan) -> bool:

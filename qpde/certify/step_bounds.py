@@ -170,6 +170,10 @@ def check_model(model: Any) -> None:
             f"no Lipschitz constants are proven of {type(model).__name__}: certify image networks of qpde.models, or a "
             "qpde.nn.Chain in qpde.quantized. Without constants, qpde.measure.compare measures agreement on your data"
         )
+    if not model.is_chain:
+        raise ValueError(
+            f"{model.architecture.name} has maps that several parts take, which no bound covers: certify classifiers"
+        )
     if model.clip_bits is not None:
         raise ValueError(
             f"the twin of a network with clips for each of {model.clip_bits} clips elsewhere, which no bound covers: "

@@ -15,12 +15,15 @@ from jaxtyping import Array, Float, Float32, Int32, Integer, UInt8
 
 from qpde.graphs import from_edges
 
+IGNORED = -1
+"""The label of a pixel, a node or an image that counts neither in losses nor in metrics."""
+
 
 class Split(NamedTuple):
     """Images with their labels: a pytree, so `jax.device_put(split)` keeps it on the device.
 
     images: uint8 (N, H, W, C), as stored: a quarter of the memory of float32. `Images.normalize` belongs inside jit.
-    labels: int32 (N,), one class per image, or uint8 (N, H, W), one class per pixel.
+    labels: int32 (N,), one class per image, or int8 (N, H, W), one class per pixel, `IGNORED` where it does not count.
     """
 
     images: UInt8[np.ndarray, "images height width channels"]
@@ -50,8 +53,10 @@ class Images:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def normalize(self, images: UInt8[ArrayLike, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        """What the networks take: (x / 255 - mean) / std in float32, on the device, in or out of jit."""
+    def normalize(
+        self, images: UInt8[ArrayLike, "*batch channels"] | Float[ArrayLike, "*batch channels"]
+    ) -> Float[Array, "*batch channels"]:
+        """What the networks take: (x / 255 - mean) / std in float32, on the device, in or out of jit. x is 0 to 255."""
         scale, shift = 1 / (255 * self.std), self.mean / self.std
         ones = (1,) * (jnp.ndim(images) - 1)
         return jnp.asarray(images, jnp.float32) * scale.reshape(*ones, -1) - shift.reshape(*ones, -1)

@@ -171,6 +171,11 @@ def fold(
     """
     if isinstance(model, GraphNetwork):
         raise ValueError("fold takes an image network, not a graph network: use qpde.deploy.fold_graph")
+    if not model.is_chain:
+        raise ValueError(
+            f"{model.architecture.name} has maps that several parts take, which integer programs here cannot hold: "
+            "export it in format 'stablehlo'"
+        )
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
     check_variables(variables, "variables")

@@ -5,6 +5,7 @@ from qpde.measure.distributions import Distribution, distribution, distributions
 from qpde.measure.faithfulness import Faithfulness, compare, evaluate, logit_difference, reestimate_statistics
 from qpde.measure.histograms import Histogram, clip_from, histogram, merge
 from qpde.measure.jacobians import JacobianSpectrum, jacobian_spectrum
+from qpde.measure.pixels import confusion_matrix, intersection_over_union, mean_iou
 
 __all__ = [
     "BitsComparison",
@@ -16,12 +17,15 @@ __all__ = [
     "clip_from",
     "compare",
     "compare_bits",
+    "confusion_matrix",
     "distribution",
     "distributions",
     "evaluate",
     "histogram",
+    "intersection_over_union",
     "jacobian_spectrum",
     "logit_difference",
+    "mean_iou",
     "merge",
     "reestimate_statistics",
 ]

@@ -14,6 +14,7 @@ import jraph
 import numpy as np
 
 from qpde.batches import Batch, read_batches, size_of
+from qpde.datasets.containers import IGNORED
 
 __all__ = ["Batch", "mean_over", "read_batches"]
 
@@ -59,11 +60,11 @@ def mean_over(
         chosen = {"agreement": prediction == prediction_q}
         if labels is not None:
             has_gaps = is_graph or of_pixels
-            _check_labels(labels, shape, smallest=-1 if has_gaps else 0, classes=classes, index=index)
+            _check_labels(labels, shape, smallest=IGNORED if has_gaps else 0, classes=classes, index=index)
             labels = labels.reshape(-1, *[1] * (prediction.ndim - 1))
             chosen |= {"accuracy": prediction_q == labels, "accuracy_twin": prediction == labels}
             if has_gaps:
-                counts = labels.reshape(-1) >= 0
+                counts = labels.reshape(-1) != IGNORED
                 chosen = {name: values[counts] for name, values in chosen.items()}
             if is_graph:
                 measured = {name: values[counts] for name, values in measured.items()}

@@ -7,9 +7,15 @@ from typing import Any
 from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock
 from qpde.models.images.network import Architecture, Network
+from qpde.models.images.segmentation import (
+    DECODERS,
+    SegmentationArchitecture,
+    SegmentationNetwork,
+    segmentation_architecture,
+)
 from qpde.models.options import NetworkOptions, check_choices, check_known
 
-__all__ = ["ARCHITECTURES", "BLOCKS", "GRAPH_NETWORKS", "create", "image_network", "names"]
+__all__ = ["ARCHITECTURES", "BLOCKS", "GRAPH_NETWORKS", "create", "image_network", "names", "segmentation_network"]
 
 
 def _cifar(name: str, block: type[Block], blocks: int) -> Architecture:
@@ -64,7 +70,7 @@ GRAPH_NETWORKS = {"pde_gcn": pde_gcn, "gcn": gcn, "gcnii": gcnii, "gat": gat}
 
 def names() -> tuple[str, ...]:
     """Names that `create` knows."""
-    return (*ARCHITECTURES, *GRAPH_NETWORKS)
+    return (*ARCHITECTURES, *DECODERS, *GRAPH_NETWORKS)
 
 
 def create(name: str, **options: Any) -> Network | GraphNetwork:
@@ -72,8 +78,8 @@ def create(name: str, **options: Any) -> Network | GraphNetwork:
 
     Args:
       name: One of `names()`.
-      options: `num_classes`, which must be given, and fields of `NetworkOptions`; for a graph network the arguments of
-        `pde_gcn`, `gcn`, `gcnii` or `gat`.
+      options: `num_classes`, which must be given, and fields of `NetworkOptions`; for "unet" and "deeplabv3plus" those
+        of `segmentation_network` too; for a graph network the arguments of `pde_gcn`, `gcn`, `gcnii` or `gat`.
     Returns:
       Module with `init(key, x)` and `apply(variables, x, train=..., bits=..., return_states=...)`, x being images
       (N, H, W, C) or a `jraph.GraphsTuple`.
@@ -83,11 +89,13 @@ def create(name: str, **options: Any) -> Network | GraphNetwork:
     if name in GRAPH_NETWORKS:
         return GRAPH_NETWORKS[name](**options)
     check_known("name", name, names())
+    if name in DECODERS:
+        return segmentation_network(name, **options)
     return image_network(ARCHITECTURES[name], **options)
 
 
 def image_network(architecture: Architecture, *, num_classes: int, **options: Any) -> Network:
-    """An image classifier of any architecture, as a Flax Linen module.
+    """An image network of any architecture, as a Flax Linen module.
 
     Args:
       architecture: Its shape; those with names are in `ARCHITECTURES`.
@@ -99,10 +107,48 @@ def image_network(architecture: Architecture, *, num_classes: int, **options: An
       ValueError: An option is unknown or out of range.
     """
     check_choices(options)
-    checked = NetworkOptions(**options).checked(
+    if isinstance(architecture, SegmentationArchitecture) and options.get("head", "dense") != "dense":
+        raise ValueError(f"head (={options['head']!r}) of {architecture.name} must be 'dense'")
+    kind: Any = SegmentationNetwork if isinstance(architecture, SegmentationArchitecture) else Network
+    model = kind(architecture, num_classes, NetworkOptions(**options))
+    checked = model.options.checked(
         num_classes=num_classes,
-        blocks=sum(stage[2] for stage in architecture.stages),
+        blocks=len(model.blocks),
         has_signed_inputs=architecture.block.has_signed_inputs,
         name=architecture.name,
     )
-    return Network(architecture, num_classes, checked)
+    return model.clone(options=checked)
+
+
+def segmentation_network(
+    decoder: str,
+    *,
+    num_classes: int,
+    encoder: str = "resnet18",
+    stem_stride: int | None = None,
+    output_stride: int | None = None,
+    decoder_width: int = 256,
+    **options: Any,
+) -> Network:
+    """A segmentation network, as a Flax Linen module, whose logits are (N, H, W, num_classes).
+
+    Args:
+      decoder: "unet" or "deeplabv3plus".
+      num_classes: Number of classes, at least 1.
+      encoder: Name of an image network, whose blocks it has.
+      stem_stride: See `qpde.models.images.segmentation.segmentation_architecture`.
+      output_stride: See there.
+      decoder_width: See there.
+      options: Fields of `NetworkOptions`. The head is "dense".
+    Raises:
+      ValueError: An option is unknown or out of range, or a stride that the encoder does not reach.
+    """
+    check_known("encoder", encoder, ARCHITECTURES)
+    architecture = segmentation_architecture(
+        decoder,
+        ARCHITECTURES[encoder],
+        stem_stride=stem_stride,
+        output_stride=output_stride,
+        decoder_width=decoder_width,
+    )
+    return image_network(architecture, num_classes=num_classes, **options)

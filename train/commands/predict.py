@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 import qpde
-from qpde.cli import Parser, add_prediction_arguments, predictors_of
+from qpde.cli import Parser, add_prediction_arguments, maps_of, predictors_of
 from qpde.predictions import predict_files
 from train.config.suggestions import did_you_mean
 from train.runs.directory import read_experiment, read_results
@@ -28,6 +28,8 @@ def parse_predict(arguments: Sequence[str]) -> Callable[[Console], int]:
     parser.add_argument("--variant", metavar="NAME", help="one of the run's networks; default: all of them")
     options = parser.parse_args(arguments)
     networks = {name: qpde.load(options.run / name) for name in _variants(options)}
+    if any(network.is_segmenting for network in networks.values()):
+        return lambda console: maps_of(networks, options)
     predictors = predictors_of(networks, options)
     return lambda console: predict_files(predictors, options.files, form=options.format)
 

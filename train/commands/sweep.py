@@ -21,6 +21,7 @@ from scipy import stats
 from qpde.bits import Bits, distinct_bits
 from qpde.plots import against_bits_figure
 from train.config.images import Experiment, Variant, check_at_least
+from train.config.segmentation import SegmentationExperiment
 from train.host.console import print_table
 from train.runs.directory import read_results, unfinished
 from train.tasks.images_summary import check_drawable
@@ -127,6 +128,17 @@ def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
     return float(stats.ttest_rel(a, b).pvalue)
 
 
+def _columns(options: Sweep) -> tuple[tuple[str, str, int, int], ...]:
+    """Heading, key, factor and digits of what the table compares."""
+    of_pixels = (("mean IoU, %", "mean_iou", 100, 2),) if isinstance(options.experiment, SegmentationExperiment) else ()
+    return of_pixels + _COLUMNS
+
+
+def _fields(options: Sweep) -> tuple[str, ...]:
+    """Columns of sweep.csv behind bits, seed and variant."""
+    return _CSV + (("mean_iou",) if isinstance(options.experiment, SegmentationExperiment) else ())
+
+
 def _cells(options: Sweep) -> list[Experiment]:
     check_at_least("seeds", options.seeds, 1)
     source = options.experiment
@@ -159,17 +171,17 @@ def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Cons
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by bits, by variant, over seeds
     with open(folder / "sweep.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("bits", "seed", "variant", *_CSV))
+        writer.writerow(("bits", "seed", "variant", *_fields(options)))
         for cell in cells:
             bits = cell.name.split("_")[0]
             for variant, result in read_results(folder / cell.name).items():
-                writer.writerow((bits, cell.seed, variant, *(result[key] for key in _CSV)))
+                writer.writerow((bits, cell.seed, variant, *(result[key] for key in _fields(options))))
                 results.setdefault(bits, {}).setdefault(variant, []).append(result)
     print_table(console, _table(options, results))
     variants = list(next(iter(results.values())))
     figure = {
         heading: {v: {w: interval([factor * r[key] for r in results[w][v]]) for w in results} for v in variants}
-        for heading, key, factor, _ in _COLUMNS
+        for heading, key, factor, _ in _columns(options)
     }
     against_bits_figure(figure, folder / "sweep.png", title=f"{options.experiment.name}, {options.seeds} seeds")
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
@@ -178,12 +190,12 @@ def _report(options: Sweep, cells: list[Experiment], folder: Path, console: Cons
 def _table(options: Sweep, results) -> Table:
     seeds = f"mean ± 95% confidence interval over {options.seeds} seeds" if options.seeds > 1 else "one seed"
     table = Table(title=f"{options.experiment.name}: {seeds}", box=box.SIMPLE_HEAD)
-    for heading in ("bits", "variant", *(heading for heading, *_ in _COLUMNS)):
+    for heading in ("bits", "variant", *(heading for heading, *_ in _columns(options))):
         table.add_column(heading, justify="left" if heading in ("bits", "variant") else "right", no_wrap=True)
-    digits = [digits for *_, digits in _COLUMNS]
+    digits = [digits for *_, digits in _columns(options)]
     for bits, by_variant in results.items():
         columns = {
-            variant: [[factor * result[key] for result in found] for _, key, factor, _ in _COLUMNS]
+            variant: [[factor * result[key] for result in found] for _, key, factor, _ in _columns(options)]
             for variant, found in by_variant.items()
         }
         for i, (variant, values) in enumerate(columns.items()):

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from train.config import graphs, images
+from train.config import graphs, images, segmentation
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.serialize import EXPERIMENTS, from_json, to_json
@@ -69,7 +69,7 @@ def _reason(error: BaseException, names: Iterable[str]) -> str:
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown:
         name, word = unknown.groups()
-        cls = getattr(images, name, None) or getattr(graphs, name, None)
+        cls = next((getattr(module, name) for module in (images, segmentation, graphs) if hasattr(module, name)), None)
         if cls is not None:
             fields = [field.name for field in dataclasses.fields(cls)]
             return f"{name} has no field {word!r}: {did_you_mean(word, fields)}choose from {fields}"

@@ -1,8 +1,11 @@
 """The recipes that experiments on the same images share."""
 
 from dataclasses import replace
+from typing import Any
 
+from qpde.models import Smoothing
 from train.config.images import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
+from train.config.segmentation import SegmentationData, SegmentationExperiment, SegmentationModel
 
 
 def cifar10(model: str, *, fast_epochs: int, clip_rate: float = 3.0) -> dict[str, Experiment]:
@@ -113,3 +116,42 @@ def any_bit(recipe: Experiment, *, name: str) -> Experiment:
         optimizer=replace(recipe.optimizer, rules=(Rule("clip", learning_rate=0.3, weight_decay=0.0),)),
         clip_start="mse",
     )
+
+
+def camvid(decoder: str, **model: Any) -> dict[str, SegmentationExperiment]:
+    """Symmetric and plain segmentation networks on CamVid's road scenes, for two CPU cores.
+
+    "fast", the default: 4-bit weights and activations. "full": full precision, what `python -m train quantize` takes.
+    "smoothing": the plain and the symmetric network with total-variation smoothing after every nonlinearity.
+
+    Args:
+      decoder: Name of the decoder.
+      model: More fields of the model.
+    """
+    full = SegmentationExperiment(
+        name=f"camvid_{decoder}_full",
+        variants=(Variant("symmetric", {"symmetric": True}), Variant("plain", {"symmetric": False})),
+        data=SegmentationData("camvid"),
+        model=SegmentationModel(decoder, weight_bits=None, act_bits=None, **model),
+        optimizer=Optimizer(
+            "adamw",
+            learning_rate=0.004,
+            schedule="one_cycle",
+            weight_decay=0.01,
+            rules=(Rule("clip", learning_rate=1.0, weight_decay=0.0),),
+        ),
+        epochs=40,
+        batch_size=8,
+        clip_start="mse",
+    )
+    fast = replace(full, name=f"camvid_{decoder}", model=SegmentationModel(decoder, weight_bits=4, act_bits=4, **model))
+    smooth = Smoothing(gamma2=0.025, eps=0.1, output=True)
+    smoothing = replace(
+        fast,
+        name=f"camvid_{decoder}_smoothing",
+        variants=(
+            Variant("symmetric", {"symmetric": True, "smoothing": smooth}),
+            Variant("plain", {"symmetric": False, "smoothing": smooth}),
+        ),
+    )
+    return {"fast": fast, "full": full, "smoothing": smoothing}

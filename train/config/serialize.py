@@ -8,15 +8,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
+from train.config.segmentation import SegmentationExperiment
 from train.config.suggestions import did_you_mean
 
-EXPERIMENTS = {"images": Experiment, "graph": GraphExperiment}
+EXPERIMENTS = {"images": Experiment, "segmentation": SegmentationExperiment, "graph": GraphExperiment}
 """Every kind of experiment, by the name that its JSON text carries."""
 
 
 def to_json(experiment: Experiment | GraphExperiment) -> str:
     """The experiment as JSON text; `from_json` reads it back to an equal value."""
-    (kind,) = [name for name, cls in EXPERIMENTS.items() if isinstance(experiment, cls)]
+    (kind,) = [name for name, cls in EXPERIMENTS.items() if type(experiment) is cls]
     return json.dumps({"kind": kind} | dataclasses.asdict(experiment), indent=2) + "\n"
 
 

@@ -14,7 +14,7 @@ STATISTICS_BATCHES = 32
 
 
 def training_batches(
-    images: ImageSet, vary: Callable[[Array, Array], Array], *, seed: int, limit: int
+    images: ImageSet, vary: Callable[[Array, Array, Array], tuple[Array, Array]], *, seed: int, limit: int
 ) -> Iterator[tuple[Array, Array]]:
     """Read the first training batches, varied as in training.
 
@@ -31,7 +31,7 @@ def training_batches(
     """
     for i, (x, labels) in enumerate(images.first_batches(limit=limit)):
         key = jax.random.fold_in(jax.random.key(seed, impl=RANDOM), i)
-        yield vary(key, jnp.asarray(x)), jnp.asarray(labels, jnp.int32)
+        yield vary(key, jnp.asarray(x), jnp.asarray(labels, jnp.int32))
 
 
 def in_network_form(images: ImageSet, part: str) -> Iterator[tuple[Array, Array]]:

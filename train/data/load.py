@@ -11,6 +11,8 @@ from qpde.datasets import Images, Split, load_cifar10, load_digits, load_npz
 from qpde.datasets.containers import channel_statistics
 from qpde.datasets.folders import find_pictures
 from train.config.images import FOLDER, NPZ, Data
+from train.config.segmentation import SegmentationData
+from train.data.maps import load_maps
 from train.data.reader import Central, read_all
 from train.data.records import Files, Records
 from train.data.resident import DATA_DIR_VARIABLE, ImageSet, Resident, data_root
@@ -25,7 +27,9 @@ _MEASURED = 2000
 """Training images from which mean and standard deviation of a prepared set are taken."""
 
 
-def load_images(config: Data, data_dir: Path | None, *, batch_size: int, workers: int = 0) -> ImageSet:
+def load_images(
+    config: Data | SegmentationData, data_dir: Path | None, *, batch_size: int, workers: int = 0
+) -> ImageSet:
     """The data set of an experiment.
 
     Args:
@@ -39,6 +43,8 @@ def load_images(config: Data, data_dir: Path | None, *, batch_size: int, workers
       FileNotFoundError: the files are not in the folder.
       ImportError: a prepared set needs a package that is missing.
     """
+    if isinstance(config, SegmentationData):
+        return Resident(load_maps(config, data_dir), batch_size)
     if config.name.startswith(PREFIX):
         root = data_root(config.name, data_dir)
         return _from_records(config, _prepared(config, root), data_dir, batch_size, workers)

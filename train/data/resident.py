@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -10,18 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array
 
 from qpde.datasets import Images, Split
 from train.config.images import Data
+from train.config.segmentation import SegmentationData
 from train.data.augment import mixup, random_crop, random_flip
 from train.data.fingerprint import fingerprint_of
+from train.data.joint import vary_pairs
 from train.data.order import epoch_order, make_select
 from train.host.mesh import put, replicated, stacked_sharding
 from train.steps.losses import IGNORED
 from train.steps.state import TrainState
 
 DATA_DIR_VARIABLE = "QPDE_DATA_DIR"
+
+
+Vary = Callable[[Array, Array, Array], tuple[Array, Array]]
+"""(key, images, labels) -> the network's input and its labels."""
 
 
 class ImageSet(Protocol):
@@ -97,6 +104,7 @@ class Resident:
     @property
     def chance(self) -> float:
         labels = self.images.validation.labels
+        labels = labels[labels != IGNORED]
         return float(np.bincount(labels).max() / len(labels))
 
     @property
@@ -119,7 +127,8 @@ class Resident:
         # Every device holds all images: as bytes they are small where they fit at all, and then the shuffled batch is
         # gathered without asking the other devices.
         train, steps = self.images.train, self.count // self.batch_size
-        everywhere = put((train.images, train.labels.astype(np.int32)), replicated(mesh))
+        labels = train.labels.astype(np.int32) if train.labels.ndim == 1 else train.labels  # maps stay small
+        everywhere = put((train.images, labels), replicated(mesh))
 
         def batches(state):
             order = epoch_order(state, count=self.count, steps_per_epoch=steps)
@@ -152,34 +161,64 @@ def data_root(name: str, data_dir: Path | None) -> Path:
     return Path(root)
 
 
-def make_vary(config: Data, images: ImageSet):
-    """`vary(key, images) -> x`: the configured variation of each image, then normalisation."""
+def make_vary(config: Data | SegmentationData, images: ImageSet) -> Vary:
+    """`vary(key, images, labels) -> (x, labels)`: the configured variation of each image, then normalisation.
 
-    def vary(key: Key[Array, ""], x: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    Args:
+      config: What is varied.
+      images: The set. Label maps are varied with its images.
+    """
+    if isinstance(config, SegmentationData):
+        return partial(_vary_maps, config, images)
+
+    def vary(key, x, labels):
         crop_key, flip_key = jax.random.split(key)
         if config.crop_padding:
             x = random_crop(crop_key, x, padding=config.crop_padding)
         if config.flip:
             x = random_flip(flip_key, x)
-        return images.normalize(x)
+        return images.normalize(x), labels
 
     return vary
 
 
-def make_inputs(config: Data, images: ImageSet):
-    """`inputs(key, images, labels) -> (x, targets)`: input and distributions over the classes of a training step."""
+def _vary_maps(config: SegmentationData, images: ImageSet, key: Array, x: Array, labels: Array) -> tuple[Array, Array]:
+    x, labels = vary_pairs(
+        key,
+        x,
+        labels,
+        mean=jnp.asarray(images.stored.mean),
+        crop=config.crop,
+        scales=(config.smallest_scale, config.largest_scale),
+        flip=config.flip,
+        colour=config.colour,
+    )
+    return images.normalize(x), labels.astype(jnp.int32)
+
+
+def make_inputs(config: Data | SegmentationData, images: ImageSet):
+    """`inputs(key, images, labels) -> (x, targets, labels)` of a training step, the labels being those of x.
+
+    Targets are distributions over the classes; of label maps, which would be large as such, the labels themselves.
+
+    Args:
+      config: What is varied.
+      images: The set.
+    """
     vary = make_vary(config, images)
 
     # Of several trainings at once one after the other: vmapped, the generator `train.state.RANDOM` draws other numbers.
     @jax.custom_batching.sequential_vmap
-    def inputs(
-        key: Key[Array, ""], x: UInt8[Array, "n h w c"], labels: Int[Array, " n"]
-    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n classes"]]:
+    def inputs(key, x, labels):
+        if isinstance(config, SegmentationData):
+            x, labels = vary(key, x, labels)
+            return x, labels, labels
         targets = jax.nn.one_hot(labels, images.num_classes)
         if not config.mixup:
-            return vary(key, x), targets
+            return vary(key, x, labels)[0], targets, labels
         vary_key, mix_key = jax.random.split(key)
-        return mixup(mix_key, vary(vary_key, x), targets, mixup_alpha=config.mixup)
+        x, _ = vary(vary_key, x, labels)
+        return *mixup(mix_key, x, targets, mixup_alpha=config.mixup), labels
 
     return inputs
 
@@ -193,6 +232,6 @@ def stack_batches(split: Split, batch_size: int, mesh: Mesh | None = None) -> Sp
     batches = -(-count // batch_size)
     fill = batches * batch_size - count
     images = np.concatenate([split.images, np.repeat(split.images[:1], fill, axis=0)])
-    labels = np.concatenate([split.labels, np.full(fill, IGNORED)]).astype(np.int32)
-    stack = Split(images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
+    labels = np.concatenate([split.labels, np.full((fill, *split.labels.shape[1:]), IGNORED)]).astype(np.int32)
+    stack = Split(*(part.reshape(batches, batch_size, *part.shape[1:]) for part in (images, labels)))
     return jax.tree.map(jnp.asarray, stack) if mesh is None else put(stack, stacked_sharding(mesh))

@@ -15,7 +15,7 @@ from train.page.html import Picture, Thumbnail, figure, fill, table, thumbnails
 from train.page.mathml import formula, name, over, root, row, sub, sup, words
 from train.page.statistics import decibels, mcnemar, wilson
 from train.trained.certificates import tightness
-from train.trained.figures import Measured, as_histogram
+from train.trained.figures import SCENE_COLUMNS, Measured, as_histogram
 
 _SHARES = (
     ("accuracy", "accuracy"),
@@ -23,6 +23,8 @@ _SHARES = (
     ("agreement with the twin", "agreement"),
 )
 _NUMBERS = (
+    ("mean intersection over union", "mean_iou", "{:.2%}"),
+    ("the same, high-precision twin", "mean_iou_twin", "{:.2%}"),
     ("Kullback-Leibler divergence", "kl", "{:.4f}"),
     ("best validation accuracy", "validation_accuracy", "{:.2%}"),
 )
@@ -59,16 +61,24 @@ def sections(
         found += [
             ("Layer-wise error", _layer_error(experiment, {n: results[n] for n in low}, stages, every)),
             ("Accuracy and agreement against bits", _bits(low, every)),
-            ("Where network and twin disagree", _disagreements(low)),
         ]
-    found.append(("What is taken for what", _confusion(measured)))
+    if scenes := {name: m for name, m in measured.items() if m.scenes}:
+        found.insert(1, ("Scenes", _scenes(results, scenes)))
+    # What is said of whole images, and of blocks one after the other.
+    low = {name: m for name, m in low.items() if m.predictions is not None}
+    whole = {name: m for name, m in measured.items() if m.predictions is not None}
+    if low:
+        found.append(("Where network and twin disagree", _disagreements(low)))
+    if whole:
+        found.append(("What is taken for what", _confusion(whole)))
     if low:
         smoothed = any(m.maps is not None and m.maps.smoothing is not None for m in low.values())
         found += [
             ("What is rounded", _inputs(low, stages, every)),
             ("Smoothing" if smoothed else "Feature maps", _maps(low)),
         ]
-    found.append(("Does a step amplify?", _spectra(measured, every)))
+    if whole:
+        found.append(("Does a step amplify?", _spectra(whole, every)))
     if any(m.certified for m in low.values()):
         found.append(("Errors and what is proven about them", _certificates(low, every)))
         found.append(("Certified and uncertified images", _examples(low)))
@@ -140,13 +150,16 @@ def _sqnr(result: Mapping[str, Any]) -> str:
 def _comparison(measured: Mapping[str, Measured]) -> str:
     """McNemar's test of all pairs of networks that were tested on the same images."""
     rows = []
+    images = 0
     for (first, a), (second, b) in itertools.combinations(measured.items(), 2):
-        if a.data == b.data and len(a.predictions.labels) == len(b.predictions.labels):
+        if a.predictions is None or b.predictions is None or a.data != b.data:
+            continue
+        images = len(a.predictions.labels)
+        if images == len(b.predictions.labels):
             mine, theirs, p = mcnemar(a.predictions.is_right, b.predictions.is_right)
             rows.append((f"{first} and {second}", f"{mine}", f"{theirs}", f"{p:.2g}"))
     if not rows:
         return ""
-    images = len(next(iter(measured.values())).predictions.labels)
     text = (
         "<h3>Is one more accurate than the other?</h3>"
         "<p>Of the same images only those tell that one network gets right and the other wrong. McNemar's exact test "
@@ -154,6 +167,25 @@ def _comparison(measured: Mapping[str, Measured]) -> str:
         "images do not tell the two apart. It speaks of these trained networks, and not of other seeds.</p>"
     )
     return text + table(("", "only the first right", "only the second", "p"), rows, f"On {images:,} test images.")
+
+
+def _scenes(results, measured) -> str:
+    pictures = []
+    for i, (network, m) in enumerate(measured.items()):
+        drawing = plots.maps_figure(m.scenes, SCENE_COLUMNS, heading=network)
+        label = f"Test images with the true classes, those of {network}, and those of its twin."
+        pictures.append(Picture(f"scenes-{i}", drawing, label))
+    classes = next(iter(results.values()))["iou"]
+    rows = [
+        (label, *("–" if (v := r["iou"].get(label)) is None else f"{v:.2%}" for r in results.values()))
+        for label in classes
+    ]
+    lead = "<p>The class of every pixel, as a colour over the image. Accuracy and agreement are shares of pixels.</p>"
+    caption = fill(
+        "The last column shows in colour the pixels to which rounding of the activations gives another class. IoU is "
+        "the share of pixels that are rightly of a class, among those that are or are said to be of it."
+    )
+    return lead + figure(pictures, caption) + table(("", *results), rows, "Intersection over union by class.")
 
 
 def _layer_error(experiment, results, stages, every) -> str:

@@ -83,7 +83,7 @@ def make_explain(
 
     @jax.jit
     def probe(state, batch, key, bits):
-        x, targets = inputs(key, *batch)
+        x, targets, _ = inputs(key, *batch)
         bits = draw(key, bits)
         (logits, states), _ = model.apply(
             state.variables, x, train=True, bits=bits, return_states=True, mutable=list(state.model_state)

@@ -15,6 +15,7 @@ quantizer whose clip is the largest output: differences below it are rounding's 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,18 +23,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from qpde.datasets import IGNORED
 from train.config.images import Loss
 
-IGNORED = -1
-"""The label of an example that is not there: padding of the last batch of an evaluation."""
-
 Terms = dict[str, Float[Array, ""]]
+Entropy = Callable[[Array, Array], Float[Array, ""]]
 
 
 class Outputs(NamedTuple):
-    """Of one pass: logits (N, classes) and the blocks' outputs in order, or none where the loss needs none."""
+    """Of one pass: logits (N, ..., classes) and the blocks' outputs in order, or none where the loss needs none."""
 
-    logits: Float[Array, "batch classes"]
+    logits: Float[Array, "*batch classes"]
     states: Sequence[Float[Array, "..."]]
 
 
@@ -42,13 +42,13 @@ class Row:
     """A loss.
 
     Attributes:
-      formula: (low, high or None, targets, act_bits, config) -> its terms: "loss" and, with a twin, "similarity", sim
-        divided by the number of images.
+      formula: (low, high or None, targets, act_bits, config, entropy=None) -> its terms: "loss" and, with a twin,
+        "similarity", sim divided by the number of images. CE is entropy(logits, targets), or `cross_entropy`.
       twin: whether it needs the high pass.
       labels: whether it uses the targets.  Without labels the best state is the one of the lowest similarity.
     """
 
-    formula: Callable[[Outputs, Outputs | None, Array, Array | int | None, Loss], Terms]
+    formula: Callable[..., Terms]
     twin: bool
     labels: bool
 
@@ -86,17 +86,23 @@ def similarity(
     return jnp.mean(jnp.stack(terms))
 
 
-def _plain(low, high, targets, act_bits, config):
-    return {"loss": cross_entropy(low.logits, targets, smoothing=config.label_smoothing)}
+def _smoothed(config: Loss) -> Entropy:
+    return partial(cross_entropy, smoothing=config.label_smoothing)
 
 
-def _distillation(low, high, targets, act_bits, config):
+def _plain(low, high, targets, act_bits, config, entropy=None):
+    entropy = entropy or _smoothed(config)
+    return {"loss": entropy(low.logits, targets)}
+
+
+def _distillation(low, high, targets, act_bits, config, entropy=None):
+    entropy = entropy or _smoothed(config)
     alike = similarity(high.states, low.states, act_bits)
-    entropies = [cross_entropy(pass_.logits, targets, smoothing=config.label_smoothing) for pass_ in (high, low)]
+    entropies = [entropy(pass_.logits, targets) for pass_ in (high, low)]
     return {"loss": sum(entropies) + config.similarity_weight * alike, "similarity": alike / len(low.logits)}
 
 
-def _similarity(low, high, targets, act_bits, config):
+def _similarity(low, high, targets, act_bits, config, entropy=None):
     alike = similarity(high.states, low.states, act_bits)
     return {"loss": config.similarity_weight * alike, "similarity": alike / len(low.logits)}
 
@@ -109,21 +115,21 @@ LOSSES = {
 
 
 def classification_sums(
-    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
+    logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]
 ) -> dict[str, Float[Array, ""]]:
     """Sums over the examples whose label is not `IGNORED`, so that batches of any filling can be added.
 
     Args:
-      logits: (N, classes), before the softmax.
-      labels: (N,), in 0..classes-1 or `IGNORED`.
+      logits: (N, classes), or (N, H, W, classes) for every pixel, before the softmax.
+      labels: (N,), or (N, H, W), in 0..classes-1 or `IGNORED`.
     Returns:
       Scalars: "loss", the sum of -log softmax(logits)[label]; "correct", how many labels have the largest
       logit; "count", how many examples there are.
     """
     counts = labels != IGNORED
-    chosen = jnp.maximum(labels, 0)[:, None]
+    chosen = jnp.maximum(labels, 0)[..., None]
     # optax.softmax_cross_entropy_with_integer_labels differs in the last digit: it subtracts in another order.
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[:, 0]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[..., 0]
     correct = jnp.argmax(logits, axis=-1) == labels  # never where the label is IGNORED, which is no index
     return {
         "loss": jnp.sum(jnp.where(counts, losses, 0.0)),

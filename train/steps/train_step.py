@@ -5,16 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from qpde.bits import Bits
+from qpde.measure import confusion_matrix, intersection_over_union, mean_iou
 from train.config.images import Loss
 from train.host.mesh import batch_sharding, replicated
 from train.steps import twin_clips
 from train.steps.guards import Ranges, all_finite, choose, hold
-from train.steps.losses import LOSSES, Outputs, classification_sums
+from train.steps.losses import LOSSES, Entropy, Outputs, classification_sums
 from train.steps.state import TrainState, update_averages
 
 Batch = tuple[UInt8[Array, "n h w c"], Int[Array, " n"]]
@@ -22,16 +24,17 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(
-    model: Any, config: Loss
+    model: Any, config: Loss, entropy: Entropy | None = None
 ) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
     """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
     Args:
       model: called as `model.apply(variables, x, train=True, bits=bits, return_states=..., mutable=...)`.
       config: names the row of `train.losses.LOSSES`.
+      entropy: (logits, targets) -> CE. Default: `train.steps.losses.cross_entropy`, smoothed as `config` says.
     Returns:
-      A function of the network's input x, the targets (N, classes) and the bits, traced, or None for the network's
-      own.  Logits and batch statistics are those of the quantized network, not of its twin.
+      A function of the network's input x, the targets that `entropy` takes, such as (N, classes), and the bits, traced,
+      or None for the network's own.  Logits and batch statistics are those of the quantized network, not of its twin.
     """
     row = LOSSES[config.name]
 
@@ -54,7 +57,7 @@ def make_loss(
             assert own is not None, "a network that is trained has bits of its own"
             high, _ = forward(twin_clips.high(params), model_state, x, own.twin)
             act_bits = own.activations
-        terms = row.formula(low, high, targets, act_bits, config)
+        terms = row.formula(low, high, targets, act_bits, config, entropy)
         return terms["loss"], (terms, low.logits, updated)
 
     return loss
@@ -63,7 +66,7 @@ def make_loss(
 def make_train_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    inputs: Callable[..., tuple[Array, Array]],
+    inputs: Callable[..., tuple[Array, Array, Array]],
     *,
     draw: Callable[[Key[Array, ""], Bits | None], Bits | None] = lambda key, bits: bits,
     ranges: Ranges | None = None,
@@ -75,7 +78,8 @@ def make_train_step(
     Args:
       loss: Result of `make_loss`.
       optimizer: its state is `state.opt_state`.
-      inputs: (key, images, labels) -> the model's input and the targets, as `train.data.resident.make_inputs` makes it.
+      inputs: (key, images, labels) -> the model's input, the targets and the input's labels, as
+        `train.data.resident.make_inputs` makes it.
       draw: (key, bits) -> the bits of the step, as `train.steps.annealing.make_draw` makes it.
       ranges: where parameters have to stay; each step ends with their projection. None: only clips have a limit.
       averaging: share that moving averages keep; 0 for a state without them.
@@ -88,7 +92,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], bits) -> tuple[TrainState, Metrics]:
         images, labels = batch
-        x, targets = inputs(key, images, labels)
+        x, targets, labels = inputs(key, images, labels)
         bits = draw(key, bits)
         model_state, grads, sums = gradients(state.params, state.model_state, (x, targets, labels), bits)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -161,19 +165,34 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
     return whole if parts == 1 else in_parts
 
 
-def make_evaluate(model: Any, normalize) -> Callable[..., dict[str, float]]:
+def make_evaluate(model: Any, normalize, *, map_classes: int | None = None) -> Callable[..., dict[str, Any]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
     The bits are traced; None takes the model's own.
+
+    Args:
+      model: The network.
+      normalize: Bytes -> its input.
+      map_classes: Number of classes where labels are maps. The result then has "mean_iou" and "iou", one number a
+        class, None for one that does not occur.
     """
+    names: dict[str, tuple[int, ...]] = {"loss": (), "correct": (), "count": ()}
+    if map_classes is not None:
+        names["confusion"] = (map_classes, map_classes)
+
+    def sums_over(logits, labels):
+        sums = classification_sums(logits, labels)
+        if map_classes is not None:
+            sums["confusion"] = confusion_matrix(labels, logits.argmax(-1), num_classes=map_classes)
+        return sums
 
     @jax.jit
     def sums_of(variables, images, labels, bits):
         def add(totals, batch):
             logits = model.apply(variables, normalize(batch[0]), train=False, bits=bits)
-            return jax.tree.map(jnp.add, totals, classification_sums(logits, batch[1])), None
+            return jax.tree.map(jnp.add, totals, sums_over(logits, batch[1])), None
 
-        zero = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+        zero = {name: jnp.zeros(shape, jnp.float32) for name, shape in names.items()}
         return jax.lax.scan(add, zero, (images, labels))[0]
 
     def evaluate(variables, stacks, bits=None):
@@ -182,9 +201,13 @@ def make_evaluate(model: Any, normalize) -> Callable[..., dict[str, float]]:
             sums.append(sums_of(variables, *stack, bits))
             jax.block_until_ready(sums[-2:-1])  # one is prepared while one runs, no more: they need memory
         sums = jax.tree.map(lambda *values: sum(values), *jax.device_get(sums))
-        return {
+        scores = {
             "loss": float(sums["loss"] / sums["count"]),
             "accuracy": float(sums["correct"] / sums["count"]),
         }
+        if map_classes is None:
+            return scores
+        iou = [None if np.isnan(own) else float(own) for own in intersection_over_union(sums["confusion"])]
+        return scores | {"mean_iou": mean_iou(sums["confusion"]), "iou": iou}
 
     return evaluate

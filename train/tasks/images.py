@@ -33,7 +33,7 @@ from train.runs.warm_start import Start, read_start
 from train.steps import twin_clips
 from train.steps.annealing import bits_of, is_annealed, make_draw, smoothing_scale_of, with_smoothing_scale
 from train.steps.guards import make_explain
-from train.steps.losses import LOSSES
+from train.steps.losses import IGNORED, LOSSES
 from train.steps.optimizer import create_optimizer
 from train.steps.state import RANDOM, TrainState, create_state
 from train.steps.train_step import empty_totals, make_epoch_step, make_evaluate, make_loss, make_train_step
@@ -49,8 +49,16 @@ def trainings_of(experiment: Experiment, data_dir: Path | None) -> tuple[dict[st
     return trainings_on(images, experiment)
 
 
-def trainings_on(images: ImageSet, experiment: Experiment) -> tuple[dict[str, "Training"], partial]:
-    """`trainings_of` on images that are there, such as those of another seed's experiment."""
+def trainings_on(
+    images: ImageSet, experiment: Experiment, kind: "type[Training] | None" = None
+) -> tuple[dict[str, "Training"], partial]:
+    """`trainings_of` on images that are there, such as those of another seed's experiment.
+
+    Args:
+      images: The images.
+      experiment: Their experiment.
+      kind: Class of its trainings. Default: `Training`.
+    """
     if images.count < experiment.batch_size:
         raise ValueError(
             f"batch_size (={experiment.batch_size}) exceeds the {images.count} training images: choose less"
@@ -58,7 +66,8 @@ def trainings_on(images: ImageSet, experiment: Experiment) -> tuple[dict[str, "T
     check_drawable(experiment.chosen)
     mesh = make_mesh(experiment.devices)
     check_divides(experiment.batch_size, mesh, experiment.accumulate)
-    trainings = {variant.name: Training.create(experiment, variant, images, mesh) for variant in experiment.chosen}
+    create = (kind or Training).create
+    trainings = {variant.name: create(experiment, variant, images, mesh) for variant in experiment.chosen}
     stages = [len(blocks) for blocks in trainings[experiment.chosen[0].name].model.stages]
     return trainings, partial(write_report, experiment, stages)
 
@@ -191,7 +200,7 @@ class Training:
 
     @cached_property
     def _loss(self):
-        return make_loss(self.model, _for_parts(self.experiment.loss, self.experiment.accumulate))
+        return make_loss(self.model, for_parts(self.experiment.loss, self.experiment.accumulate))
 
     @cached_property
     def _inputs(self):
@@ -265,7 +274,10 @@ class Training:
         agree, right, count = 0, 0, 0
         for x, labels in self.test_images():
             low, full = predictions(x)
-            agree, right, count = agree + int((low == full).sum()), right + int((full == labels).sum()), count + len(x)
+            counts = labels != IGNORED
+            agree += int(((low == full) & counts).sum())
+            right += int(((full == labels) & counts).sum())
+            count += int(counts.sum())
         return {"accuracy_start": right / count, "agreement_start": agree / count}
 
     def _reestimated(self, state: TrainState, bits: Bits) -> TrainState:
@@ -403,7 +415,8 @@ class ImagePlan:
 
     def score(self, line: dict[str, Any]) -> Scores:
         if self._loss.labels:
-            return {"accuracy": line["validation_accuracy"], "loss": line["validation_loss"]}
+            best_of = line.get("validation_mean_iou", line["validation_accuracy"])
+            return {"accuracy": best_of, "loss": line["validation_loss"]}
         return {"accuracy": 0.0, "loss": line["train_similarity"]}
 
     def reached(self, line: dict[str, Any]) -> bool:
@@ -461,14 +474,17 @@ def _check_loss(experiment: Experiment, bits: Bits) -> None:
         raise ValueError(f"loss.name (={name!r}) tunes a trained network: give --start-from RUN")
 
 
-def _for_parts(loss: Loss, accumulate: int) -> Loss:
+def for_parts(loss: Loss, accumulate: int) -> Any:
     """The similarity is a sum over images: the average over parts of a batch is that much smaller than the whole."""
     return dataclasses.replace(loss, similarity_weight=accumulate * loss.similarity_weight)
 
 
 def _history(lines: list[dict[str, Any]], best_step: int) -> dict[str, Any]:
     (best,) = [line for line in lines if line["step"] == best_step]
-    found = {"best_epoch": best["epoch"], "validation_accuracy": best["validation_accuracy"]}
+    scores: dict[str, Any] = {
+        name: best[name] for name in ("validation_accuracy", "validation_mean_iou") if name in best
+    }
+    found: dict[str, Any] = {"best_epoch": best["epoch"], **scores}
     if lines[-1]["step"] == 0:  # nothing was trained
         return found
     return found | {"training_seconds": round(sum(line["seconds"] for line in lines), 1)}

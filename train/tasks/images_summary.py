@@ -15,6 +15,8 @@ from train.runs.directory import RunDirectory
 # Rows of the table: what, key in the results, format.
 _ROWS = (
     ("parameters, without clips", "parameters", "{:,}"),
+    ("mean intersection over union", "mean_iou", "{:.2%}"),
+    ("the same, high-precision twin", "mean_iou_twin", "{:.2%}"),
     ("accuracy", "accuracy", "{:.2%}"),
     ("accuracy, high-precision twin", "accuracy_twin", "{:.2%}"),
     ("agreement with the twin", "agreement", "{:.2%}"),
@@ -23,6 +25,7 @@ _ROWS = (
     ("layer-wise error, mean", "mean_layer_error", "{:.4f}"),
     ("layer-wise error, relative, mean", "mean_relative_layer_error", "{:.4f}"),
     ("gamma2 of the blocks that smooth, mean", "mean_gamma2", "{:.4f}"),
+    ("best validation mean intersection over union", "validation_mean_iou", "{:.2%}"),
     ("best validation accuracy", "validation_accuracy", "{:.2%}"),
     ("at epoch", "best_epoch", "{}"),
     ("training time", "training_seconds", "{:.0f} s"),
@@ -79,6 +82,9 @@ def cells(experiment: Experiment, results: dict[str, dict[str, Any]]) -> list[li
     for label, key, form in _ROWS:
         if any(key in result for result in results.values()):
             rows.append([label, *(form.format(r[key]) if key in r else "-" for r in results.values())])
+    for name in next((r["iou"] for r in results.values() if "iou" in r), {}):
+        own = [r.get("iou", {}).get(name) for r in results.values()]
+        rows.append([f"intersection over union, {name}", *("-" if v is None else f"{v:.2%}" for v in own)])
     return rows
 
 

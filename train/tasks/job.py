@@ -10,14 +10,17 @@ from rich.console import Console
 
 import train.tasks.images
 import train.tasks.nodes
+import train.tasks.segmentation
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
+from train.config.segmentation import SegmentationExperiment
 from train.host.device import device_line
 from train.host.distributed import is_first
 from train.runs.directory import RunDirectory, open_run
 
 _TASKS: dict[type, Callable[..., tuple[Any, Any]]] = {
     Experiment: train.tasks.images.trainings_of,
+    SegmentationExperiment: train.tasks.segmentation.trainings_of,
     GraphExperiment: train.tasks.nodes.trainings_of,
 }
 

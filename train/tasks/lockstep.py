@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from train.config.images import Experiment
+from train.config.segmentation import SegmentationExperiment
 from train.data.load import load_images
 from train.host.console import Display
 from train.host.interrupt import Interrupted, StopRequest
@@ -25,6 +26,9 @@ from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory, open_run
 from train.steps.state import TrainState
 from train.tasks.images import ImagePlan, Training, trainings_on
+from train.tasks.segmentation import SegmentationTraining
+
+_KINDS = {Experiment: Training, SegmentationExperiment: SegmentationTraining}
 
 
 def prepare_lockstep(
@@ -42,7 +46,7 @@ def prepare_lockstep(
     if cells[0].devices != 1 or jax.process_count() > 1:
         raise ValueError(f"devices (={cells[0].devices}) must be 1 where runs are trained together: --at-once 1")
     images = load_images(cells[0].data, data_dir, batch_size=cells[0].batch_size, workers=cells[0].workers)
-    prepared = [trainings_on(images, cell) for cell in cells]
+    prepared = [trainings_on(images, cell, _KINDS[type(cell)]) for cell in cells]
     runs = [open_run(runs_dir, cell) for cell in cells]
 
     def work(console: Console) -> None:

@@ -22,11 +22,15 @@ from qpde.measure.faithfulness import Faithfulness, compare, evaluate
 from qpde.measure.jacobians import jacobian_spectrum
 from qpde.models import Smoothing, converge_norms
 from qpde.models.layers import Mode
+from qpde.overlays import overlay
 from qpde.quantizers import quantize_activation
 from train.data.batches import of_one_shape
 from train.trained.certificates import measure_images
 from train.trained.finished import Finished, traced
 
+SCENE_COLUMNS = ("truth", "network", "its twin", "where they differ")
+
+_SCENES = 3  # test images of a segmentation network that are shown
 _MAPS = 4  # columns of the picture of feature maps
 _POINTS = 4  # images at which Jacobians are taken
 _RITZ = 24  # Lanczos steps of each
@@ -95,6 +99,8 @@ class Measured:
       inputs: Of every block, the distribution of its input.
       maps: Feature maps.
       certified: By bits, results of `train.trained.certificates.measure_images`.
+      scenes: Of a segmentation network, which has nothing of what is said of whole images: by the name of a test image,
+        what `SCENE_COLUMNS` says, uint8 (H, W, 3) each.
     """
 
     cost: qpde.models.Summary
@@ -104,12 +110,13 @@ class Measured:
     about: dict[str, Any]
     bits: Bits
     test_count: int | None
-    predictions: Predictions
+    predictions: Predictions | None
     spectra: dict[int, np.ndarray]
     by_bits: dict[int, Faithfulness]
     inputs: list[Distribution]
     maps: Maps | None
     certified: dict[int, dict[str, np.ndarray]]
+    scenes: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def measure(
@@ -135,22 +142,41 @@ def measure(
     batches = [x for x, _ in of_one_shape(finished.test_images(images))]
     variables = converge_norms(model, finished.at(bits), batches[0][:1], bits=bits)
     is_quantized, certified = model.bits.activations is not None, min(images, certify_images)
+    common: dict[str, Any] = {
+        "cost": qpde.models.summary(model, finished.images.shape),
+        "stages": [len(blocks) for blocks in model.stages],
+        "classes": tuple(map(str, finished.images.stored.classes)),
+        "data": finished.images.fingerprint,
+        "about": finished.network.about,
+        "bits": model.bits,
+        "test_count": len(finished.images.stored.test.labels) or None,
+        "by_bits": _by_bits(finished, act_bits, images) if is_quantized else {},
+    }
+    if finished.network.is_segmenting:
+        scenes = _scenes(finished, variables)
+        return Measured(**common, predictions=None, spectra={}, inputs=[], maps=None, certified={}, scenes=scenes)
     states = [evaluate(model, variables, batches[0], at)[1] for at in (bits.twin, bits)]
     return Measured(
-        cost=qpde.models.summary(model, finished.images.shape),
-        stages=[len(blocks) for blocks in model.stages],
-        classes=tuple(map(str, finished.images.stored.classes)),
-        data=finished.images.fingerprint,
-        about=finished.network.about,
-        bits=model.bits,
-        test_count=len(finished.images.stored.test.labels) or None,
+        **common,
         predictions=_predictions(finished, variables, batches, images),
         spectra=_spectra(model, variables, [s[:_POINTS] for s in states[0]]),
-        by_bits=_by_bits(finished, act_bits, images) if is_quantized else {},
         inputs=_inputs(model, variables, batches[0][:_INPUTS], states[1]) if is_quantized else [],
         maps=_maps(model, variables, [s[:_POINTS] for s in states[1]], smoothing) if is_quantized else None,
         certified={a: measure_images(finished, a, images=certified) for a in certify_at} if is_quantized else {},
     )
+
+
+def _scenes(finished: Finished, variables: dict[str, Any]) -> dict[str, list[np.ndarray]]:
+    """Test images with their true classes, the predicted ones, the twin's, and where the two precisions differ."""
+    model, stored = finished.model, next(iter(finished.images.in_order("test")))
+    bits, count, found = traced(model.bits), model.num_classes, {}
+    for i, place in enumerate(np.linspace(0, len(stored.images) - 1, _SCENES).astype(int), start=1):
+        image, truth = stored.images[place], stored.labels[place]
+        x = finished.images.normalize(image[None])
+        low, twin = (np.asarray(evaluate(model, variables, x, at)[0].argmax(-1)[0]) for at in (bits, bits.twin))
+        row = [overlay(image, labels, count) for labels in (truth, low, twin)]
+        found[f"image {i}"] = [*row, overlay(image // 2, np.where(low == twin, -1, low), count, share=1.0)]
+    return found
 
 
 def _predictions(finished: Finished, variables, batches: Sequence[Array], images: int) -> Predictions:

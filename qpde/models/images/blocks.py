@@ -66,6 +66,8 @@ class Block(Part, BlockOptions):
       stride: Stride of the block.
       symmetric: Whether K^T takes the place of a second kernel.
       expansion: Hidden width of the inverted block, in widths of its input.
+      dilation: Distance of the taps of convolutions on the block's input.
+      dilation_after: Distance of those behind the place of the stride. It is larger where dilation replaces a stride.
     """
 
     width_in: int
@@ -73,6 +75,8 @@ class Block(Part, BlockOptions):
     stride: int
     symmetric: bool
     expansion: int = 1
+    dilation: int = 1
+    dilation_after: int = 1
 
     has_signed_inputs = False  # whether a block's input can be negative
     keeps_width = False  # whether the first block of a stage can be symmetric: it keeps its width inside
@@ -241,7 +245,8 @@ class Block(Part, BlockOptions):
         the shortcut as well gives L' first + h |D2 K^T| second.
         """
         kernel, padding = self.composed_kernel(factors.kernels)
-        h, hidden_pixels = float(factors.step_size), math.prod(n + 2 * padding - kernel.shape[0] + 1 for n in size)
+        shrinks = self.dilation * (kernel.shape[0] - 1 - 2 * padding)
+        h, hidden_pixels = float(factors.step_size), math.prod(n - shrinks for n in size)
         second = radius * math.sqrt(hidden_pixels * kernel.shape[-1])
         forward = conv_norm_bound(kernel * factors.scales["norm1"])
         if self.norm == "separate":
@@ -250,7 +255,9 @@ class Block(Part, BlockOptions):
         else:
             limit = math.sqrt(2 / h)
             scaled = kernel * factors.scales["norm1"]
-            if forward > limit and conv_norm_is_at_most(scaled, limit, size, padding=padding):
+            # A dilated convolution is an ordinary one on each of the coarse grids that make up the map.
+            height, width = (-(-n // self.dilation) for n in size)
+            if forward > limit and conv_norm_is_at_most(scaled, limit, (height, width), padding=padding):
                 forward = limit
             back = forward
             # Smoothing between s and K^T, itself non-expansive, leaves no gradient step.
@@ -266,7 +273,7 @@ class Block(Part, BlockOptions):
 
     @abc.abstractmethod
     def composed_kernel(self, kernels: dict) -> tuple[Any, int]:
-        """K of the symmetric step as one convolution kernel, HWIO, and its padding; NumPy arrays."""
+        """K of the symmetric step as one convolution kernel, HWIO, and its padding in taps; NumPy arrays."""
 
     def __call__(
         self,
@@ -342,16 +349,23 @@ class BasicBlock(Block):
         return StepBound(shortcut + norms[0] * norms[1], injected)
 
     def linear_pair(self, kernels):
-        kernel = kernels["kernel1"]
-        return (lambda x: operators.conv(x, kernel)), (lambda y: operators.conv_adjoint(y, kernel))
+        kernel, d = kernels["kernel1"], self.dilation
+
+        def linear(x):
+            return operators.conv(x, kernel, dilation=d)
+
+        def adjoint(y):
+            return operators.conv_adjoint(y, kernel, dilation=d)
+
+        return linear, adjoint
 
     def residual_branch(self, xq, kernels, variables, step_size, call):
         """h y: the symmetric branch, or two convolutions with their norms and h = 1."""
         if self.symmetric:
             return self.symmetric_branch(xq, kernels, variables, step_size, call)
-        hidden = call.batch_norm("norm1", call.conv(xq, 0, kernels, "kernel1", stride=self.stride))
-        z = call.activation(call.smooth(jax.nn.relu(hidden)), 1)
-        return call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2"))
+        hidden = call.conv(xq, 0, kernels, "kernel1", stride=self.stride, dilation=self.dilation)
+        z = call.activation(call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden))), 1)
+        return call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2", dilation=self.dilation_after))
 
     def step(self, x, variables, step_size, call):
         kernels = call.kernels()
@@ -367,7 +381,10 @@ class BasicBlock(Block):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StableBlock(BasicBlock):
-    """A basic block that keeps its width, then grows by copying channels of xq and halves by average pooling."""
+    """A basic block that keeps its width, then grows by copying channels of xq and halves by average pooling.
+
+    Where dilation replaces the stride, nothing is pooled.
+    """
 
     has_projection = False
     keeps_width = True
@@ -406,8 +423,8 @@ class StableBlock(BasicBlock):
         return StepBound(lipschitz / halving, injected / halving)
 
     def residual_branch(self, xq, kernels, variables, step_size, call):
-        # The stride lies in the pooling, so the convolutions run at full size.
-        at_full_size = dataclasses.replace(self, stride=1)
+        # The stride lies in the pooling, so the convolutions run at full size, all on the grid of the input.
+        at_full_size = dataclasses.replace(self, stride=1, dilation_after=self.dilation)
         return BasicBlock.residual_branch(at_full_size, xq, kernels, variables, step_size, call)
 
     def step(self, x, variables, step_size, call):
@@ -421,7 +438,14 @@ class StableBlock(BasicBlock):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InvertedBlock(Block):
-    """MobileNetV2's inverted residual: expand 1x1, depthwise 3x3, project 1x1 or the adjoint of the first two."""
+    """MobileNetV2's inverted residual: expand 1x1, depthwise 3x3, project 1x1 or the adjoint of the first two.
+
+    Attributes:
+      padded: Whether the symmetric step's depthwise convolution keeps the size of the map. As published it has no
+        padding, and needs a map that is larger than its reach.
+    """
+
+    padded: bool = False
 
     has_signed_inputs = True
 
@@ -431,7 +455,12 @@ class InvertedBlock(Block):
 
     @property
     def smallest_map(self):
-        return 3 if self.symmetric else 1  # its depthwise convolution has no padding
+        return 1 + self._shrinks
+
+    @property
+    def _shrinks(self) -> int:
+        """By how much a side of the hidden map is smaller than that of the input, strides apart."""
+        return 2 * self.dilation if self.symmetric and not self.padded else 0
 
     @property
     def hidden(self) -> int:
@@ -458,8 +487,8 @@ class InvertedBlock(Block):
 
     def macs(self, height, width):
         shapes = self.kernel_shapes()
-        if self.symmetric:  # (H-2)(W-2) outputs of the depthwise convolution, and as many inputs back
-            inner = (height - 2) * (width - 2)
+        if self.symmetric:  # as many inputs of K^T as outputs of K
+            inner = (height - self._shrinks) * (width - self._shrinks)
             return {
                 "kernel1": 2 * height * width * math.prod(shapes["kernel1"]),
                 "kernel2": 2 * inner * math.prod(shapes["kernel2"]),
@@ -469,7 +498,7 @@ class InvertedBlock(Block):
         return {name: pixels[name] * math.prod(shape) for name, shape in shapes.items()}
 
     def composed_kernel(self, kernels):
-        return np.einsum("abc,ic->abic", kernels["kernel2"][:, :, 0], kernels["kernel1"][0, 0]), 0
+        return np.einsum("abc,ic->abic", kernels["kernel2"][:, :, 0], kernels["kernel1"][0, 0]), int(self.padded)
 
     def _plain_bound(self, factors, first, radii, size):
         bounds = (conv_norm_bound, depthwise_norm_bound, conv_norm_bound)
@@ -493,12 +522,13 @@ class InvertedBlock(Block):
 
     def linear_pair(self, kernels):
         expand, depthwise = kernels["kernel1"], kernels["kernel2"]
+        options: dict[str, Any] = {"padding": None if self.padded else 0, "dilation": self.dilation}
 
         def linear(x):
-            return operators.depthwise(operators.conv(x, expand), depthwise, padding=0)
+            return operators.depthwise(operators.conv(x, expand), depthwise, **options)
 
         def adjoint(z):
-            return operators.conv_adjoint(operators.depthwise_adjoint(z, depthwise, padding=0), expand)
+            return operators.conv_adjoint(operators.depthwise_adjoint(z, depthwise, **options), expand)
 
         return linear, adjoint
 
@@ -510,7 +540,8 @@ class InvertedBlock(Block):
             return call.smooth_output(shortcut - self.symmetric_branch(xq, kernels, variables, step_size, call))
         z = call.batch_norm("norm1", call.conv(xq, 0, kernels, "kernel1"))
         z = call.activation(call.smooth(jax.nn.relu(z)), 1)
-        z = call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2", operators.depthwise, stride=self.stride))
+        options = {"stride": self.stride, "dilation": self.dilation}
+        z = call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2", operators.depthwise, **options))
         z = call.activation(call.smooth(jax.nn.relu(z)), 2)
         y = call.batch_norm("norm3", call.conv(z, 2, kernels, "kernel3"))
         return call.smooth_output(shortcut - y if self.keeps_shape else y)

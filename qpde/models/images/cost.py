@@ -8,7 +8,7 @@ import math
 from qpde.bits import LARGEST_BITS, Bits
 from qpde.models.images.blocks import Block, depthwise_bits, is_depthwise
 from qpde.models.images.network import Network, bits_of_block
-from qpde.models.images.parts import Head, Part
+from qpde.models.images.parts import Part
 from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["Row", "Summary", "part_row", "summary"]
@@ -92,14 +92,12 @@ def summary(model: QuantizedNetwork, image_shape: tuple[int, ...], *, bits: Bits
             raise ValueError(f"the costs of a {type(model).__name__} are not known: it has no method `summary`")
         return model.summary(image_shape, bits=bits)
     bits = model.checked_bits(model.bits if bits is None else bits)
-    height, width, channels = image_shape
     rows, index = [], 0
-    for name, part in model.parts(channels):
+    for name, part, size in model.sized_parts(image_shape):
         own = Bits()
         if isinstance(part, Block):
             own, index = bits_of_block(bits, index), index + 1
-        rows.append(part_row(name, part, (height, width), own))
-        height, width = part.output_size(height, width)
+        rows.append(part_row(name, part, size, own))
     return Summary(tuple(rows))
 
 
@@ -119,7 +117,7 @@ def part_row(name: str, part: Part, size: tuple[int, int], bits: Bits) -> Row:
     packed = sum(-(-sizes[k] * kernel_bits[k] // 8) for k in shapes)
     return Row(
         name,
-        (part.width_out,) if isinstance(part, Head) else (*part.output_size(*size), part.width_out),
+        part.output_shape(*size),
         part.parameters,
         weights,
         activations,

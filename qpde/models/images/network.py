@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ from qpde.models.images.parts import ExactConv, Head, Part
 from qpde.models.layers import Mode, Observe
 from qpde.models.options import NetworkOptions, Smoothing
 
-__all__ = ["Architecture", "BoundPart", "Network", "Stage", "bits_of_block", "groups"]
+__all__ = ["Architecture", "BoundPart", "Network", "Pooled", "Stage", "bits_of_block", "blocks_of_stage", "groups"]
 
 
 def groups(blocks: tuple[Block, ...], first: int = 0) -> list[tuple[str, Block, int, int]]:
@@ -205,24 +205,20 @@ class Network(nn.Module):
     num_classes: int
     options: NetworkOptions
 
+    is_chain: ClassVar[bool] = True
+    """Whether each part takes the output of the one before, and no other."""
+
     @functools.cached_property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
         """The blocks by stage."""
-        kind, options = self.architecture.block, self.options
+        return tuple(
+            blocks_of_stage(self.architecture.block, stage, self.options) for stage in self.architecture.stages
+        )
 
-        def block(stage, index):
-            width_in, width_out, _, stride, expansion = stage
-            first = index == 0
-            return kind(
-                width_in=width_in if first else width_out,
-                width_out=width_out,
-                stride=stride if first else 1,
-                symmetric=options.symmetric and (not first or kind.keeps_width),
-                expansion=expansion,
-                **options.of_blocks,
-            )
-
-        return tuple(tuple(block(stage, i) for i in range(stage[2])) for stage in self.architecture.stages)
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [f"stage{s}" for s in range(len(self.stages))]
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -230,18 +226,27 @@ class Network(nn.Module):
         return tuple(itertools.chain(*self.stages))
 
     @property
+    def follows(self) -> list[bool]:
+        """Whether a block takes the output of the block before it, for every block in order."""
+        return [i > 0 for i in range(len(self.blocks))]
+
+    @property
     def stacks(self) -> list[tuple[str, str, Block, int]]:
         """All blocks in order, as their parameters are stacked: (stage, name, block, count)."""
         firsts = itertools.accumulate(map(len, self.stages), initial=0)
         return [
-            (f"stage{s}", name, block, count)
-            for s, (first, blocks) in enumerate(zip(firsts, self.stages, strict=False))
+            (stage, name, block, count)
+            for stage, first, blocks in zip(self.stage_names, firsts, self.stages, strict=False)
             for name, block, _, count in groups(blocks, first)
         ]
 
     def stem_part(self, channels: int = 3) -> ExactConv:
         """The first convolution, for images of that many channels."""
         return ExactConv(channels, self.stages[0][0].width_in, 3, "conv1", "bn1")
+
+    def stem_parts(self, channels: int = 3) -> list[tuple[str, ExactConv]]:
+        """The convolutions before the blocks by name, for images of that many channels."""
+        return [("stem", self.stem_part(channels))]
 
     @property
     def neck_part(self) -> ExactConv | None:
@@ -264,7 +269,20 @@ class Network(nn.Module):
         numbers = [b for own in self.stages for b in range(len(own))]
         blocks = [(f"{stage}.block{b}", block) for (stage, block), b in zip(stacked, numbers, strict=True)]
         neck = [("neck", self.neck_part)] if self.neck_part else []
-        return [("stem", self.stem_part(channels)), *blocks, *neck, ("head", self.head_part)]
+        return [*self.stem_parts(channels), *blocks, *neck, ("head", self.head_part)]
+
+    def sized_parts(self, image_shape: tuple[int, ...]) -> list[tuple[str, Part, tuple[int, int]]]:
+        """All parts in order, by name, each with the height and width of its input.
+
+        Args:
+          image_shape: (H, W, C) of one image.
+        """
+        height, width, channels = image_shape
+        found = []
+        for name, part in self.parts(channels):
+            found.append((name, part, (height, width)))
+            height, width = part.output_size(height, width)
+        return found
 
     @property
     def clip_bits(self) -> tuple[int, ...] | None:
@@ -357,8 +375,9 @@ class Network(nn.Module):
 
         blocks = [BoundPart(*step, bits_of_block(bits, i)) for i, step in enumerate(self.steps(variables))]
         neck = [exact(self.neck_part, "neck")] if self.neck_part else []
-        stem = self.stem_part(variables["params"]["stem"]["kernel"].shape[2])
-        return [exact(stem, "stem"), *blocks, *neck, exact(self.head_part, "head")]
+        channels = variables["params"]["stem"]["kernel"].shape[2]
+        stem = [exact(part, name) for name, part in self.stem_parts(channels)]
+        return [*stem, *blocks, *neck, exact(self.head_part, "head")]
 
     def steps(self, variables: Mapping[str, Any]) -> list[tuple[Block, dict, float, Any]]:
         """The blocks one by one: (block, its own variables, step size, gamma2), what a block is called with.
@@ -487,6 +506,39 @@ class Network(nn.Module):
                 )
             values.append(value)
         return Bits(*values)
+
+
+def blocks_of_stage(
+    kind: type[Block],
+    stage: tuple[int, int, int, int, int],
+    options: NetworkOptions,
+    *,
+    first: dict[str, Any] | None = None,
+    **shared: Any,
+) -> tuple[Block, ...]:
+    """The blocks of one stage.
+
+    Args:
+      kind: Kind of the blocks.
+      stage: A row of `Architecture.stages`.
+      options: Options of the network.
+      first: More fields of the first block.
+      shared: More fields of all blocks, where `first` does not give them.
+    """
+    width_in, width_out, count, stride, expansion = stage
+
+    def block(is_first):
+        return kind(
+            width_in=width_in if is_first else width_out,
+            width_out=width_out,
+            stride=stride if is_first else 1,
+            symmetric=options.symmetric and (not is_first or kind.keeps_width),
+            expansion=expansion,
+            **options.of_blocks,
+            **(shared | first if is_first and first else shared),
+        )
+
+    return tuple(block(i == 0) for i in range(count))
 
 
 def bits_of_block(bits: Bits, index: int) -> Bits:

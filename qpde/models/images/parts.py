@@ -156,6 +156,10 @@ class Part(abc.ABC):
         """(H', W') that the part makes of (H, W)."""
         return height, width
 
+    def output_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the output of one input of this size."""
+        return (*self.output_size(height, width), self.width_out)
+
     def factors(self, variables: dict, step_size: Any, bits: Bits) -> tuple[dict, dict, Any]:
         """Kernels, scales and step size of `Factors`, traced."""
         del bits
@@ -191,6 +195,7 @@ class ExactConv(Part):
       taps: Side of the kernel, odd.
       torch_kernel: Published name of the kernel.
       torch_norm: Published name of the norm.
+      stride: Stride of the convolution.
     """
 
     width_in: int
@@ -198,6 +203,10 @@ class ExactConv(Part):
     taps: int
     torch_kernel: str
     torch_norm: str
+    stride: int = 1
+
+    def output_size(self, height, width):
+        return -(-height // self.stride), -(-width // self.stride)
 
     def kernel_shapes(self):
         return {"kernel": (self.taps, self.taps, self.width_in, self.width_out)}
@@ -206,7 +215,7 @@ class ExactConv(Part):
         return {"norm": self.width_out}
 
     def macs(self, height, width):
-        return {"kernel": height * width * math.prod(self.kernel_shapes()["kernel"])}
+        return {"kernel": math.prod(self.output_size(height, width)) * math.prod(self.kernel_shapes()["kernel"])}
 
     def torch_names(self):
         return {"kernel": self.torch_kernel, "norm": self.torch_norm}
@@ -219,7 +228,7 @@ class ExactConv(Part):
 
     def __call__(self, variables, x, step_size, bits, mode, gamma2=None):
         params, stats = variables["params"], variables["batch_stats"]
-        hidden = operators.conv(x, params["kernel"].astype(mode.compute_dtype))
+        hidden = operators.conv(x, params["kernel"].astype(mode.compute_dtype), stride=self.stride)
         mean, var, updated = moments(hidden, stats["norm"], mode)
         return jax.nn.relu(normalize(hidden, params["norm"], mean, var)), {"batch_stats": {"norm": updated}}
 
@@ -249,6 +258,9 @@ class Head(Part):
     @property
     def parameters(self):
         return (self.width_in + 1) * self.width_out
+
+    def output_shape(self, height, width):
+        return (self.width_out,)
 
     def macs(self, height, width):
         return {"kernel": self.width_in * self.width_out}

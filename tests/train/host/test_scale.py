@@ -168,7 +168,7 @@ def test_batch_norms_see_one_part_at_a_time_and_running_statistics_move_after_ea
     images = jnp.arange(8 * 2, dtype=jnp.float32).reshape(8, 2, 1, 1) ** 2
     optimizer = optax.sgd(0.0)
     state = create_state(Norm().init(jax.random.key(0), images), optimizer, jax.random.key(1))
-    prepare = lambda key, x, labels: (x, jax.nn.one_hot(labels, 3))  # noqa: E731
+    prepare = lambda key, x, labels: (x, jax.nn.one_hot(labels, 3), labels)  # noqa: E731
     step = jax.jit(make_train_step(make_loss(Norm(), Loss()), optimizer, prepare, accumulate=2))
     after, sums = step(state, (images, jnp.zeros(8, jnp.int32)), jax.random.key(2), None)
     first, second = (np.asarray(images[i::2, :, 0, 0]).mean(0) for i in range(2))

@@ -36,7 +36,7 @@ def _fragile(harm):
     model, optimizer = Fragile(), optax.sgd(0.1)
     variables = model.init(jax.random.key(0), jnp.zeros((2, 4, 4, 1)))
     loss, select = make_loss(model, Loss()), make_select(steps_per_epoch=4, batch_size=8)
-    prepare = lambda key, x, labels: (normalize(x), jax.nn.one_hot(labels, 3))  # noqa: E731
+    prepare = lambda key, x, labels: (normalize(x), jax.nn.one_hot(labels, 3), labels)  # noqa: E731
     step = make_epoch_step(make_train_step(loss, optimizer, prepare), select)
     explain = make_explain(model, loss, prepare, lambda key, bits: bits)
     state = create_state({"params": harm(variables["params"])}, optimizer, jax.random.key(1))

@@ -1,0 +1,147 @@
+"""Blocks of decoders as pure functions: convolutions without a shortcut, whose weights and activations are rounded.
+
+With quantizers Q, norms N, smoothing S and ReLU s:
+
+    convolution    S(s(N1(K1 Q1(x))))
+    separable      S(s(N2(K2 Q2(S(s(N1(K1 Q1(x))))))))        K1 depthwise, K2 1x1
+    pooled         s(N1(K1 Q1(mean of x)))                    one pixel
+
+A decoder's only symmetric steps are those of `qpde.models.images.blocks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from qpde import operators
+from qpde.kernel_norms import conv_norm_bound, depthwise_norm_bound
+from qpde.models.images.blocks import Block, Scaling
+from qpde.models.images.parts import StepBound
+
+__all__ = ["ConvBlock", "PooledBlock", "SeparableBlock"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DecoderBlock(Block):
+    """A block that is no step: it has no shortcut and no adjoint."""
+
+    stride: int = 1
+    symmetric: bool = False
+
+    def linear_pair(self, kernels):
+        raise TypeError(f"{type(self).__name__} is no symmetric step: it has no K^T")
+
+    composed_kernel = linear_pair
+
+    def _own_bound(self, factors, first, norms, radii, pixels):
+        """Of convolutions of these norms one after the other; `first` bounds the error of their input."""
+        error = first
+        for index, norm in enumerate(norms):
+            error = norm * error
+            if index < len(radii):
+                error += radii[index] * math.sqrt(pixels * self.width_in)
+        return StepBound(math.prod(norms), error)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvBlock(_DecoderBlock):
+    """Convolution, norm, ReLU and smoothing.
+
+    Attributes:
+      taps: Side of the kernel, odd.
+    """
+
+    taps: int = 3
+
+    act_count = 1
+
+    def kernel_shapes(self):
+        return {"kernel1": (self.taps, self.taps, self.width_in, self.width_out)}
+
+    def norm_widths(self):
+        return {"norm1": self.width_out}
+
+    @property
+    def scalings(self):
+        return self._activation_scalings(Scaling("norm1", "kernel1"))
+
+    def macs(self, height, width):
+        return {"kernel1": height * width * math.prod(self.kernel_shapes()["kernel1"])}
+
+    def _plain_bound(self, factors, first, radii, size):
+        norm = conv_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])
+        return self._own_bound(factors, first, [norm], [], math.prod(size))
+
+    def step(self, x, variables, step_size, call):
+        xq = call.activation(x, 0, signed=self.signed_inputs)
+        hidden = operators.conv(xq, call.kernels()["kernel1"], dilation=self.dilation)
+        return call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeparableBlock(_DecoderBlock):
+    """A 3x3 depthwise and a 1x1 convolution, each with norm, ReLU and smoothing. The depthwise kernel has 8 bits."""
+
+    def kernel_shapes(self):
+        return {"kernel1": (3, 3, 1, self.width_in), "kernel2": (1, 1, self.width_in, self.width_out)}
+
+    def norm_widths(self):
+        return {"norm1": self.width_in, "norm2": self.width_out}
+
+    @property
+    def scalings(self):
+        outputs = (Scaling("norm1", "kernel1"), Scaling("norm2", "kernel2"))
+        return self._activation_scalings(Scaling("norm1", "kernel2", 1)) + outputs
+
+    def macs(self, height, width):
+        return {name: height * width * math.prod(shape) for name, shape in self.kernel_shapes().items()}
+
+    def _plain_bound(self, factors, first, radii, size):
+        norms = [
+            bound(factors.kernels[f"kernel{i}"] * factors.scales[f"norm{i}"])
+            for i, bound in enumerate((depthwise_norm_bound, conv_norm_bound), start=1)
+        ]
+        return self._own_bound(factors, first, norms, radii, math.prod(size))
+
+    def step(self, x, variables, step_size, call):
+        kernels = call.kernels()
+        xq = call.activation(x, 0, signed=self.signed_inputs)
+        z = call.batch_norm("norm1", operators.depthwise(xq, kernels["kernel1"], dilation=self.dilation))
+        z = call.activation(call.smooth(jax.nn.relu(z)), 1)
+        return call.smooth(jax.nn.relu(call.batch_norm("norm2", operators.conv(z, kernels["kernel2"]))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledBlock(_DecoderBlock):
+    """The mean over all pixels, a 1x1 convolution, norm and ReLU: the context of the whole image, as one pixel."""
+
+    act_count = 1
+
+    def output_size(self, height, width):
+        return 1, 1
+
+    def kernel_shapes(self):
+        return {"kernel1": (1, 1, self.width_in, self.width_out)}
+
+    def norm_widths(self):
+        return {"norm1": self.width_out}
+
+    @property
+    def scalings(self):
+        return self._activation_scalings(Scaling("norm1", "kernel1"))
+
+    def macs(self, height, width):
+        return {"kernel1": self.width_in * self.width_out}
+
+    def _plain_bound(self, factors, first, radii, size):
+        norm = conv_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])
+        pixels = math.prod(size)
+        # The mean has norm 1 / sqrt(pixels), and its single pixel is what is rounded.
+        return StepBound(norm / math.sqrt(pixels), norm * first / math.sqrt(pixels))
+
+    def step(self, x, variables, step_size, call):
+        xq = call.activation(x.mean((1, 2), keepdims=True), 0, signed=self.signed_inputs)
+        return jax.nn.relu(call.batch_norm("norm1", operators.conv(xq, call.kernels()["kernel1"])))

@@ -1,0 +1,90 @@
+"""A segmentation run from its file to its page: what it learns, keeps and shows."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import qpde
+from train.commands.cli import main
+
+RECIPE = """from train.config.images import Optimizer, Variant
+from train.config.segmentation import SegmentationData, SegmentationExperiment, SegmentationLoss, SegmentationModel
+
+recipes = {{
+    "fast": SegmentationExperiment(
+        name="scenes",
+        variants=(Variant("symmetric", {{"symmetric": True}}),),
+        data=SegmentationData("folder/{root}", smallest_scale=1.0, largest_scale=1.2, crop=(32, 32)),
+        model=SegmentationModel("deeplabv3plus", encoder="stablenet20", decoder_width=8, weight_bits=4, act_bits=4),
+        loss=SegmentationLoss(dice=0.5),
+        optimizer=Optimizer("adam", learning_rate=0.01, schedule="constant"),
+        epochs=2,
+        batch_size=4,
+    ),
+}}
+"""
+CLASSES = ("left", "right")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Twenty images whose dark and bright parts are two classes; a border without a class."""
+    root, rng = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for i in range(20):
+        edge = rng.integers(12, 36)
+        labels = np.zeros((32, 48), np.uint8)
+        labels[:, edge:] = 1
+        pixels = np.clip(rng.normal(60 + 120 * labels[..., None], 8, (32, 48, 3)), 0, 255).astype(np.uint8)
+        labels[0] = 255
+        Image.fromarray(pixels).save(root / "images" / f"{i:02}.png")
+        Image.fromarray(labels).save(root / "labels" / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory, compiled_once):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "scenes.py").write_text(RECIPE.format(root=scenes))
+    assert main(["run", str(folder / "scenes.py"), "--runs-dir", str(folder)]) == 0
+    return folder / "scenes"
+
+
+def test_the_run_is_judged_by_the_intersection_over_union_of_every_class(run):
+    (result,) = json.loads((run / "summary.json").read_text())["variants"].values()
+    assert set(result["iou"]) == set(CLASSES)
+    assert result["mean_iou"] == pytest.approx(np.mean(list(result["iou"].values())))
+    assert result["mean_iou"] > 0.55  # everything of one class: half of a half
+    assert {"mean_iou_twin", "agreement", "accuracy", "mean_layer_error"} <= result.keys()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = max(line["validation_mean_iou"] for line in lines if "validation_mean_iou" in line)
+    assert result["validation_mean_iou"] == best
+
+
+def test_the_network_predicts_from_its_folder_and_writes_maps_of_a_photograph(run, scenes, tmp_path, capsys):
+    network = qpde.load(run / "symmetric")
+    picture = scenes / "images" / "09.png"
+    labels = network.predict(np.asarray(Image.open(picture))[None])[0]
+    wide = tmp_path / "wide.png"
+    Image.open(picture).resize((96, 64), Image.Resampling.NEAREST).save(wide)
+    assert main(["predict", str(run), str(wide), str(tmp_path / "none.png"), "--output", str(tmp_path / "out")]) == 1
+    out, err = capsys.readouterr()
+    assert "left" in out
+    assert "none.png cannot be read" in err
+    found = Image.open(tmp_path / "out" / "symmetric" / "wide_labels.png")
+    assert found.size == (96, 64)
+    assert np.mean(np.asarray(found.resize((48, 32), Image.Resampling.NEAREST)) == labels) > 0.9
+    assert Image.open(tmp_path / "out" / "symmetric" / "wide_overlay.png").size == (96, 64)
+
+
+def test_the_report_shows_scenes_and_classes(run):
+    assert main(["report", str(run), "--images", "2", "--bits", "4"]) == 0
+    page = (run / "report" / "report.html").read_text()
+    for text in ("Scenes", "where they differ", *CLASSES, "Intersection over union by class"):
+        assert text in page or text == "where they differ"
+    assert (run / "report" / "scenes_0.png").is_file()
