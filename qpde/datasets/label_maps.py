@@ -128,7 +128,8 @@ def read_pairs(
                 f"{path} has size {pixels.shape[:2]}, others in its folder {images.shape[1:3]}: give a size for all"
             )
         images[i], labels[i] = pixels, found
-    assert images is not None and labels is not None, "there is a pair"
+    if images is None or labels is None:
+        raise ValueError("there are no pairs of images and label maps")
     return Split(images, labels)
 
 
