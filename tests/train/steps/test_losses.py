@@ -134,7 +134,7 @@ def test_similarity_alone_lowers_the_difference_of_the_passes(network):
     model, params, state, x, targets = network
     optimizer = optax.sgd(1e-2)
     loss = make_loss(model, Loss("similarity", similarity_weight=1e-2))
-    step = jax.jit(make_train_step(loss, optimizer, lambda key, images, labels: (images, targets)))
+    step = jax.jit(make_train_step(loss, optimizer, lambda key, images, labels: (images, targets, labels)))
     training = create_state({"params": params, **state}, optimizer, jax.random.key(0))
     values = []
     for _ in range(10):
@@ -176,7 +176,7 @@ def test_averages_follow_their_formula_and_are_what_is_evaluated():
         jnp.sum(params["w"]),
         ({"loss": jnp.float32(0)}, jnp.zeros((1, 2)), {"batch_stats": state["batch_stats"] + 1}),
     )
-    step = jax.jit(make_train_step(loss, optimizer, lambda key, x, y: (x, y), averaging=0.2))
+    step = jax.jit(make_train_step(loss, optimizer, lambda key, x, y: (x, y, y.argmax(-1)), averaging=0.2))
     state = create_state(
         {"params": {"w": jnp.zeros(1)}, "batch_stats": jnp.zeros(1)}, optimizer, jax.random.key(0), averaging=True
     )

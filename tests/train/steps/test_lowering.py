@@ -52,7 +52,7 @@ def test_the_training_step_of_every_family_of_image_networks_lowers_for_accelera
     state = jax.eval_shape(lambda v: create_state(v, optimizer, key), variables | {"params": params})
 
     def prepare(key, images, labels):
-        return images.astype(jnp.float32) / 128 - 1, jax.nn.one_hot(labels, 3)
+        return images.astype(jnp.float32) / 128 - 1, jax.nn.one_hot(labels, 3), labels
 
     train_step = make_train_step(make_loss(model, loss), optimizer, prepare)
     step = make_epoch_step(train_step, make_select(steps_per_epoch=2, batch_size=4))

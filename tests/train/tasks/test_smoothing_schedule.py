@@ -71,7 +71,7 @@ def _course(learning_rate, start, steps=12):
     params = {"gamma2": jnp.float32(start)}
     config = Optimizer(learning_rate=learning_rate, schedule="constant", momentum=0.0, weight_decay=0.0)
     optimizer = create_optimizer(config, params, steps=steps)
-    step = jax.jit(make_train_step(loss, optimizer, lambda key, x, y: (x, target), ranges={"gamma2": (0.0, BOUND)}))
+    step = jax.jit(make_train_step(loss, optimizer, lambda key, x, y: (x, target, y), ranges={"gamma2": (0.0, BOUND)}))
     state, found = create_state({"params": params}, optimizer, jax.random.key(0)), []
     for _ in range(steps):
         state, _ = step(state, (x, jnp.zeros(2, jnp.int32)), jax.random.key(1), None)
