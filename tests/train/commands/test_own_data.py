@@ -34,7 +34,6 @@ def home(tmp_path_factory, compiled_once):
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.ARCHITECTURES, "resnet20", TINY)
-        patch.delenv("QPDE_DATA_DIR", raising=False)
         patch.chdir(home)
         config = str(ROOT / "configs/own_pictures.py")  # whose pictures are in the folder of this name
         bits = ["--model.weight-bits", "None", "--model.act-bits", "None"]
