@@ -17,7 +17,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]  # a guide of the table of contents that is not written yet
 
 html_theme = "furo"
 html_title = f"qpde {release}"
@@ -40,6 +39,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Example|Examples):$")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from qpde.bits import Bits
     from qpde.models.protocol import QuantizedNetwork
-    from qpde.nn import Rule, optimizer_labels, project, quantized
+    from qpde.nn import Rule, optimizer_labels, project
+    from qpde.nn.quantized import quantized
     from qpde.trained import TrainedNetwork, load, save
 
 try:
@@ -78,13 +79,16 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # Imported when they are asked for: the help of the script and the processes that read pictures need no JAX.
     if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in __all__:
-        value = importlib.import_module(f"qpde.{name}")
-    else:
-        raise AttributeError(f"module 'qpde' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+    module = f"{__name__}.{name}"
+    try:
+        if not name.startswith("_"):
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

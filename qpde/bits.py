@@ -23,8 +23,8 @@ class Bits(NamedTuple):
     clips and does not round, which makes the `twin` of a network.
 
     Attributes:
-      weights: of the convolution kernels inside blocks: None, scalar or (blocks,).
-      activations: of the feature maps inside blocks: None, scalar or (blocks,).
+      weights: Bits of the convolution kernels inside blocks: None, scalar or (blocks,).
+      activations: Bits of the feature maps inside blocks: None, scalar or (blocks,).
     """
 
     weights: Any = None
@@ -32,8 +32,9 @@ class Bits(NamedTuple):
 
     @property
     def twin(self) -> "Bits":
-        """Of the high-precision twin, whose activations are clipped and not rounded: 32 bits in the form of the given
-        ones, so that both networks share one compiled program.
+        """Bits of the high-precision twin, whose activations are clipped and not rounded.
+
+        They are 32 in the form of the given ones, so that both networks share one compiled program.
         """
 
         def exact(width):
@@ -76,7 +77,13 @@ def _stack_part(name: str, widths: list[Any]) -> Any:
 
 
 def parse_bits(text: str) -> Bits:
-    """ "W4A8" or "4" as `Bits`; ValueError for anything else, or a width outside 2 to 32."""
+    """Read "W4A8" or "4" as `Bits`.
+
+    Args:
+      text: W, bits of weights, A and bits of activations; or one number for both. From 2 to 32.
+    Raises:
+      ValueError: Any other text, or bits outside 2 to 32.
+    """
     found = re.fullmatch(r"W(\d+)A(\d+)|(\d+)", text)
     if not found:
         raise ValueError(f"widths {text!r} are neither like W4A8 nor a number of bits")
@@ -88,5 +95,11 @@ def parse_bits(text: str) -> Bits:
 
 
 def distinct_bits(texts: Sequence[str]) -> list[Bits]:
-    """`parse_bits` of each, in their order, without those that another text already gave."""
+    """Read several texts by `parse_bits`, and leave out what occurs again.
+
+    Args:
+      texts: As for `parse_bits`. Their order is kept.
+    Raises:
+      ValueError: As `parse_bits`.
+    """
     return list(dict.fromkeys(map(parse_bits, texts)))

@@ -21,8 +21,8 @@ WIDTH = 80
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with status 2, and whose help fits a plain terminal."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options, formatter_class=_Help, allow_abbrev=False)
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end."""
@@ -176,6 +176,7 @@ def _lazily(module: str, summary: str) -> Command:
 
 COMMANDS = {
     "predict": Command("predict the classes of pictures", _add_predict, _predict),
+    "export": _lazily("qpde.deploy.command", "files that run elsewhere: packed, ONNX, StableHLO, C"),
     "show": Command("what a network is, and where it came from", _add_show, _show),
 }
 

@@ -20,7 +20,7 @@ def describe(network: TrainedNetwork) -> dict[str, Any]:
       Values of JSON by what they are.
     """
     model = network.model
-    found = {"network": f"{_name(model)}", "bits": _bits(model), "classes": list(network.classes)}
+    found: dict[str, Any] = {"network": _name(model), "bits": _bits(model), "classes": list(network.classes)}
     if isinstance(model, Network):
         found["options"] = _options(model)
         if network.input_shape is not None:

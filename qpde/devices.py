@@ -46,7 +46,8 @@ def on_each_device(x: jax.Array, *, batch: bool = False) -> jax.Array:
     """An array whole on every device of a mesh with explicit axes, or split along its first axis at most.
 
     Args:
-      x: array.   batch: keep the split of the first axis.
+      x: Array.
+      batch: Whether to keep the split of the first axis.
     Returns:
       x, in another sharding where that is needed.
     """

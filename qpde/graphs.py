@@ -76,13 +76,13 @@ def from_edges(
     Args:
       senders: One end of each edge: integers (edges,), in 0 .. num_nodes - 1; may be empty.
       receivers: The other end, likewise.
-      num_nodes: at least 1.
-      nodes: features, floating point (num_nodes, ...), a list of them, or a `jax.experimental.sparse.BCOO` matrix,
+      num_nodes: At least 1.
+      nodes: Features, floating point (num_nodes, ...), a list of them, or a `jax.experimental.sparse.BCOO` matrix,
         which jraph can batch or pad neither way; None stands for (num_nodes, 0).
     Returns:
       GraphsTuple of one graph; `edges` and `globals` are None.
     Raises:
-      ValueError: no nodes, an end outside them, lists of different lengths or not of integers, features of another
+      ValueError: No nodes, an end outside them, lists of different lengths or not of integers, features of another
         length, not floating point, NaN or infinite.
 
     >>> graph = from_edges([0, 1, 2, 2], [1, 0, 1, 2], num_nodes=4)
@@ -140,7 +140,7 @@ def gradient(
     Returns:
       Edge field (edges, ...).
     Raises:
-      ValueError: an unknown kind, a field of another length than the graph.
+      ValueError: An unknown kind, a field of another length than the graph.
     """
     _check(graph, kind, x)
     scale = normalize(graph) if scale is None else scale
@@ -168,7 +168,7 @@ def divergence(
     Returns:
       Node field (nodes, ...).
     Raises:
-      ValueError: an unknown kind, a field of another length than the edges.
+      ValueError: An unknown kind, a field of another length than the edges.
     """
     _check(graph, kind, p=p)
     scale = normalize(graph) if scale is None else scale
@@ -222,14 +222,14 @@ def nonlinear_laplacian(
     Args:
       graph: Each undirected edge once.
       x: Node field (nodes, ...).
-      flux: s, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
+      flux: S, a function of values (edges in a block, ...) on the edges that treats each edge by itself, s(0) = 0. It
         may close over traced numbers, and gradients flow to those that are floating point; reverse mode only.
       kind: "normalized" or "gcn".
       scale: `normalize(graph)`; None computes it.
     Returns:
       Node field like x, of the dtype of x * scale.
     Raises:
-      ValueError: as for `gradient`.
+      ValueError: As for `gradient`.
     """
     _check(graph, kind, x)
     scale = normalize(graph) if scale is None else scale
@@ -322,7 +322,7 @@ def tv_step(
     Returns:
       Node field like x.
     Raises:
-      ValueError: a static gamma2 outside its bounds, a static eps <= 0, and as for `gradient`.
+      ValueError: A static gamma2 outside its bounds, a static eps <= 0, and as for `gradient`.
     """
     _check(graph, kind, x)
     eps, step = _positive("eps", eps), scalar("gamma2", gamma2)
@@ -389,7 +389,7 @@ def max_stable_step(
     Returns:
       Scalar; infinite for a graph without edges, where G = 0.
     Raises:
-      ValueError: a static lipschitz <= 0, an unknown kind.
+      ValueError: A static lipschitz <= 0, an unknown kind.
     """
     lipschitz = _positive("lipschitz", lipschitz)
     return 2.0 / (jnp.asarray(lipschitz, jnp.float32) * largest_eigenvalue_bound(graph, kind=kind, scale=scale))
@@ -418,10 +418,10 @@ def fold_blocks(add, start, columns, *, channels):
     """`add(total, block)` from `start` on, over blocks of the columns, as large as the platform likes them.
 
     Args:
-      add: its block is a tuple, of as many entries of each column.
-      start: the first total.
-      columns: arrays (entries,). Zeros fill the last block.
-      channels: numbers that an entry stands for.
+      add: Its block is a tuple, of as many entries of each column.
+      start: The first total.
+      columns: Arrays (entries,). Zeros fill the last block.
+      channels: Numbers that an entry stands for.
     """
 
     def fold(rows, start, columns):

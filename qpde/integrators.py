@@ -51,19 +51,19 @@ def integrate(
     Args:
       step: (state, params of one step, step size) -> state of the same structure and shapes, or (state, aux) if
         `has_aux`. The same function at every step: what varies goes into `params`.
-      params: pytree of arrays, each stacking the L steps on its leading axis. It may be empty (`None`) if
+      params: Pytree of arrays, each stacking the L steps on its leading axis. It may be empty (`None`) if
         `step_size` says how many steps there are.
       state: x_0, any pytree of arrays.
       step_size: h, a scalar for all steps or shape (L,); may be traced. The sign is not checked: a negative
         one integrates backwards.
       loop: "scan", "unroll", or "auto", which scans from `SCAN_FROM` steps on.
-      remat: recompute the intermediates of a step in the backward pass, so that only states are stored.
-      has_aux: the step also returns an auxiliary pytree, for instance the state itself to record all of them.
+      remat: Recompute the intermediates of a step in the backward pass, so that only states are stored.
+      has_aux: The step also returns an auxiliary pytree, for instance the state itself to record all of them.
     Returns:
       x_L, or (x_L, aux) with the L auxiliary values stacked on a leading axis if `has_aux`. Each leaf of x_L has the
         dtype of that of x_0: a step may compute in a wider one.
     Raises:
-      ValueError: stacks of different lengths (all leaves are listed), a leaf without leading axis, no steps,
+      ValueError: Stacks of different lengths (all leaves are listed), a leaf without leading axis, no steps,
         a `step_size` that is neither scalar nor (L,), an unknown `loop`, a whole number in the state that a step
         makes a fraction.
 
@@ -106,7 +106,7 @@ def euler(f: Field, state: State, params: Params, step_size: StepSize) -> State:
     in x_j is carried along but never amplified.
 
     Args:
-      f: vector field (state, params) -> pytree like `state`.
+      f: Vector field (state, params) -> pytree like `state`.
       state: x_j.
       params: theta_j.
       step_size: h.
@@ -165,7 +165,7 @@ def leapfrog(f: Field, state: tuple[State, State], params: Params, step_size: St
     it is stable exactly if h^2 |K|^2 < 4.
 
     Args:
-      f: vector field (x, params) -> pytree like x.
+      f: Vector field (x, params) -> pytree like x.
       state: (x_j, x_{j-1}). A start with velocity v is x_{-1} = x_0 - h v - h^2/2 f(x_0); (x_0, x_0) starts
         at rest up to O(h).
       params: theta_j.
@@ -192,8 +192,8 @@ def hamiltonian(f: Field, g: Field, state: tuple[State, Any], params: Params, st
     then y_j = y_{j+1} + h f(z_j). Networks of this form: Haber and Ruthotto (2017), Stable architectures.
 
     Args:
-      f: vector field (z, params) -> pytree like y.
-      g: vector field (y, params) -> pytree like z.
+      f: Vector field (z, params) -> pytree like y.
+      g: Vector field (y, params) -> pytree like z.
       state: (y_j, z_j), for instance two halves of the channels.
       params: theta_j, handed to both fields.
       step_size: h.

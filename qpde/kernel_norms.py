@@ -29,13 +29,20 @@ def conv_norm_bound(kernel: Float[Array | np.ndarray, "kh kw c_in c_out"], *, po
     Returns:
       The bound.
     Raises:
-      ValueError: a kernel of even size, or NaN or infinite; too few points.
+      ValueError: A kernel of even size, or NaN or infinite; too few points.
     """
     return _symbol_bound(kernel, points, lambda symbol: np.linalg.norm(symbol, 2, axis=(2, 3)))
 
 
 def depthwise_norm_bound(kernel: Float[Array | np.ndarray, "kh kw 1 c"], *, points: int = 32) -> float:
-    """`conv_norm_bound` of a depthwise convolution, whose symbol is diagonal."""
+    """Bound the norm of a depthwise convolution, whose symbol is diagonal.
+
+    Args:
+      kernel: (kh, kw, 1, C), odd size.
+      points: Frequencies on each axis, as for `conv_norm_bound`.
+    Raises:
+      ValueError: As `conv_norm_bound`.
+    """
     return _symbol_bound(kernel, points, lambda symbol: np.abs(symbol).max((2, 3)))
 
 
@@ -62,12 +69,14 @@ def conv_norm_is_at_most(
     The work is that of height * taps^2 products of square matrices of width * c_in rows: a second for 32x32x16.
 
     Args:
-      kernel: HWIO, odd size.   bound: not negative.   size: height and width of the input.
-      padding: as for `qpde.operators.conv`, at stride 1.
+      kernel: HWIO, odd size.
+      bound: Not negative.
+      size: Height and width of the input.
+      padding: As for `qpde.operators.conv`, at stride 1.
     Returns:
       True is a proof. False means a larger norm, or one within 1e-9 of the bound.
     Raises:
-      ValueError: a kernel of even size, or NaN or infinite; a bound that is negative or NaN.
+      ValueError: A kernel of even size, or NaN or infinite; a bound that is negative or NaN.
     """
     kernel = _checked(kernel)
     if not bound >= 0:

@@ -36,10 +36,10 @@ def spectral_norm(
 
     Args:
       linear_map: x of `shape` -> y, linear.
-      shape: of x. A map on images keeps its batch axis: (1, H, W, C).
+      shape: Shape of x. A map on images keeps its batch axis: (1, H, W, C).
       adjoint: y -> x, its exact adjoint; by default the vjp of `linear_map`.
-      iterations: products with A^T A, at least 1.
-      key: of the random start.
+      iterations: Products with A^T A, at least 1.
+      key: Random key of the random start.
     Returns:
       Scalar float32 estimate, never above the true norm (up to rounding); 0 for the zero map. Squares of norms must be
         numbers of float32: outside 1e-18 to 1e18 scale the map.
@@ -68,7 +68,7 @@ def power_iterations(
       linear_map: A, x -> y.
       adjoint: A^T, y -> x.
       v: |v| = 1, the start.
-      iterations: how many steps, at least 1.
+      iterations: How many steps, at least 1.
     Returns:
       sigma, a scalar, and v'.
     """

@@ -42,14 +42,16 @@ def conv(
     bfloat16 too. Sums are kept in float32 whatever it is.
 
     Args:
-      x: images.   kernel: kh and kw odd.
-      stride: 1 or more.   dilation: distance of the kernel's taps, 1 or more.
-      padding: zeros on each side of both axes, 0 or more; None is d (k - 1) / 2 on each axis, which keeps the size
+      x: Images.
+      kernel: Kernel of odd height and width.
+      stride: Distance of the outputs, 1 or more.
+      padding: Zeros on each side of both axes, 0 or more. None is d (k - 1) / 2 on each axis, which keeps the size
         at stride 1 and is the usual padding=1 of a 3x3 kernel at stride 2 (XLA's "SAME" differs there).
+      dilation: Distance of the kernel's taps, 1 or more.
     Returns:
       Images of height (h + 2 p - d (kh - 1) - 1) // s + 1, likewise the width, in x's dtype.
     Raises:
-      ValueError: images or a kernel that are not floating; an even kernel; a stride, padding or dilation out of range;
+      ValueError: Images or a kernel that are not floating; an even kernel; a stride, padding or dilation out of range;
         a kernel larger than the padded image.
     """
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
@@ -71,13 +73,17 @@ def conv_adjoint(
     stride, that of y with s - 1 zeros between its pixels.
 
     Args:
-      y: images in the range of `conv`.   kernel, stride, padding, dilation: as given to `conv`.
-      size: height and width of x. At stride 1 it follows from y's; at a larger stride several sizes of x share one
+      y: Images in the range of `conv`.
+      kernel: As given to `conv`.
+      stride: As given to `conv`.
+      padding: As given to `conv`.
+      dilation: As given to `conv`.
+      size: Height and width of x. At stride 1 it follows from y's; at a larger stride several sizes of x share one
         of y, and it must be given.
     Returns:
       Images of that size, in y's dtype.
     Raises:
-      ValueError: as `conv`; a missing `size` at a stride above 1; a `size` that `conv` does not map to y's.
+      ValueError: As `conv`; a missing `size` at a stride above 1; a `size` that `conv` does not map to y's.
     """
     form = _adjoint_form(y.shape[1:3], kernel, stride, padding, dilation, size)
     return _in_kernel_dtype(_conv_adjoint, form, y, kernel)
@@ -95,7 +101,16 @@ def depthwise(
 
     y[n, i, j, c] = sum_{a, b} x[n, s i + d a - p, s j + d b - p, c] kernel[a, b, 0, c], all taps in one pass over x.
 
-    Args, Returns, Raises: as `conv`; ValueError also for a kernel that is not one for each channel of x.
+    Args:
+      x: Images.
+      kernel: One kernel for each channel, of odd height and width.
+      stride: Distance of the outputs, 1 or more.
+      padding: Zeros on each side, see `conv`.
+      dilation: Distance of the kernel's taps, 1 or more.
+    Returns:
+      Images of the size that `conv` gives, in x's dtype.
+    Raises:
+      ValueError: As `conv`, or a kernel that is not one for each channel of x.
     """
     _check_depthwise(x, kernel)
     form = _form(x.shape[1:3], kernel, stride, padding, dilation)
@@ -111,9 +126,19 @@ def depthwise_adjoint(
     dilation: int = 1,
     size: tuple[int, int] | None = None,
 ) -> Float[Array, "n h w c"]:
-    """Adjoint of `depthwise` with the same kernel and options; arguments as `conv_adjoint`.
+    """Adjoint of `depthwise` with the same kernel and options.
 
     With padding=0 it is the full correlation: the image grows back to the size that `depthwise` shrank.
+
+    Args:
+      y: Images as `depthwise` returns them.
+      kernel: As for `depthwise`.
+      stride: As for `depthwise`.
+      padding: As for `depthwise`.
+      dilation: As for `depthwise`.
+      size: Height and width of the result, see `conv_adjoint`.
+    Raises:
+      ValueError: As `conv_adjoint`, or a kernel that is not one for each channel of y.
     """
     _check_depthwise(y, kernel)
     form = _adjoint_form(y.shape[1:3], kernel, stride, padding, dilation, size)

@@ -77,14 +77,7 @@ class Predictor:
     newton_steps: int = 2
 
     def __post_init__(self):
-        model, shape = self.network.model, self.network.input_shape
-        if not isinstance(model, Network):
-            raise ValueError("this network takes a graph, and pictures are none: use qpde.load(NETWORK).predict(graph)")
-        if shape is None or shape[2] not in (1, 3):
-            raise ValueError(
-                f"this network takes inputs of shape {shape}, which pictures cannot be made into: save it with "
-                "input_shape=(height, width, 3), or 1 for shades of grey"
-            )
+        model, _ = self.model, self.shape
         for part, own, given in zip(Bits._fields, model.bits, self._bits, strict=True):
             if own is None and given is not None and given < EXACT_BITS:
                 raise ValueError(f"this network has no quantizers of {part}: quantize it first, see qpde.ptq.quantize")
@@ -96,6 +89,25 @@ class Predictor:
             if self._bits.activations is None or self._bits.activations >= EXACT_BITS:
                 raise ValueError("nothing is rounded, so there is nothing to certify: give bits of activations")
             check_model(self._ordinary[0])
+
+    @property
+    def model(self) -> Network:
+        """The network's module."""
+        model = self.network.model
+        if not isinstance(model, Network):
+            raise ValueError("this network takes a graph, and pictures are none: use qpde.load(NETWORK).predict(graph)")
+        return model
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of what pictures are made into."""
+        shape = self.network.input_shape
+        if shape is None or shape[2] not in (1, 3):
+            raise ValueError(
+                f"this network takes inputs of shape {shape}, which pictures cannot be made into: save it with "
+                "input_shape=(height, width, 3), or 1 for shades of grey"
+            )
+        return shape
 
     def __call__(self, images: np.ndarray) -> list[Prediction]:
         """Predict the classes of images.
@@ -136,12 +148,12 @@ class Predictor:
         model, variables, steps = self._proof
         x, bits = self.network.normalize(images), self._ordinary[2]
         found = certify(model, variables, x, bits, newton_steps=self.newton_steps, steps=steps)
-        return np.asarray(found.logits), exact_twin(model, variables, x, bits), found.certified
+        return np.asarray(found.logits), exact_twin(model, variables, x, bits), np.asarray(found.certified)
 
     @cached_property
     def _ordinary(self) -> tuple[Network, dict[str, Any], Bits]:
         """The network with one clip for all bits."""
-        model, variables, bits = self.network.model, self.network.variables, self._bits
+        model, variables, bits = self.model, dict(self.network.variables), self._bits
         if model.clip_bits is not None:
             model, variables = model.at_bits(variables, bits)
         return model, variables, Bits(*(None if value is None else jnp.int32(value) for value in bits))
@@ -150,9 +162,9 @@ class Predictor:
     def _proof(self) -> tuple[Network, dict[str, Any], Any]:
         """The network with converged norms, and the constants of its steps, which are the same for all pictures."""
         model, variables, bits = self._ordinary
-        shape = self.network.input_shape
-        variables = converge_norms(model, variables, jnp.zeros((1, *shape)), bits=bits)
-        return model, variables, step_bounds(model, variables, tuple(shape[:2]), bits)
+        height, width, channels = self.shape
+        variables = converge_norms(model, variables, jnp.zeros((1, height, width, channels)), bits=bits)
+        return model, variables, step_bounds(model, variables, (height, width), bits)
 
 
 def _pairs(own: Bits, given: Bits) -> Iterator[tuple[Any, Any]]:
@@ -183,7 +195,7 @@ def predict_files(
     """
     if form not in FORMATS:
         raise ValueError(f"format {form!r} is none of {', '.join(FORMATS)}")
-    seen = {(predictor.network.input_shape, predictor.network.centre) for predictor in predictors.values()}
+    seen = {(predictor.shape, predictor.network.centre) for predictor in predictors.values()}
     if len(seen) != 1:
         raise ValueError("the networks take inputs of different shapes: predict with one at a time")
     ((shape, centre),) = seen

@@ -46,8 +46,8 @@ from jaxtyping import Array, Float
 from qpde.checks import known_value, scalar, whole_number
 
 __all__ = [
-    "KINDS",
-    "Kind",
+    "ENERGIES",
+    "Energy",
     "divergence",
     "gradient",
     "implicit_step",
@@ -70,11 +70,12 @@ def gradient(x: Image, *, boundary: str = "neumann") -> Float[Array, "*batch hei
     ("periodic"), or 0 ("dirichlet").
 
     Args:
-      x: (..., H, W, C), floating.   boundary: "neumann", "periodic" or "dirichlet".
+      x: (..., H, W, C), floating.
+      boundary: "neumann", "periodic" or "dirichlet".
     Returns:
       (..., H, W, C, 2): the difference along H, then along W, in the dtype of `x`.
     Raises:
-      ValueError: unknown boundary, fewer than three axes, or a dtype that is not floating.
+      ValueError: Unknown boundary, fewer than three axes, or a dtype that is not floating.
 
     >>> gradient(jnp.array([[1.0, 3.0, -2.0]])[..., None])[0, :, 0, 1].tolist()
     [2.0, -5.0, 0.0]
@@ -91,11 +92,12 @@ def divergence(p: VectorField, *, boundary: str = "neumann") -> Float[Array, "*b
     (unless periodic), and with Neumann borders nothing flows out behind the last ones.
 
     Args:
-      p: (..., H, W, C, 2), floating; along H, then along W.   boundary: as in `gradient`.
+      p: (..., H, W, C, 2), floating; along H, then along W.
+      boundary: As in `gradient`.
     Returns:
       (..., H, W, C) in the dtype of `p`.
     Raises:
-      ValueError: as in `gradient`, or the last axis of `p` is not of length 2.
+      ValueError: As in `gradient`, or the last axis of `p` is not of length 2.
     """
     p = jnp.asarray(p)
     if p.ndim < 4 or p.shape[-1] != 2:
@@ -116,12 +118,13 @@ def total_variation(
 
     Args:
       x: (..., H, W, C), floating; computed in float32 at least.
-      eps: positive; a Python number, or a scalar array; a traced one is not checked.
-      kind: a key of `ENERGIES`.   boundary: as in `gradient`.
+      eps: Positive; a Python number, or a scalar array; a traced one is not checked.
+      kind: A key of `ENERGIES`.
+      boundary: As in `gradient`.
     Returns:
       (..., C), in float32 or wider.
     Raises:
-      ValueError: as in `gradient`; unknown kind; `eps` not positive and finite.
+      ValueError: As in `gradient`; unknown kind; `eps` not positive and finite.
 
     >>> x = jnp.array([[0.0, 0.0, 3.0]])[..., None]
     >>> total_variation(x, eps=1.0, kind="huber").tolist()
@@ -149,11 +152,12 @@ def max_stable_step(*, eps: Real, kind: str = "isotropic") -> float | Float[Arra
     step of a convex, 8 L-smooth energy is non-expansive for the same gamma2.
 
     Args:
-      eps: positive; a Python number, or a scalar array (then so is the result).   kind: a key of `ENERGIES`.
+      eps: Positive; a Python number, or a scalar array (then so is the result).
+      kind: A key of `ENERGIES`.
     Returns:
       eps/4 or 1/4, see the table of the module.
     Raises:
-      ValueError: unknown kind; `eps` not positive and finite.
+      ValueError: Unknown kind; `eps` not positive and finite.
 
     >>> max_stable_step(eps=0.5), max_stable_step(eps=0.5, kind="linear")
     (0.125, 0.25)
@@ -170,14 +174,15 @@ def tv_step(
     Args:
       x: (..., H, W, C), floating.  Images and channels do not see each other.  Half precision is computed in float32
         and rounded once, which keeps the maximum principle.
-      gamma2: step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
+      gamma2: Step, between 0 and `max_stable_step`.  A Python number is checked.  A scalar array (a learned step) is
         clamped to that interval; its gradient is 0 outside, not at the ends, so project a learned one onto it.
-      eps: positive; a Python number, or a scalar array; a traced one is not checked.
-      kind: a key of `ENERGIES`.   boundary: as in `gradient`.
+      eps: Positive; a Python number, or a scalar array; a traced one is not checked.
+      kind: A key of `ENERGIES`.
+      boundary: As in `gradient`.
     Returns:
       The smoothed x, same shape and dtype.
     Raises:
-      ValueError: as in `total_variation`; `gamma2` negative, not finite, or beyond the bound.
+      ValueError: As in `total_variation`; `gamma2` negative, not finite, or beyond the bound.
     """
     return smooth(x, steps=1, gamma2=gamma2, eps=eps, kind=kind, boundary=boundary)
 
@@ -191,12 +196,19 @@ def smooth(
     kind: str = "isotropic",
     boundary: str = "neumann",
 ) -> Float[Array, "*batch height width channels"]:
-    """`steps` explicit steps one after the other; see `tv_step` for the arguments and for what each step keeps.
+    """Take several explicit steps, each as `tv_step` does.
 
     Args:
-      steps: static, 0 (the identity) or more.
+      x: Images (..., H, W, C), floating.
+      steps: Number of steps, static, 0 (the identity) or more.
+      gamma2: Size of a step, as in `tv_step`.
+      eps: Width of the quadratic part, as in `tv_step`.
+      kind: Key of `ENERGIES`.
+      boundary: Borders, as in `gradient`.
+    Returns:
+      The smoothed x, of the same shape and dtype.
     Raises:
-      ValueError: as in `tv_step`; `steps` not a whole number of 0 or more.
+      ValueError: As in `tv_step`; `steps` not a whole number of 0 or more.
     """
     x = _checked_image(x)
     wide = _wide(x)
@@ -217,12 +229,15 @@ def implicit_step(
     energy and non-expansiveness are not claimed.
 
     Args:
-      x, eps, kind, boundary: as in `tv_step`.
-      gamma2: step, 0 or more, no upper bound.  A scalar array is clamped at 0 from below.
+      x: Images (..., H, W, C), floating.
+      eps: Width of the quadratic part, as in `tv_step`.
+      kind: Key of `ENERGIES`.
+      boundary: Borders, as in `gradient`.
+      gamma2: Step, 0 or more, no upper bound.  A scalar array is clamped at 0 from below.
     Returns:
       The smoothed x, same shape and dtype.
     Raises:
-      ValueError: as in `total_variation`; `gamma2` negative or not finite.
+      ValueError: As in `total_variation`; `gamma2` negative or not finite.
     """
     x = _checked_image(x)
     wide = _wide(x)
@@ -435,7 +450,7 @@ def _flux(row: Energy, along_h: Array, along_w: Array, eps: Array | float) -> tu
 
 
 def _diffuse_along(x: Array, weight: Array, *, axis: int, boundary: str) -> Array:
-    """Solves (I + D^T weight D) u = x along `axis`; `weight` belongs to the difference after each position."""
+    """Solve (I + D^T weight D) u = x along `axis`; `weight` belongs to the difference after each position."""
     x, weight = jnp.moveaxis(x, axis, 0), jnp.moveaxis(weight, axis, 0)
 
     def matvec(u):

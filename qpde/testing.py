@@ -52,7 +52,7 @@ def check_adjoint(
       adjoint: B, y -> x.
       shape: Shape of x.
       trials: Pairs to try.
-      seed: Of the random numbers.
+      seed: Seed of the random numbers.
       tolerance: Largest difference of the two products, relative to |A x| |y| + |x| |B y|.
     Raises:
       AssertionError: naming the larger product and the difference.
@@ -102,7 +102,7 @@ def check_non_expansive(
       shape: Shape of x.
       trials: Points, and pairs.
       iterations: Power iterations at each point. A step that expands by 1% needs some hundred.
-      seed: Of the random numbers.
+      seed: Seed of the random numbers.
       tolerance: Largest relative growth that is taken for rounding.
       scale: Size of the numbers in x.
     Raises:
@@ -139,8 +139,8 @@ def check_maximum_principle(
       step: S, images to images of the same shape.
       shape: (N, H, W, C), or (..., H, W, C).
       trials: Images to try.
-      seed: Of the random numbers.
-      tolerance: Of rounding, relative to the largest |x|.
+      seed: Seed of the random numbers.
+      tolerance: Error of rounding, relative to the largest |x|.
       scale: Size of the numbers in x. Where the step has a scale of its own, such as eps, try some around it.
     Raises:
       AssertionError: naming the value and the range.
@@ -179,7 +179,7 @@ def check_gradient_step(
       step_size: h.
       shape: Shape of x.
       trials: Points to try.
-      seed: Of the random numbers.
+      seed: Seed of the random numbers.
       tolerance: Largest difference, relative to the largest change of a number; and of energies, relative.
       scale: Size of the numbers in x.
     Raises:
@@ -220,7 +220,7 @@ def check_conserves(
       quantity: An array to numbers.
       shape: Shape of x.
       trials: Points to try.
-      seed: Of the random numbers.
+      seed: Seed of the random numbers.
       tolerance: Largest difference, relative to the larger of the quantity and the largest |x|.
       scale: Size of the numbers in x.
     Raises:
@@ -252,7 +252,7 @@ def check_straight_through(
       low: Lower end of the range.
       high: Upper end.
       count: Points to try, from one range below `low` to one above `high`.
-      tolerance: Of rounding, relative to the range.
+      tolerance: Error of rounding, relative to the range.
     Raises:
       AssertionError: naming the point.
     """
@@ -296,7 +296,7 @@ def hard_images(shape: tuple[int, ...], *, seed: int = 0) -> Iterator[Array]:
 
     Args:
       shape: (..., H, W, C), or any other, whose last two axes but one then take the part of H and W.
-      seed: Of the random numbers.
+      seed: Seed of the random numbers.
     """
     return _hard_images(shape, seed)
 

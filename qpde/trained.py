@@ -22,9 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.core import unfreeze
 from jaxtyping import Array
 
+from qpde.batches import read_batch
 from qpde.bits import Bits
+from qpde.checks import check_variables
 from qpde.graphs import from_edges
 from qpde.models.graphs.layers import (
     AttentionLayer,
@@ -62,7 +65,7 @@ class TrainedNetwork:
 
     Attributes:
       model: Flax Linen module of `qpde.models`.
-      variables: Its collections.
+      variables: Its collections, plain or a FrozenDict.
       classes: Names of the classes, in the order of the logits.
       input_shape: (height, width, channels) of the images that it was trained on, or None.
       mean: Mean of the training images by channel, a full pixel being 1, or None.
@@ -72,7 +75,7 @@ class TrainedNetwork:
     """
 
     model: Network | GraphNetwork
-    variables: dict[str, Any]
+    variables: Mapping[str, Any]
     classes: tuple[str, ...]
     input_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
@@ -109,9 +112,12 @@ class TrainedNetwork:
         network segments, or of all nodes of a graph.
 
         Args:
-          inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs.
+          inputs: Images, any number of them; or a `jraph.GraphsTuple` for a network on graphs; or a pair of these and
+            labels, which are not used.
           bits: Bits of this call. Default: the network's own.
         """
+        if isinstance(inputs, Mapping | tuple):
+            inputs = read_batch(inputs, self.variables)
         if isinstance(self.model, GraphNetwork):
             return np.asarray(_apply(self.model, self.variables, inputs, bits))
         if len(inputs) == 0:
@@ -174,7 +180,9 @@ def save(
     Returns:
       The folder.
     Raises:
-      ValueError: Not a network of `qpde.models`, another number of classes, or variables of other shapes.
+      ValueError: Not a network of `qpde.models`, another number of classes, variables of other shapes, NaN or
+        infinite, clips that are not positive, or moments of another number than channels.
+      TypeError: A value in `about` is none of JSON.
     """
     if not 0 < centre <= 1:
         raise ValueError(f"`centre` (={centre}) must be a share above 0 and at most 1")
@@ -182,26 +190,28 @@ def save(
     classes = [str(k) for k in range(model.num_classes)] if classes is None else [str(name) for name in classes]
     if len(classes) != model.num_classes:
         raise ValueError(f"`classes` names {len(classes)} classes, the network has {model.num_classes}")
-    tensors = _flat({k: v for k, v in variables.items() if k != "observed"})
+    tensors = _flat({k: v for k, v in unfreeze(dict(variables)).items() if k != "observed"})
     _check_shapes(model, tensors, "variables")
+    check_variables(tensors, "variables")
+    moments = {k: _moments(k, v, model, tensors) for k, v in (("mean", mean), ("std", std))}
     weights = safetensors.numpy.save(tensors)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": _FORMAT,
         "version": _VERSION,
         "network": described,
         "classes": classes,
         "input_shape": None if input_shape is None else [int(n) for n in input_shape],
-        "mean": None if mean is None else [float(v) for v in np.asarray(mean).reshape(-1)],
-        "std": None if std is None else [float(v) for v in np.asarray(std).reshape(-1)],
+        **moments,
         "centre": float(centre),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "about": dict(about or {}),
     }
+    text = json.dumps(description, indent=2) + "\n"  # what is no JSON is found before anything is written
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)  # never a description beside weights that are not its own
     _write(folder / WEIGHTS, weights)
-    _write(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    _write(folder / DESCRIPTION, text.encode())
     return folder
 
 
@@ -251,6 +261,7 @@ def load(folder: str | Path) -> TrainedNetwork:
     if len(classes) != model.num_classes:
         raise ValueError(f"{path} names {len(classes)} classes of a network that has {model.num_classes}")
     _check_shapes(model, tensors, str(weights))
+    check_variables(tensors, str(weights))
     return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, centre, about)
 
 
@@ -265,6 +276,19 @@ def weights_digest(folder: str | Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found.get("weights_sha256") if isinstance(found, dict) else None
+
+
+def _moments(name: str, values: Any, model: Network | GraphNetwork, tensors: dict[str, np.ndarray]) -> list | None:
+    """A mean or standard deviation by channel as values of JSON, checked."""
+    if values is None:
+        return None
+    found = np.asarray(values, np.float64).reshape(-1)
+    channels = tensors["params/stem/kernel"].shape[2] if isinstance(model, Network) else len(found)
+    if len(found) not in (1, channels):
+        raise ValueError(f"`{name}` has {len(found)} values, the images have {channels} channels")
+    if not np.isfinite(found).all() or (name == "std" and not (found > 0).all()):
+        raise ValueError(f"`{name}` (={found.tolist()}) must be finite{', and positive' if name == 'std' else ''}")
+    return found.tolist()
 
 
 def _described(model: Network | GraphNetwork) -> dict[str, Any]:

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 # The order of the rooms, from the ground up. A room knows the floors below its own, and no room beside it.
 FLOORS = {
     "qpde": """
-        bits checks devices pictures
+        batches bits checks devices pictures
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
-        measure certify nn deploy trained
-        ptq testing predictions description overlays
+        measure certify nn trained
+        ptq testing predictions description deploy overlays
         cli
     """,
     "train": """
@@ -120,11 +120,8 @@ def test_every_public_function_says_what_it_computes():
     assert not missing
 
 
-DOCUMENTED = (
-    "cli", "datasets", "description", "graphs", "integrators", "measure", "nn", "norms", "overlays", "pictures",
-    "plots", "predictions", "testing", "trained",
-)  # fmt: skip
-"""Rooms whose docstrings name every argument in an entry of its own."""
+DOCUMENTED = sorted({room_of(name_of(path)) for path in (ROOT / "qpde").rglob("*.py")} - {"the roof"})
+"""Rooms whose docstrings name every argument in an entry of its own: all of them."""
 
 
 @pytest.mark.parametrize("room", DOCUMENTED)
@@ -144,7 +141,6 @@ def test_a_documentation_parser_finds_every_parameter(room):
                 entries = [s.value for s in sections if s.kind is griffe.DocstringSectionKind.parameters]
                 found = {entry.name.lstrip("*") for section in entries for entry in section}
                 lost[called] = set(inspect.signature(function).parameters) - found - {"self", "cls"}
-    assert lost
     assert not {called: names for called, names in lost.items() if names}
 
 

@@ -10,14 +10,16 @@ if __name__ == "__main__":
     import sys
 
     from train.host.allocator import keep_freed_memory
-    from train.host.compilation_cache import keep_compiled_programs
+    from train.host.compilation_cache import compile_quickly, keep_compiled_programs
 
+    if sys.argv[1:2] == ["report"]:
+        compile_quickly()
     keep_freed_memory()
     keep_compiled_programs()
     from train.commands.cli import main
 
     def without_abandoned_writes(found, shown=sys.unraisablehook):
-        """Says nothing of writes that a failed checkpoint left behind: their threads find its event loop closed."""
+        """Say nothing of writes that a failed checkpoint left behind: their threads find its event loop closed."""
         if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
             shown(found)
 

@@ -32,13 +32,18 @@ norms should have converged, see `qpde.models.converge_norms`:
     growing, pooling    sqrt(L^2 + 1) for the copied channels, times 1/2, the norm of a 2x2 mean
     clip, ReLU, convex smoothing within its stable range    1; a step of another kind can amplify, and is refused
 
+What is deployed is certified alike: the candidate then starts as the states of the integer program, and i is the class
+that its logits name. Nothing is assumed of how they came about. So the defects hold every rounding there is: codes,
+requantizations in float32, thresholds that were settled, kernels of stem, neck and head in 8 bits, a flipped code.
+
 A certificate costs more than the twin itself, and as many Newton steps as the network has blocks end at the twin: what
 few of them add to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add
 up as the Jacobians carry them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,6 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
 from qpde.certify.step_bounds import (
     StepBounds,
@@ -74,7 +80,8 @@ class Certificate:
         compiled program may round it the other way: what is certified is this evaluation.
       certified: (N,) whether the twin provably predicts the same, a posteriori or a priori.
       bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
-      certified_a_priori, bound_a_priori: the same from the clips and bits alone.
+      certified_a_priori, bound_a_priori: the same from the clips and bits alone. Never and infinite for what is
+        deployed, whose arithmetic they do not cover.
       state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
       estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
     """
@@ -96,35 +103,40 @@ class Certificate:
 
     @property
     def certified_fraction(self) -> float:
-        """Share of the inputs that are certified."""
-        return float(np.mean(self.certified))
+        """Share of the inputs that are certified; NaN where there are none."""
+        return float(np.mean(self.certified)) if len(self.certified) else math.nan
 
 
 def certify(
     model: Network,
     variables: Mapping[str, Any],
-    x: Float[Array | np.ndarray, "n h w c"],
+    x: Batch,
     bits: Bits,
     *,
     newton_steps: int = 2,
     steps: StepBounds | None = None,
+    deployed: tuple[Any, Sequence[Any]] | None = None,
 ) -> Certificate:
     """The certificate of a quantized image network on a batch of inputs.
 
     Args:
       model: Network of `qpde.models.create`.
       variables: Its collections.
-      x: Images (N, H, W, C).
+      x: Images (N, H, W, C), or a pair of these and labels, which are not used.
       bits: Scalars, or one value for each block. Activations must have bits.
       newton_steps: Steps of Newton's method. 0 takes the injected errors as they are.
       steps: Result of `step_bounds`, which takes seconds, for this network, these variables, this image size and these
         bits. Pass it when certifying several batches. Default: computed.
+      deployed: Logits (N, C) and states of what is deployed, for these images: the outputs of the stem and of every
+        block, as `qpde.deploy.run(folded, return_states=True)` makes them. They may be those of any program: what is
+        certified is that the twin predicts the class of the largest of these logits, and other states only make the
+        bound worse. Default: those of the network itself.
     Returns:
-      `Certificate`.
+      `Certificate`, in which the quantized network is what is deployed.
     Raises:
-      ValueError: No bits for activations; a negative number of Newton steps; constants of
-        something else; not an image network, one with clips for each of several bits (`Network.at_bits` makes an
-        ordinary one of it), one that computes in bfloat16, or one that smooths by a kind that is not convex.
+      ValueError: No bits for activations; a negative number of Newton steps; constants of something else; `deployed` of
+        other shapes; not an image network, one with clips for each of several bits (`Network.at_bits` makes an ordinary
+        one of it), one that computes in bfloat16, or one that smooths by a kind that is not convex.
     """
     if not isinstance(model, Network):
         raise ValueError(f"certificates are for image networks; got {type(model).__name__}")
@@ -133,7 +145,7 @@ def certify(
     if newton_steps < 0:
         raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0")
     check_model(model)
-    x = jnp.asarray(x)
+    x = jnp.asarray(read_batch(x, variables))
     bits = model.checked_bits(bits)
     size = (x.shape[1], x.shape[2])
     if steps is None:
@@ -144,7 +156,11 @@ def certify(
     for step in steps.bounds:
         a_priori = step.lipschitz * a_priori + step.injected
     with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
-        run, rounded = _run(model, variables, x, bits), _rounded_parts(model, variables, bits)
+        if deployed is None:
+            run = _run(model, variables, x, bits)
+        else:
+            run, a_priori = _checked_run(model, variables, x, bits, deployed), np.inf
+        rounded = _rounded_parts(model, variables, bits)
     gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
     with in_float64():
         lipschitz = np.array([step.lipschitz for step in steps.bounds])
@@ -152,19 +168,21 @@ def certify(
         return jax.device_get(found)
 
 
-def exact_twin(
-    model: Network, variables: Mapping[str, Any], x: Float[Array | np.ndarray, "n h w c"], bits: Bits
-) -> Float[np.ndarray, "n classes"]:
+def exact_twin(model: Network, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
-      model, variables, x, bits: as for `certify`.
+      model: Network, as for `certify`.
+      variables: Its collections.
+      x: Images (N, H, W, C).
+      bits: Bits, as for `certify`.
     Raises:
       ValueError: a network with clips for each width, or one that computes in bfloat16.
     """
     check_model(model)
     bits = model.checked_bits(bits)
     rounded = _rounded_parts(model, variables, bits)
+    x = read_batch(x, variables)
     with in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
 
@@ -178,6 +196,20 @@ def _run(model, variables, x, bits):
         states.append(x)
     tail = len(states) - 1 - len(model.blocks)  # neck and head
     return x, states[:-tail]
+
+
+def _checked_run(model, variables, x, bits, deployed):
+    """The logits and states that were given, in the shapes that the network's own have."""
+    logits, states = deployed
+    given, needed = (logits, list(states)), jax.eval_shape(partial(_run, model), variables, x, bits)
+    shapes = [[np.shape(v) for v in (run[0], *run[1])] for run in (given, needed)]
+    if shapes[0] != shapes[1]:
+        found = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), [len(v) for v in shapes])
+        raise ValueError(
+            f"`deployed` has values of shape {found[0]} where this network has {found[1]}: give the logits, then the "
+            "outputs of the stem and of every block, qpde.deploy.run(folded, return_states=True)(x)"
+        )
+    return jax.tree.map(jnp.asarray, given)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -228,8 +260,8 @@ def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, g
     pair = _pair_norms(to_float64(variables["params"]["head"]["kernel"]), prediction)
     rest = pair * (gain * distance)[:, None]
     margin, margin_estimate = (_margins(v, prediction) for v in (z, estimate))
-    a_priori = pair * (gain * a_priori)
     others = jnp.arange(z.shape[-1])[None] != prediction[:, None]
+    a_priori = jnp.where(others, jnp.where(jnp.isinf(a_priori), jnp.inf, pair * (gain * a_priori)), 0.0)
     certified_a_priori = jnp.all((margin > a_priori) | ~others, axis=-1)
     return Certificate(
         logits=logits,

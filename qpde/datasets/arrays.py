@@ -38,12 +38,13 @@ def load_npz(path: str | PathLike[str], *, validation: float = 0.1, test: float 
         x, y = (_find(arrays, path, kinds, names) for kinds in (_IMAGES, _LABELS))
         if (x is None) != (y is None):
             raise ValueError(f"{path} has {x or y} without its {'labels' if x else 'images'}: {sorted(arrays)}")
-        if x is not None and part in images:
+        if x is None or y is None:
+            continue
+        if part in images:
             raise ValueError(f"{path} has images with and without the name of a part: {sorted(arrays)}")
-        if x is not None:
-            images[part], labels[part] = _as_images(arrays[x], f"{path}: {x}"), _as_labels(arrays[y], f"{path}: {y}")
-            if len(images[part]) != len(labels[part]):
-                raise ValueError(f"{path}: {x} has {len(images[part])} images, {y} {len(labels[part])} labels")
+        images[part], labels[part] = _as_images(arrays[x], f"{path}: {x}"), _as_labels(arrays[y], f"{path}: {y}")
+        if len(images[part]) != len(labels[part]):
+            raise ValueError(f"{path}: {x} has {len(images[part])} images, {y} {len(labels[part])} labels")
     if "train" not in images:
         raise ValueError(f"{path} has no images and labels, nor train_images and train_labels: {sorted(arrays)}")
     if len(shapes := {x.shape[1:] for x in images.values()}) > 1:
@@ -55,7 +56,7 @@ def load_npz(path: str | PathLike[str], *, validation: float = 0.1, test: float 
     numbers = split_parts(everything.labels, numbers, validation=validation, test=test, what=str(path))
     parts = {part: Split(everything.images[own], everything.labels[own]) for part, own in numbers.items()}
     mean, std = channel_statistics(parts["train"].images)
-    return Images(**parts, classes=classes, mean=mean, std=std)
+    return Images(parts["train"], parts["validation"], parts["test"], classes, mean, std)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ def load_cifar10(
       batches: which training files to read, numbers from 1 to 5. By default all that are there; a warning is logged
         if that is fewer than five.
       validation_fraction: share of the training images held out, in [0, 1), stratified by class.
-      seed: of the choice of these images.
+      seed: Seed of the choice of these images.
     Returns:
       `Images` of 32 x 32 x 3. The test split is the whole test file; mean and std are those of the training split.
     Raises:

@@ -24,7 +24,7 @@ def load_digits(*, size: int = 16, seed: int = 0) -> Images:
 
     Args:
       size: side of the images, 8, 16 or 32.
-      seed: of the split.
+      seed: Seed of the split.
     Returns:
       `Images` of size x size x 1, classes "0" to "9".
     Raises:
@@ -51,7 +51,7 @@ def load_digits_graph(*, neighbours: int = 8, labels_per_class: int = 20, seed: 
     Args:
       neighbours: per node, 1 to 1796.
       labels_per_class: training nodes of each class.
-      seed: of the split.
+      seed: Seed of the split.
     Returns:
       `NodeGraph` with 1797 nodes; features are the pixels in [0, 1].
     Raises:

@@ -54,6 +54,10 @@ def download_planetoid(name: str, root: str | PathLike[str], *, base_url: str = 
     return folder
 
 
+# By hand: pooch would bring requests and what that needs into the library, in place of the two functions below, whose
+# errors and temporary names would still have to be put around it.
+
+
 def _fetch(url: str, *, timeout: float) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:

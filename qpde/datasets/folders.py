@@ -98,8 +98,9 @@ def load_folder(
         files = ((found.root / found.paths[number]).read_bytes() for number in numbers)
         return Split(np.stack([centre_crop(file, shape, centre=centre) for file in files]), found.labels[numbers])
 
-    parts = [read(numbers) for numbers in (found.train, found.validation, found.test)]
-    return Images(*parts, found.classes, *channel_statistics(parts[0].images), centre=centre)
+    train, validating, testing = (read(numbers) for numbers in (found.train, found.validation, found.test))
+    mean, std = channel_statistics(train.images)
+    return Images(train, validating, testing, found.classes, mean, std, centre=centre)
 
 
 def find_pictures(

@@ -38,7 +38,7 @@ def load_planetoid(
       root: the folder with the files, or one that holds them in raw/ or planetoid/raw/.
       split: "public", the published one, 20 training nodes a class; "full", the same validation and test nodes and all
         other labelled ones to train (Chen, Ma and Xiao, 2018); "random", `random_split` with `seed`.
-      seed: of the random split.
+      seed: Seed of the random split.
       normalize_features: divide the features of each node by their sum (a node without features keeps zeros).
     Returns:
       `NodeGraph`, with sparse features.

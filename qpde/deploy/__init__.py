@@ -2,11 +2,11 @@
 
 from qpde.deploy.c import c_source, save_c
 from qpde.deploy.export import FORMATS, export
-from qpde.deploy.files import load_packed, save_packed
-from qpde.deploy.folded import Folded, Note, fold
+from qpde.deploy.files import load_packed, save_packed, theoretical_bytes
+from qpde.deploy.folded import Folded, Note, State, fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.integer import run, run_reference
-from qpde.deploy.onnx import OPENVINO_OPTIONS, onnx_model, save_onnx
+from qpde.deploy.onnx import OPENVINO_OPTIONS, onnx_model, require, save_onnx
 from qpde.deploy.program import accumulator_bound, whole_bounds
 from qpde.deploy.settle import Margin, margins, settle
 from qpde.deploy.stablehlo import export_graph, export_images, save_stablehlo
@@ -18,6 +18,7 @@ __all__ = [
     "FoldedGraph",
     "Margin",
     "Note",
+    "State",
     "accumulator_bound",
     "c_source",
     "export",
@@ -28,6 +29,7 @@ __all__ = [
     "load_packed",
     "margins",
     "onnx_model",
+    "require",
     "run",
     "run_reference",
     "save_c",
@@ -35,5 +37,6 @@ __all__ = [
     "save_packed",
     "save_stablehlo",
     "settle",
+    "theoretical_bytes",
     "whole_bounds",
 ]

@@ -45,7 +45,9 @@ def save_c(path: str | Path, folded: Folded, *, image_size: tuple[int, int], nam
 
     Args:
       path: Of the file.
-      folded, image_size, name: See `c_source`.
+      folded: Folded network, see `c_source`.
+      image_size: Height and width, see `c_source`.
+      name: Prefix of the functions, see `c_source`.
     Returns:
       The path.
     """
@@ -192,7 +194,7 @@ void {name}_run(const float *images, float *logits);
     def kernels(self) -> list[str]:
         lines = []
         for i, kernel in enumerate(self.folded.kernels.values()):
-            if kernel.is_whole:
+            if kernel.bits is not None:
                 data = pack(kernel.values, kernel.bits)
                 values, ctype = ",".join(map(str, data.tolist())), "uint8_t"
             else:
@@ -288,6 +290,7 @@ void {name}_run(const float *images, float *logits);
                     f"snap({x}, {self.table(op.table)}, {self.table(op.middles)}, {op.table.size}, {int(op.signed)})"
                 )
             else:
+                assert isinstance(op, (Quantize, Clip)), "others stand for whole maps and are stored"
                 x = f"rintf({x})" if isinstance(op, Quantize) else f"(float){x}"
                 expression = f"clip({x}, {_number(op.low)}, {_number(op.high)})"
         emit(f"      float {local}[{channels}]; for (c = 0; c < {channels}; c++) {local}[c] = {expression};\n")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from qpde.bits import Bits
 from qpde.deploy.c import c_source
 from qpde.deploy.files import packed_bytes, write_whole
@@ -14,9 +16,10 @@ from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.onnx import onnx_model, require
 from qpde.deploy.settle import settle as settled
 from qpde.deploy.stablehlo import export_network, stablehlo_bytes
+from qpde.models.clips import converge_norms
 from qpde.models.graphs.networks import GraphNetwork
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "export", "fold_network", "make_formats"]
 
 FORMATS = {
     "packed": "network.safetensors",
@@ -60,30 +63,80 @@ def export(
       ValueError: An unknown format, one that this network cannot have, or a missing size.
       ImportError: "onnx" without the extra [deploy].
     """
-    formats = list(dict.fromkeys(formats))
-    is_graph = isinstance(network.model, GraphNetwork)
     if image_size is None and getattr(network, "input_shape", None) is not None:
         image_size = tuple(network.input_shape[:2])
-    _check(formats, is_graph, image_size, graph_size)
-    if not is_graph and not network.model.is_chain:
+    _check(formats, isinstance(network.model, GraphNetwork), image_size, graph_size)
+    if not getattr(network.model, "is_chain", True):
         _check_plain(network.model, formats, settle=settle, outer_bits=outer_bits)
         program = export_network(network.model, network.variables, image_size, bits=bits)
         return [write_whole(Path(folder) / FORMATS["stablehlo"], bytes(program.serialize()))]
-    if is_graph:
-        if settle or outer_bits is not None:
-            raise ValueError("settle and outer_bits are for image networks: leave them out for a graph network")
-        folded: Folded | FoldedGraph = fold_graph(network.model, network.variables, bits=bits)
-    else:
-        folded = fold(network.model, network.variables, bits=bits, outer_bits=outer_bits)
-        folded = settled(folded) if settle else folded
+    folded = fold_network(network, bits=bits, settle=settle, outer_bits=outer_bits, image_size=image_size)
+    contents = make_formats(folded, formats, image_size=image_size, graph_size=graph_size)
+    return [write_whole(Path(folder) / name, content) for name, content in contents.items()]
+
+
+def fold_network(
+    network: Any,
+    *,
+    bits: Bits | None = None,
+    settle: bool = False,
+    outer_bits: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Folded | FoldedGraph:
+    """Fold a trained network of either kind, its spectral norms converged.
+
+    Args:
+      network: Anything with `.model` and `.variables`.
+      bits: Bit-widths. None takes the model's own.
+      settle: Whether rounding thresholds are moved.
+      outer_bits: 8 or None.
+      image_size: Height and width of the images. Without it spectral norms stay as they are.
+    Returns:
+      The folded network.
+    Raises:
+      ValueError: What this network cannot have.
+    """
+    if not isinstance(network.model, GraphNetwork):
+        variables = network.variables
+        if image_size is not None and "spectral" in variables:
+            images = jnp.zeros((1, *image_size, variables["params"]["stem"]["kernel"].shape[2]))
+            variables = converge_norms(network.model, variables, images, bits=bits)
+        folded = fold(network.model, variables, bits=bits, outer_bits=outer_bits)
+        return settled(folded) if settle else folded
+    if settle or outer_bits is not None:
+        raise ValueError("settle and outer_bits are for image networks: leave them out for a graph network")
+    return fold_graph(network.model, network.variables, bits=bits)
+
+
+def make_formats(
+    folded: Folded | FoldedGraph,
+    formats: Sequence[str],
+    *,
+    image_size: tuple[int, int] | None = None,
+    graph_size: tuple[int, int] | None = None,
+) -> dict[str, bytes]:
+    """Make the files of a folded network, all of them or none.
+
+    Args:
+      folded: Result of `fold`, `settle` or `fold_graph`.
+      formats: Keys of `FORMATS`.
+      image_size: Height and width of the images.
+      graph_size: Nodes and edges of the graphs.
+    Returns:
+      Content by the name of the file, in the order of `formats`.
+    Raises:
+      ValueError: An unknown format, one that this network cannot have, or a missing size.
+      ImportError: "onnx" without the extra [deploy].
+    """
+    formats = list(dict.fromkeys(formats))
+    _check(formats, isinstance(folded, FoldedGraph), image_size, graph_size)
     makers: dict[str, Callable[[], bytes]] = {
         "packed": lambda: packed_bytes(folded),
         "onnx": lambda: onnx_model(folded, image_size=image_size).SerializeToString(),
         "stablehlo": lambda: stablehlo_bytes(folded, image_size=image_size, graph_size=graph_size),
         "c": lambda: c_source(folded, image_size=image_size).encode(),
     }
-    contents = {name: makers[name]() for name in formats}
-    return [write_whole(Path(folder) / FORMATS[name], content) for name, content in contents.items()]
+    return {FORMATS[name]: makers[name]() for name in formats}
 
 
 def _check_plain(model, formats, *, settle, outer_bits):

@@ -26,11 +26,11 @@ import safetensors
 import safetensors.numpy
 
 from qpde.deploy import program
-from qpde.deploy.folded import Folded, Note
+from qpde.deploy.folded import Folded, Note, State
 from qpde.deploy.graphs import FoldedGraph
 from qpde.deploy.packing import PACKED_BITS, pack, packed_size, unpack
 
-__all__ = ["load_packed", "packed_bytes", "save_packed", "write_whole"]
+__all__ = ["load_packed", "packed_bytes", "save_packed", "theoretical_bytes", "write_whole"]
 
 FORMAT = "qpde packed network 1"
 _LARGEST_PROGRAM = 2**26  # bytes, inflated
@@ -67,6 +67,17 @@ def save_packed(path: str | Path, folded: Folded | FoldedGraph) -> Path:
       The path.
     """
     return write_whole(path, packed_bytes(folded))
+
+
+def theoretical_bytes(folded: Folded | FoldedGraph) -> int:
+    """Bytes of the numbers alone: codes at their bit-width, all else in float32.
+
+    Args:
+      folded: Result of `fold`, `settle` or `fold_graph`.
+    """
+    arrays = _Arrays()
+    _described(folded, arrays)
+    return sum(tensor.nbytes for tensor in arrays.tensors().values())
 
 
 def packed_bytes(folded: Folded | FoldedGraph) -> bytes:
@@ -165,6 +176,7 @@ _RECORDS: dict[str, Any] = {
     **_OPS,
     "Kernel": program.Kernel,
     "Note": Note,
+    "State": State,
     "Folded": Folded,
     "FoldedGraph": FoldedGraph,
 }

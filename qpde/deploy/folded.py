@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 
 from qpde import quantizers
 from qpde.bits import EXACT_BITS, Bits
+from qpde.checks import check_variables
 from qpde.deploy.program import (
     EXACT_LIMIT,
     Affine,
@@ -48,7 +50,7 @@ from qpde.models.layers import NORM_EPSILON, TINY
 from qpde.quantizers.levels import LEVEL_SETS
 from qpde.stencils import ENERGIES
 
-__all__ = ["Folded", "Note", "fold"]
+__all__ = ["Folded", "Note", "State", "fold"]
 
 PIXEL_BITS, PIXEL_LIMIT, PIXEL_UNIT = 9, 255, 2.0**-6
 """Codes of the images where the stem has 8 bits: 9 bits for numbers within +-4, about the step of an 8-bit pixel that
@@ -76,6 +78,21 @@ class Note:
 
 
 @dataclasses.dataclass(frozen=True)
+class State:
+    """A state of the network among the values of its program: the output of the stem or of a block.
+
+    Attributes:
+      value: Name of the value.
+      unit: The real number that 1 stands for.
+      relu: Whether the state is max(value, 0), as a quantizer behind it takes it.
+    """
+
+    value: str
+    unit: float
+    relu: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Folded(Program):
     """A network as integer kernels, affines and clips: what every writer of `qpde.deploy` reads.
 
@@ -86,6 +103,7 @@ class Folded(Program):
       smallest_image: Smallest side of an image that the network takes.
       notes: What each part became, in order.
       settled: Whether `settle` moved the rounding thresholds away from every reachable sum.
+      states: Outputs of the stem and of every block, in order.
     """
 
     name: str
@@ -94,6 +112,7 @@ class Folded(Program):
     smallest_image: int
     notes: tuple[Note, ...]
     settled: bool = False
+    states: tuple[State, ...] = ()
 
     def __str__(self) -> str:
         return self.summary()
@@ -111,6 +130,8 @@ class Folded(Program):
             known.add(op.out)
         if "logits" not in known:
             raise ValueError("no operation writes the logits")
+        if missing := [state.value for state in self.states if state.value not in known]:
+            raise ValueError(f"no operation writes the state {missing[0]!r}")
 
     def summary(self) -> str:
         """Each part's bit-widths, and what in it is computed in float32 and why, as text."""
@@ -126,7 +147,7 @@ class Folded(Program):
 
 def fold(
     model: Network | GraphNetwork,
-    variables: dict,
+    variables: Mapping[str, Any],
     *,
     bits: Bits | None = None,
     outer_bits: int | None = None,
@@ -145,7 +166,8 @@ def fold(
     Returns:
       The program. `str` of it says what stays in float32, and why.
     Raises:
-      ValueError: `outer_bits` other than 8; bit-widths that are traced; a kind of block without a rule.
+      ValueError: `outer_bits` other than 8; bit-widths that are traced; a kind of block without a rule; variables that
+        are NaN or infinite, or clips that are not positive.
     """
     if isinstance(model, GraphNetwork):
         raise ValueError("fold takes an image network, not a graph network: use qpde.deploy.fold_graph")
@@ -156,7 +178,8 @@ def fold(
         )
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
-    bits = model.checked_bits(model.bits if bits is None else bits)
+    check_variables(variables, "variables")
+    variables, bits = unfreeze(variables), model.checked_bits(model.bits if bits is None else bits)
     steps = model.steps(variables)
     widths = [Bits(*(_own_bits(part, i) for part in bits)) for i in range(len(steps))]
     parts = [
@@ -166,20 +189,25 @@ def fold(
     stem, *_, head = ends = [b for b in model.bound_parts(variables, bits) if not isinstance(b.part, Block)]
     build = _Builder()
     x = _stem(build, _Outer(stem, outer_bits), parts[0].unit(0))
+    states = [(x, parts[0].unit(0))]
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        x = _rule(part.block)(build, part, x, 1.0 if following is None else following.unit(0))
+        unit_out = 1.0 if following is None else following.unit(0)
+        x = _rule(part.block)(build, part, x, unit_out)
+        states.append((x, unit_out))
         build.note(part.name, part.bits.weights, part.bits.activations)
     for neck in ends[1:-1]:
         x = _neck(build, _Outer(neck, outer_bits), x)
     _head(build, _Outer(head, outer_bits), x)
+    ops, renamed = _simplified(build.ops)
     return Folded(
-        ops=_simplified(build.ops),
+        ops=ops,
         kernels=build.kernels,
         name=model.architecture.name,
         channels=stem.part.width_in,
         num_classes=model.num_classes,
         smallest_image=model.smallest_image,
         notes=tuple(build.notes),
+        states=tuple(State(renamed.get(x, x), unit, x in renamed) for x, unit in states),
     )
 
 
@@ -552,8 +580,11 @@ def _head(build: _Builder, head: _Outer, x: str) -> None:
     build.note("head", head.bits, None)
 
 
-def _simplified(ops: list[Op]) -> tuple[Op, ...]:
-    """Without the ReLUs whose readers all clip at 0 or above themselves, and without what nobody reads."""
+def _simplified(ops: list[Op]) -> tuple[tuple[Op, ...], dict[str, str]]:
+    """Without the ReLUs whose readers all clip at 0 or above themselves, and without what nobody reads.
+
+    Also what each of those ReLUs read, by its name.
+    """
 
     def clips_again(op):
         return (isinstance(op, (Clip, Quantize)) and op.low >= 0) or (isinstance(op, Snap) and not op.signed)
@@ -569,7 +600,7 @@ def _simplified(ops: list[Op]) -> tuple[Op, ...]:
         readers = consumers(kept)
         alive = [op for op in kept if op.out in readers or op.out == "logits"]
         if len(alive) == len(kept):
-            return tuple(kept)
+            return tuple(kept), renamed
         kept = alive
 
 

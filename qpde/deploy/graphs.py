@@ -7,14 +7,17 @@ real. What few bits save is the file: codes times their scale are the rounded ke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 
 from qpde import quantizers
 from qpde.bits import Bits
+from qpde.checks import check_variables
 from qpde.deploy.packing import PACKED_BITS
 from qpde.deploy.program import Kernel
 from qpde.models.graphs import layers
@@ -99,7 +102,7 @@ class FoldedGraph:
         return self.model.apply(self.variables(values), graph, bits=Bits(None, act_bits))
 
 
-def fold_graph(model: GraphNetwork, variables: dict, *, bits: Bits | None = None) -> FoldedGraph:
+def fold_graph(model: GraphNetwork, variables: Mapping[str, Any], *, bits: Bits | None = None) -> FoldedGraph:
     """Fold a graph network at fixed bit-widths: kernels become codes, the rest stays what it is.
 
     Args:
@@ -112,12 +115,14 @@ def fold_graph(model: GraphNetwork, variables: dict, *, bits: Bits | None = None
     Raises:
       ValueError: More than 8 bits of weights, a bit-width for each layer, or a level set without steps.
     """
+    check_variables(variables, "variables")
     bits = model.bits if bits is None else bits
     if bits.weights is not None and (np.ndim(bits.weights) or not 2 <= int(bits.weights) <= 8):
         raise ValueError(f"weights of {bits.weights} bits have no code: give one number from 2 to 8, or None")
     if bits.weights is not None and model.layer.levels != "uniform":
         raise ValueError(f"levels={model.layer.levels!r} have no code here: use levels='uniform', or weight_bits=None")
-    params, layer = dict(variables["params"]), dict(variables["params"]["layers"])
+    params = dict(unfreeze(variables)["params"])
+    layer = dict(params["layers"])
     kernels, scales = {}, {}
     clips = np.asarray(layer["weight_clips"]).reshape(model.depth, len(model.layer.kernel_names), -1)
     for i, name in enumerate(model.layer.kernel_names if bits.weights is not None else ()):

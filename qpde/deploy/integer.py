@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qpde import stencils
+from qpde.deploy.folded import Folded
 from qpde.deploy.program import (
     EXACT_LIMIT,
     Affine,
@@ -37,73 +38,86 @@ from qpde.deploy.program import (
 __all__ = ["evaluate", "run", "run_reference"]
 
 
-def run_reference(folded: Program, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def run_reference(folded: Folded, images: np.ndarray, *, return_states: bool = False) -> tuple:
     """Logits and all codes of a folded network, in NumPy.
 
     Args:
       folded: Result of `fold`.
       images: (N, H, W, C) float32.
+      return_states: Whether the outputs of the stem and of every block are returned too.
     Returns:
-      Logits (N, classes) float32, and the codes of every quantizer by name, "block0.q0" and so on, int16.
+      Logits (N, classes) float32, and the codes of every quantizer by name, "block0.q0" and so on, int16; with states
+      also those, real numbers in float32.
     """
     images = _checked_images(folded, images)
-    codes = {}
-
-    def keep(op, value):
-        if isinstance(op, (Quantize, Snap)):
-            codes[op.out] = value.astype(np.int16) if isinstance(op, Quantize) else value
-        return value
-
-    logits = _interpret(folded, np.asarray(images, np.float32), _NUMPY, keep)
-    return logits[:, 0, 0], codes
+    logits, codes, states = _outputs(folded, np.asarray(images, np.float32), _NUMPY)
+    whole = {op.out for op in folded.ops if isinstance(op, Quantize)}
+    codes = {name: value.astype(np.int16) if name in whole else value for name, value in codes.items()}
+    return (logits, codes, states) if return_states else (logits, codes)
 
 
-def run(folded: Program, *, return_codes: bool = False) -> Callable:
+def run(folded: Folded, *, return_codes: bool = False, return_states: bool = False) -> Callable:
     """Make the jitted integer network in JAX.
 
     Args:
       folded: Result of `fold`.
       return_codes: Whether the codes of every quantizer are returned too.
+      return_states: Whether the outputs of the stem and of every block are returned too.
     Returns:
-      Function of images (N, H, W, C) float32: logits (N, classes), or (logits, codes by name in float32).
+      Function of images (N, H, W, C) float32: logits (N, classes); with codes or states a tuple of the logits, then
+      codes by name in float32, then states, real numbers in float32.
     """
-    compiled = jax.jit(lambda images: evaluate(folded, images))
+
+    @jax.jit
+    def compiled(images):
+        logits, codes, states = evaluate(folded, images)
+        more = (codes,) * return_codes + (states,) * return_states
+        return (logits, *more) if more else logits
 
     def call(images: Float[Array | np.ndarray, "n h w c"]):
-        """Logits of images, and codes if asked for."""
-        logits, codes = compiled(_checked_images(folded, images))
-        return (logits, codes) if return_codes else logits
+        """Logits of images, and what else was asked for."""
+        return compiled(_checked_images(folded, images))
 
     return call
 
 
 def evaluate(
-    folded: Program, images: Float[Array, "n h w c"], kernels: dict[str, Any] | None = None
-) -> tuple[Float[Array, "n classes"], dict[str, Array]]:
-    """Logits and codes of a folded network in JAX, to be traced.
+    folded: Folded, images: Float[Array, "n h w c"], kernels: dict[str, Any] | None = None
+) -> tuple[Float[Array, "n classes"], dict[str, Array], tuple[Array, ...]]:
+    """Logits, codes and states of a folded network in JAX, to be traced.
 
     Args:
       folded: Result of `fold`.
       images: (N, H, W, C) float32.
       kernels: Kernel values by name, traced, in place of the program's own constants.
     Returns:
-      Logits, and the codes of every quantizer by name, as float32.
+      Logits; the codes of every quantizer by name, as float32; the outputs of stem and blocks in real numbers.
     """
-    codes = {}
+    bounds = accumulator_bound(folded)
+    rules = {**_JAX, Conv: lambda op, kernel, x: _jax_conv(op, kernel, x, bounds.get(op.out), kernels)}
+    return _outputs(folded, images, rules)
+
+
+def _outputs(folded: Folded, images: Any, rules: dict[type, Callable]) -> tuple[Any, dict[str, Any], tuple]:
+    """Logits, codes and states."""
+    codes, values, wanted = {}, {}, {state.value for state in folded.states}
 
     def keep(op, value):
         if isinstance(op, (Quantize, Snap)):
             codes[op.out] = value
+        if op.out in wanted:
+            values[op.out] = value
         return value
 
-    bounds = accumulator_bound(folded)
-    rules = {**_JAX, Conv: lambda op, kernel, x: _jax_conv(op, kernel, x, bounds.get(op.out), kernels)}
-    return _interpret(folded, images, rules, keep)[:, 0, 0], codes
+    logits = _interpret(folded, images, rules, keep)[:, 0, 0]
+    real = [values[s.value] * np.float32(s.unit) for s in folded.states]
+    return logits, codes, tuple(x.clip(0) if s.relu else x for x, s in zip(real, folded.states, strict=True))
 
 
 def _checked_images(folded, images):
-    if images.ndim != 4 or images.shape[-1] != folded.channels:
-        raise ValueError(f"images must be (N, H, W, {folded.channels}); got shape {images.shape}")
+    shape = getattr(images, "shape", type(images).__name__)
+    if len(shape) != 4 or isinstance(shape, str) or shape[-1] != folded.channels:
+        raise ValueError(f"images must be (N, H, W, {folded.channels}); got shape {shape}")
     if images.dtype != np.float32:
         raise ValueError(f"images of dtype {images.dtype} must be float32: x.astype(np.float32), and scale them")
     if min(images.shape[1:3]) < (side := folded.smallest_image):

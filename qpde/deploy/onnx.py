@@ -14,8 +14,10 @@ Compile with `OPENVINO_OPTIONS`, or its numbers are others.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -182,7 +184,7 @@ class _Graph:
     def dequantize(self, codes: str, scale: Any) -> str:
         return self.node("DequantizeLinear", [codes, self.constant(scale)])
 
-    def quantize(self, x: str, scale: float, low: int, high: int, out: str | None = None) -> str:
+    def quantize(self, x: str, scale: Any, low: int, high: int, out: str | None = None) -> str:
         dtype = np.int8 if low < 0 else np.uint8
         info = np.iinfo(dtype)
         inputs = [x, self.constant(scale), self.constant(0, dtype)]
@@ -203,7 +205,7 @@ class _Graph:
         if not kernel.is_whole:
             self.initializers[key] = self.onnx.numpy_helper.from_array(values, key)
             return key
-        if kernel.bits <= 4 == self.kernel_bits:
+        if kernel.bits is not None and kernel.bits <= 4 == self.kernel_bits:
             make, data = self.onnx.helper.make_tensor, pack(values, 4).tobytes()
             self.initializers[key] = make(key, self.onnx.TensorProto.INT4, values.shape, data, raw=True)
         else:
@@ -225,6 +227,10 @@ class _Graph:
 
     # Operations.
 
+    def added(self, terms: Iterable[str]) -> str:
+        """The sum of values, from the first on; each is made when it is added."""
+        return functools.reduce(lambda total, term: self.node("Add", [total, term]), terms)
+
     def emit(self, op: Op) -> None:
         if op.out in self.rounded:
             self.emit_rounded(op.out, *self.rounded[op.out])
@@ -237,12 +243,10 @@ class _Graph:
         self.conv(op, self.float(op.x), self.kernel(op.kernel, op.adjoint), [], op.out)
 
     def emit_affine(self, op: Affine) -> None:
-        total = None
-        for x, factor in zip(op.inputs, op.factors, strict=True):
-            term = self.float(x)
-            if np.any(factor != 1):
-                term = self.node("Mul", [term, self.channels(factor)])
-            total = term if total is None else self.node("Add", [total, term])
+        def term(x: str, factor: np.ndarray) -> str:
+            return self.node("Mul", [self.float(x), self.channels(factor)]) if np.any(factor != 1) else self.float(x)
+
+        total = self.added(map(term, op.inputs, op.factors))
         if op.bias is not None:
             total = self.node("Add", [total, self.channels(op.bias)])
         if op.out == "logits":
@@ -262,12 +266,14 @@ class _Graph:
             self.outputs.append((op.out, kind))
 
     def emit_snap(self, op: Snap) -> None:
-        x, total = self.float(op.x), None
+        x = self.float(op.x)
         magnitude = self.node("Abs", [x]) if op.signed else x
-        for middle, step in zip(op.middles, np.diff(op.table), strict=True):
+
+        def rise(middle: Any, step: Any) -> str:
             above = self.node("Greater", [magnitude, self.constant(middle)])
-            term = self.node("Where", [above, self.constant(step), self.constant(0.0)])
-            total = term if total is None else self.node("Add", [total, term])
+            return self.node("Where", [above, self.constant(step), self.constant(0.0)])
+
+        total = self.added(map(rise, op.middles, np.diff(op.table)))
         if op.signed:
             total = self.node("Mul", [self.node("Sign", [x]), total])
         self.node("Identity", [total], op.out)
@@ -343,8 +349,8 @@ class _Graph:
 
     # The fast form.
 
-    def emit_rounded(self, out: str, affine: Affine, quantize: Quantize, skipped: dict[str, Conv]) -> None:
-        shares = [np.broadcast_to(affine.bias, np.broadcast_shapes(affine.bias.shape, affine.factors[-1].shape))]
+    def emit_rounded(self, out: str, affine: Affine, quantize: Quantize, skipped: dict[str, Any]) -> None:
+        shares = [np.broadcast_to(affine.shift, np.broadcast_shapes(affine.shift.shape, affine.factors[-1].shape))]
         terms = []
         step = float(quantize.high - min(quantize.low, 0)) * 2 / 127
         for x, factor in reversed(list(zip(affine.inputs, affine.factors, strict=True))):
@@ -386,7 +392,7 @@ def _oihw(kernel: Kernel, adjoint: bool) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(3, 2, 0, 1))
 
 
-def _branches(folded: Folded) -> dict[str, tuple[Affine, Quantize, dict[str, Conv]]]:
+def _branches(folded: Folded) -> dict[str, tuple[Affine, Quantize, dict[str, Any]]]:
     """Quantizers of convolutions of 8-bit codes, with what they read: (affine, quantizer, convolutions)."""
     made, readers = {op.out: op for op in folded.ops}, consumers(folded.ops)
     bounds, found = accumulator_bound(folded), {}
@@ -396,7 +402,9 @@ def _branches(folded: Folded) -> dict[str, tuple[Affine, Quantize, dict[str, Con
         return isinstance(op, Quantize) and max(-op.low, op.high) <= (127 if op.low < 0 else 255)
 
     for op in folded.ops:
-        affine = made.get(op.x) if isinstance(op, Quantize) else None
+        if not isinstance(op, Quantize):
+            continue
+        affine = made.get(op.x)
         if (
             not isinstance(affine, Affine)
             or affine.bias is None
@@ -404,7 +412,7 @@ def _branches(folded: Folded) -> dict[str, tuple[Affine, Quantize, dict[str, Con
             or not is_short(op.out)
         ):
             continue
-        convs = {x: made[x] for x in affine.inputs if isinstance(made.get(x), Conv)}
+        convs = {x: read for x in affine.inputs if isinstance(read := made.get(x), Conv)}
         fits = all(
             is_short(c.x) and folded.kernels[c.kernel].is_whole and len(readers[n]) == 1 and bounds[n] < EXACT_LIMIT
             for n, c in convs.items()

@@ -61,8 +61,8 @@ def unpack(data: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     spread = np.unpackbits(data, bitorder="little")
     if spread[count * bits :].any():
         raise ValueError("the bits behind the last code must be 0")
-    spread = spread[: count * bits].reshape(count, bits).astype(np.int64)
-    values = (spread << np.arange(bits)).sum(1)
+    rows = spread[: count * bits].reshape(count, bits).astype(np.int64)
+    values = (rows << np.arange(bits)).sum(1)
     return np.where(values >= 2 ** (bits - 1), values - 2**bits, values).astype(np.int8).reshape(shape)
 
 

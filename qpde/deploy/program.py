@@ -96,6 +96,11 @@ class Affine:
     factors: tuple[np.ndarray, ...]
     bias: np.ndarray | None = None
 
+    @property
+    def shift(self) -> np.ndarray:
+        """The bias, 0 where there is none."""
+        return np.zeros((), np.float32) if self.bias is None else self.bias
+
 
 @dataclasses.dataclass(frozen=True)
 class _Unary:
@@ -196,7 +201,11 @@ def consumers(ops: Iterable[Op]) -> dict[str, list[Op]]:
 
 
 def whole_bounds(program: Program) -> dict[str, tuple[int, int]]:
-    """(lowest, highest) of every value that is whole whatever the images, before any rounding to float32."""
+    """Find (lowest, highest) of every value that is whole whatever the images, before any rounding to float32.
+
+    Args:
+      program: Folded network.
+    """
     bounds: dict[str, tuple[int, int]] = {}
     for op in program.ops:
         if isinstance(op, Quantize):

@@ -114,7 +114,7 @@ def _margin(name: str, rounding: _Rounding | None, bounds: dict) -> Margin:
         return Margin(name, 0.0, math.inf, "real numbers arrive")
     if max(abs(end) for x in affine.inputs for end in bounds[x]) >= EXACT_LIMIT:
         return Margin(name, 0.0, math.inf, "sums pass 2^24")
-    m, b = (np.atleast_1d(v).astype(np.float64) for v in (affine.factors[-1], affine.bias))
+    m, b = (np.atleast_1d(v).astype(np.float64) for v in (affine.factors[-1], affine.shift))
     m, b = np.broadcast_arrays(m, b)
     if len(affine.inputs) == 1:
         shifts = np.zeros(1)
@@ -181,7 +181,7 @@ def _settled(rounding: _Rounding, bounds: dict) -> list[Op]:
         if max(-low.min(), high.max()) >= EXACT_LIMIT:
             return [affine]
         ops, limits = [whole], (int(low.min()), int(high.max()))
-    m, b = np.broadcast_arrays(np.atleast_1d(m), np.atleast_1d(affine.bias))
+    m, b = np.broadcast_arrays(np.atleast_1d(m), np.atleast_1d(affine.shift))
     new = [_settled_channel(float(m_c), float(b_c), rounding, limits) for m_c, b_c in zip(m, b, strict=True)]
     if None in new:
         return [affine]

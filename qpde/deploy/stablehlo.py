@@ -71,12 +71,13 @@ def stablehlo_bytes(
     return bytes(export_images(folded, image_size).serialize())
 
 
-def export_images(folded: Folded, image_size: tuple[int, int]) -> export.Exported:
+def export_images(folded: Folded, image_size: tuple[int, int], *, codes: bool = False) -> export.Exported:
     """Export an image network with a symbolic batch.
 
     Args:
       folded: Result of `fold` or `settle`.
       image_size: Height and width.
+      codes: Also return the codes of every quantizer by name, float32: for tests.
     Returns:
       Program of images (batch, H, W, C) float32 with the logits (batch, classes).
     """
@@ -84,7 +85,8 @@ def export_images(folded: Folded, image_size: tuple[int, int]) -> export.Exporte
     images = jax.ShapeDtypeStruct((batch, *image_size, folded.channels), jnp.float32)
 
     def logits(images):
-        return evaluate(folded, images, _unpacked(folded))[0]
+        found, own_codes, _ = evaluate(folded, images, _unpacked(folded))
+        return (found, own_codes) if codes else found
 
     return export.export(jax.jit(logits), platforms=PLATFORMS)(images)
 

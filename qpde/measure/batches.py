@@ -1,12 +1,11 @@
-"""Sets of inputs that are read batch by batch, and means over them: labels, padding, sums in float64.
+"""Means over a set of inputs that is read batch by batch, see `qpde.batches`: labels, padding, sums in float64.
 
-A batch is images (N, H, W, C) float32 or a `jraph.GraphsTuple`, alone or in a pair with integer labels: one for each
-image in 0 .. classes - 1; or one for each node, or for each pixel of a segmentation network's logits, -1 where it does
-not count. Without labels every node counts, those too with which jraph pads a graph, which cannot be told from others:
-label them -1.
+Labels are integers: one for each image in 0 .. classes - 1; or one for each node, or for each pixel of a segmentation
+network's logits, -1 where it does not count. Without labels every node counts, those too with which jraph pads a graph,
+which cannot be told from others: label them -1.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,32 +13,11 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 
-from qpde.datasets.containers import IGNORED
+from qpde.batches import IGNORED, Batch, read_batches, size_of
 
 __all__ = ["Batch", "mean_over", "read_batches"]
 
-Batch = Any
-
 Measured = tuple[dict[str, Any], int]
-
-
-def read_batches(batches: Iterable[Batch], variables: Mapping[str, Any]) -> Iterator[tuple[Any, np.ndarray | None]]:
-    """Read a set of inputs: the one way in which all functions of this library take batches.
-
-    Args:
-      batches: images or graphs, alone or in pairs with labels.
-      variables: of the network that they are for, which tell the number of channels.
-    Yields:
-      Images or graph, and labels or None, of one batch after the other.
-    Raises:
-      ValueError: something else than a set of batches, a batch of another form, without inputs, or of images whose last
-        axis are not the network's channels.
-    """
-    if isinstance(batches, Mapping | jraph.GraphsTuple) or hasattr(batches, "ndim"):
-        raise ValueError(f"`batches` is one {_name(batches)}: give a list of batches, such as [x] or [(x, labels)]")
-    channels = _channels(variables)
-    for index, batch in enumerate(batches):
-        yield _split(batch, index, channels)
 
 
 def mean_over(
@@ -52,7 +30,7 @@ def mean_over(
 
     Args:
       batches: read once.
-      variables: of the network.
+      variables: Variables of the network.
       measure: (x, index of the batch) -> numbers by name, (N, ...) each, and the number of classes. Two of them,
         "prediction" and "prediction_q", are the classes that the networks choose, (N,), or (N, H, W) pixel by pixel,
         with one axis more where there are several pairs of networks.
@@ -70,7 +48,7 @@ def mean_over(
         if labelled != (labels is not None):
             raise ValueError(f"batch {index} has {'no ' if labelled else ''}labels, unlike those before it")
         is_graph = isinstance(x, jraph.GraphsTuple)
-        count = _size(x)
+        count = size_of(x)
         longest = max(longest, count)
         found, classes = measure(x if is_graph else _pad(x, longest), index)
         measured = {name: values[:count] for name, values in jax.device_get(found).items()}
@@ -98,49 +76,6 @@ def mean_over(
         raise ValueError("`batches` is empty, or no label counts: there is nothing to compare")
     means = {k: np.asarray(v / (choices if k in chosen else samples)) for k, v in sums.items()}
     return samples, {"accuracy": None, "accuracy_twin": None} | means
-
-
-def _split(batch, index, channels):
-    """Images or graph, and labels or None, of the batch of that index."""
-    expected = "give images (N, H, W, C) or a jraph.GraphsTuple, alone or as a pair (x, labels)"
-    if isinstance(batch, Mapping):
-        keys = ", ".join(map(repr, batch))
-        raise ValueError(
-            f"batch {index} is a dictionary of {keys}: {expected}, such as (batch['image'], batch['label'])"
-        )
-    x, labels = batch, None
-    if isinstance(batch, tuple | list) and not isinstance(batch, jraph.GraphsTuple):
-        if len(batch) != 2:
-            raise ValueError(f"batch {index} is a {type(batch).__name__} of {len(batch)}: {expected}")
-        x, labels = batch
-    if not isinstance(x, jraph.GraphsTuple):
-        if not getattr(x, "ndim", 0):
-            raise ValueError(f"the inputs of batch {index} are of type {type(x).__name__}: {expected}")
-        if channels is not None and (x.ndim != 4 or x.shape[3] != channels):
-            is_nchw = x.ndim == 4 and x.shape[1] == channels
-            hint = "; put the channels last, by x.transpose(0, 2, 3, 1)" if is_nchw else ""
-            raise ValueError(
-                f"batch {index} is of shape {tuple(x.shape)}, the network takes images (N, H, W, {channels}){hint}"
-            )
-    if _size(x) == 0:
-        raise ValueError(f"batch {index} holds no images")
-    return x, None if labels is None else np.asarray(labels)
-
-
-def _channels(variables):
-    """Of the images that a network of this library takes, or None where its variables do not tell."""
-    stem = variables.get("params", {}).get("stem", {})
-    is_image_network = isinstance(stem, Mapping) and set(stem) == {"kernel", "norm"}
-    return stem["kernel"].shape[2] if is_image_network else None
-
-
-def _name(batch):
-    return f"array of shape {tuple(batch.shape)}" if hasattr(batch, "ndim") else type(batch).__name__
-
-
-def _size(x):
-    """The number of images, or of nodes."""
-    return x.nodes.shape[0] if isinstance(x, jraph.GraphsTuple) else len(x)
 
 
 def _pad(images, length):

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from qpde.bits import Bits, stack_bits
 from qpde.measure.batches import Batch, mean_over
 from qpde.measure.faithfulness import logit_difference, reestimate_statistics
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["BitsComparison", "Elastic", "compare_bits"]
 
@@ -29,7 +28,8 @@ class BitsComparison:
 
     Attributes:
       samples: number of inputs: images, or nodes.
-      accuracy, accuracy_reference: at these widths and at those compared with; None without labels.
+      accuracy: Accuracy at these bits, or None without labels.
+      accuracy_reference: Accuracy at the bits compared with, or None without labels.
       agreement: fraction of inputs with the same argmax at both.
       kl: mean Kullback-Leibler divergence of the softmax at these widths from that of the reference, in nats.
       logit_error: root mean square of the difference of the logits.
@@ -51,7 +51,7 @@ class Elastic:
       model: a network of `qpde.models`.
     """
 
-    model: QuantizedNetwork
+    model: Any
 
     def apply(self, variables: Any, x: Any, *, bits: Bits, **options: Any) -> Any:
         """`model.apply` at each width.
@@ -59,8 +59,8 @@ class Elastic:
         Args:
           variables: {"params", and other collections with a leading axis for the widths}.
           x: as for the network.
-          bits: of `stack_bits`.
-          options: of the network.
+          bits: Bits of `stack_bits`.
+          options: Options of the network.
         Returns:
           What the network returns, with a leading axis for the widths.
         """
@@ -81,8 +81,8 @@ class Elastic:
         """The network's variables for `apply`: its collections for each of the widths.
 
         Args:
-          variables: of the network.
-          bits: of `stack_bits`.
+          variables: Variables of the network.
+          bits: Bits of `stack_bits`.
           statistics_batches: from these, batch statistics are estimated again for each width.
         """
         variables = unfreeze(variables)
@@ -96,7 +96,7 @@ class Elastic:
 
 
 def compare_bits(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Any,
     batches: Iterable[Batch],
     bits: Sequence[Bits],

@@ -12,33 +12,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from qpde import quantizers
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.histograms import edges, histogram, merge
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.layers import Quantizer
-from qpde.models.protocol import QuantizedNetwork
 
-__all__ = ["Distribution", "distributions"]
+__all__ = ["Distribution", "distribution", "distributions"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distribution:
-    """Of the values x that one quantizer of activations is about to round, over a data set.
+    """Distribution of the values x that one quantizer of activations is about to round, over a data set.
 
     Attributes:
-      block, index: of the quantizer; index 0 of a block rounds the block's input.
-      bits, clip, signed: of the quantizer: its range is [0, clip], or [-clip, clip] if signed.
-      count: of values.
-      mean, std: of all of them, std with the divisor N.
-      kurtosis: mean of (x - mean)^4 / std^4: 3 for a normal distribution, more with outliers, 0 where x is constant.
-      outliers: share of the values further from the mean than `deviations` std, up to a bin of the histogram.
-      saturated: share of the values outside the range, which the clip changes.
-      level_shares: share of the values at each level in use, ascending; zero is a level like others.
-      edges, counts: a histogram, with a bin from edges[k] to edges[k + 1]; exact zeros are in the bin that ends at 0.
+      block: Number of the quantizer's block.
+      index: Number of the quantizer in its block; 0 rounds the block's input.
+      bits: Bits of the quantizer.
+      clip: End of its range, which is [0, clip], or [-clip, clip] if signed.
+      signed: Whether the quantizer is signed.
+      count: Number of values.
+      mean: Mean of all values.
+      std: Standard deviation of all values, with the divisor N.
+      kurtosis: Mean of (x - mean)^4 / std^4: 3 for a normal distribution, more with outliers, 0 where x is constant.
+      outliers: Share of the values further from the mean than `deviations` std, up to a bin of the histogram.
+      saturated: Share of the values outside the range, which the clip changes.
+      level_shares: Share of the values at each level in use, ascending; zero is a level like others.
+      edges: Edges of a histogram. Exact zeros are in the bin that ends at 0.
+      counts: Values in each bin, from edges[k] to edges[k + 1].
     """
 
     block: int
@@ -68,7 +73,7 @@ class Distribution:
 
 
 def distributions(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Batch],
     bits: Bits,
@@ -80,7 +85,7 @@ def distributions(
     Activations are those of the quantized network. The batches are read once; memory does not grow with their number.
 
     Args:
-      model: of `qpde.models` or `qpde.quantized`.
+      model: Network of `qpde.models` or `qpde.quantized`.
       variables: its collections.
       batches: inputs, images (N, H, W, C) or graphs, or pairs of these and labels, which are not used. Equally long
         ones compile once.
@@ -114,6 +119,42 @@ def distributions(
     return [t.result(*place, bits=int(widths[place[0]]), deviations=deviations) for place, t in total.items()]
 
 
+def distribution(
+    x: Float[Array, "..."],
+    clip: Float[ArrayLike, ""],
+    *,
+    bits: int,
+    signed: bool = False,
+    levels: str = "uniform",
+    block: int = 0,
+    deviations: float = 4.0,
+) -> Distribution:
+    """The distribution of values that one quantizer of activations is about to round.
+
+    One compiled program serves all values of a shape, of whatever network.
+
+    Args:
+      x: The values.
+      clip: Of the quantizer.
+      bits: Of the quantizer, 2 to 8.
+      signed: Whether its range is [-clip, clip].
+      levels: Its set of levels, as for `qpde.quantizers.quantize_activation`.
+      block: What the result names as its block.
+      deviations: Standard deviations beyond which a value is an outlier.
+    Raises:
+      ValueError: Bits outside 2 to 8, `deviations` <= 0, or values that are NaN or infinite.
+    """
+    _check_widths(Bits(None, bits))
+    if not deviations > 0:
+        raise ValueError(f"`deviations` (={deviations}) must be positive, such as 4")
+    seen = jax.device_get(_record(x, jnp.asarray(clip, jnp.float32), jnp.int32(bits), signed, levels))
+    if not np.isfinite(seen.moments).all():
+        raise ValueError("`x` holds NaN or infinite values: look for what made them so")
+    total = _Total()
+    total.add(seen)
+    return total.result(block, 0, bits=int(bits), deviations=deviations)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["above", "below", "moments", "saturated", "levels", "clip"],
@@ -145,24 +186,27 @@ def _seen(model, variables, x, bits):
     def observe(x, clip, quantizer: Quantizer):
         if quantizer.is_weight:
             return None, clip
-        signed = quantizer.signed
-        level = quantizers.level_index(x, clip, quantizer.bits, levels=quantizer.levels, signed=signed)
-        size = 2 * quantizers.LARGEST_LEVEL + 1
-        mean = jnp.mean(x)
-        powers = [jnp.sum((x - mean) ** k) for k in (2, 3, 4)]
-        seen = _Seen(
-            above=histogram(x, signed=False),
-            below=histogram(-x, signed=False),
-            moments=jnp.stack([mean, *powers]),
-            saturated=jnp.sum((x > clip) | (x < (-clip if signed else 0.0))),
-            levels=jnp.zeros(size, jnp.int32).at[level.ravel() + quantizers.LARGEST_LEVEL].add(1),
-            clip=clip,
-            count=x.size,
-            signed=signed,
-        )
-        return seen, clip
+        return _record(x, clip, quantizer.bits, quantizer.signed, quantizer.levels), clip
 
     return model.apply(variables, x, train=False, bits=bits, observe=observe, mutable=["observed"])[1]["observed"]
+
+
+@partial(jax.jit, static_argnames=("signed", "levels"))
+def _record(x, clip, bits, signed, levels) -> _Seen:
+    level = quantizers.level_index(x, clip, bits, levels=levels, signed=signed)
+    mean = jnp.mean(x)
+    powers = [jnp.sum((x - mean) ** k) for k in (2, 3, 4)]
+    size = 2 * quantizers.LARGEST_LEVEL + 1
+    return _Seen(
+        above=histogram(x, signed=False),
+        below=histogram(-x, signed=False),
+        moments=jnp.stack([mean, *powers]),
+        saturated=jnp.sum((x > clip) | (x < (-clip if signed else 0.0))),
+        levels=jnp.zeros(size, jnp.int32).at[level.ravel() + quantizers.LARGEST_LEVEL].add(1),
+        clip=clip,
+        count=x.size,
+        signed=signed,
+    )
 
 
 def _by_block(model, observed, variables, x) -> list[list[_Seen]]:

@@ -6,7 +6,7 @@ over a data set, block by block and at the logits; the difference is the paper's
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from flax.core import unfreeze
 from jaxtyping import Array, Float
 
 from qpde.measure.batches import Batch, mean_over, read_batches
-from qpde.models.protocol import QuantizedNetwork
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +27,8 @@ class Faithfulness:
 
     Attributes:
       samples: number of inputs: images, or nodes. Shares of a segmentation network's predictions are of pixels.
-      accuracy, accuracy_twin: of the quantized network and of the twin; None without labels.
+      accuracy: Accuracy of the quantized network, or None without labels.
+      accuracy_twin: Accuracy of the twin, or None without labels.
       agreement: fraction of inputs with the same argmax.
       margin: mean gap between the two largest of z, the yardstick for the logits' error.
       kl: mean Kullback-Leibler divergence of the quantized network's softmax from the twin's, in nats.
@@ -70,7 +70,7 @@ class Faithfulness:
 
 
 def compare(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Any,
     batches: Iterable[Batch],
     bits: Any,
@@ -87,7 +87,7 @@ def compare(
     Args:
       model: `apply(variables, x, train=False, return_states=True, bits=...) -> (logits, states)` with logits
         (N, classes) and a tuple of block outputs (N, ...), as every model of `qpde.models`; N counts images or nodes.
-      variables: of the quantized network.
+      variables: Variables of the quantized network.
       batches: images (N, H, W, C) float32, or pairs of these and integer labels (N,) in 0 .. classes - 1; read
         once. Or a `jraph.GraphsTuple`, or pairs of one and labels of its nodes, -1 where a node does not count: the
         labels of one split make it the set that is measured. A segmentation network, whose logits are
@@ -111,15 +111,16 @@ def compare(
     twin_bits = bits.twin
     twin = variables if twin is None else twin
     if statistics_batches is not None:
-        statistics_batches = list(statistics_batches)
+        if isinstance(statistics_batches, Iterator):  # it is gone through twice
+            statistics_batches = list(statistics_batches)
         variables, twin = (
             reestimate_statistics(model, own, statistics_batches, at)
             for own, at in ((variables, bits), (twin, twin_bits))
         )
 
     def measure(x, index):
-        exact = _evaluate(model, twin, x, twin_bits)
-        measured = _difference(exact, _evaluate(model, variables, x, bits))
+        exact = evaluate(model, twin, x, twin_bits)
+        measured = _difference(exact, evaluate(model, variables, x, bits))
         _check_finite(measured, index)
         return measured, exact[0].shape[-1]
 
@@ -163,8 +164,7 @@ def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], 
     for images, _ in read_batches(batches, variables):
         seen += len(images)
         new = _batch_statistics(model, variables, jnp.asarray(images), bits)
-        share = len(images) / seen
-        mean = new if mean is None else jax.tree.map(lambda m, s, share=share: m + share * (s - m), mean, new)
+        mean = new if mean is None else _moved(mean, new, np.float32(len(images) / seen))
     if mean is None:
         raise ValueError("`batches` is empty: batch statistics need at least one batch of images")
     return {**variables, "batch_stats": mean}
@@ -195,7 +195,15 @@ def logit_difference(
 
 
 @partial(jax.jit, static_argnames="model")
-def _evaluate(model, variables, images, bits):
+def evaluate(model: Any, variables: Any, images: Any, bits: Any) -> tuple[Array, Any]:
+    """Logits and block outputs of a network; the one compiled program that `compare` runs.
+
+    Args:
+      model: As for `compare`.
+      variables: Its collections.
+      images: One batch of inputs.
+      bits: `qpde.Bits`. Arrays serve all values by one program.
+    """
     return model.apply(variables, images, train=False, return_states=True, bits=bits)
 
 
@@ -203,6 +211,12 @@ def _evaluate(model, variables, images, bits):
 def _batch_statistics(model, variables, images, bits):
     _, updates = model.apply(variables, images, train=True, momentum=0.0, bits=bits, mutable=["batch_stats"])
     return updates["batch_stats"]
+
+
+@jax.jit
+def _moved(mean, new, share):
+    """The running mean after one more batch; compiled as a whole, since single operations cost a program each."""
+    return jax.tree.map(lambda m, s: m + share * (s - m), mean, new)
 
 
 @jax.jit

@@ -42,7 +42,7 @@ def histogram(x: Num[Array | np.ndarray, "..."], *, signed: bool, bins: int = BI
 
     Args:
       x: floating point, any shape; of no numbers at all, all counts are 0.
-      signed: of its quantizer.
+      signed: Whether its quantizer is signed.
       bins: `OCTAVES` times a power of two.
     Returns:
       `Histogram`, float32; a NaN makes `largest` NaN.
@@ -85,7 +85,7 @@ def clip_from(
     """`qpde.quantizers.initial_clip` of the data in a histogram, each value taken for the middle of its bin.
 
     Args:
-      histogram: Of the data.
+      histogram: Histogram of the data.
       bits: Bits of the quantizer, or None where it does not round.
       signed: Whether the quantizer is signed, as the histogram is.
       method: How the clip is found, as for `initial_clip`.

@@ -54,7 +54,7 @@ def jacobian_spectrum(
       x: the point, any shape; a step on images keeps its batch axis.
       method: "dense" or "lanczos".
       num: Lanczos steps and so values of each kind, at least 1; at most x.size are taken. Unused by "dense".
-      key: of the random start of "lanczos".
+      key: Random key of the random start of "lanczos".
     Returns:
       `JacobianSpectrum` in x's dtype, float32 at least: with "dense" x.size eigenvalues and min(x.size, f(x).size)
         singular values.
@@ -81,6 +81,8 @@ def jacobian_spectrum(
     jacobian = first_cotangent(second_pullback)  # the transpose of u -> J^T u
 
     def lanczos(product):
+        if x.size == 0:
+            return jnp.zeros(0, y.dtype)
         return _lanczos(lambda q: product(q.reshape(x.shape)).ravel(), x.size, min(num, x.size), key, y.dtype)
 
     eigenvalues = lanczos(lambda v: (jacobian(v) + transposed(v)) / 2) if square else None

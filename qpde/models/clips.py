@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 
 from qpde import quantizers
+from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
-from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["calibrate_clips", "converge_norms", "replace_clips"]
 
 
 def calibrate_clips(
-    model: QuantizedNetwork,
+    model: Any,
     variables: Mapping[str, Any],
-    x: Any,
+    x: Batch,
     *,
     method: str = "mse",
     bits: Bits | None = None,
@@ -32,18 +32,22 @@ def calibrate_clips(
     """Replace every clip by one that fits the data, block after block, each seeing its predecessors quantized.
 
     Args:
-      model: a network, see `qpde.models.QuantizedNetwork`.
-      variables: its collections. One of `qpde.quantized` takes those of the module itself too.
-      x: (N, ...) inputs such as images, a few hundred are enough, or a graph.
-      method: of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the 99.9th
-        percentile at 4; the clips that a network is made with fit no graph.
-      bits: widths that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
+      model: Network, see `qpde.models.QuantizedNetwork`.
+      variables: Its collections. One of `qpde.quantized` takes those of the module itself too.
+      x: (N, ...) inputs such as images, a few hundred are enough, or a graph; or a pair of these and labels, which are
+        not used.
+      method: Method of `qpde.quantizers.initial_clip`. On graphs the maximum ("absmax") is good at 8 bits and the
+        99.9th percentile at 4; the clips that a network is made with fit no graph.
+      bits: Bits that the clips are for; None takes the model's own. An exact part (None) keeps its clips. Where
         widths have clips of their own, those of each are found at that width, whatever the number given.
-      train: normalise by the batch's statistics; for an image net whose running ones are still the starting values.
+      train: Normalise by the batch's statistics; for an image net whose running ones are still the starting values.
     Returns:
       `variables` with the new clips in "params".
+    Raises:
+      ValueError: no data, or a batch of another form.
     """
     new = unfreeze(dict(variables))
+    x = read_batch(x, new)
     bits = model.bits if bits is None else bits
     if hasattr(model, "adopt"):
         new = model.adopt(new, x)
@@ -75,21 +79,24 @@ def _fitting_clips(model, variables, x, bits, *, method, train):
     return model.apply(variables, x, train=train, bits=bits, observe=choose, mutable=mutable)[1]["observed"]
 
 
-def converge_norms(model: QuantizedNetwork, variables: Mapping[str, Any], x: Any, *, bits: Bits | None = None) -> dict:
+def converge_norms(model: Any, variables: Mapping[str, Any], x: Batch, *, bits: Bits | None = None) -> dict:
     """Bring the spectral norms of tied and spectral steps to convergence, for the kernels as they are rounded.
 
     In training one iteration a step follows the kernels; what remains, a few per cent, is within the margin of the step
     size or not. Do so before a network is exported or certified.
 
     Args:
-      model, variables: a network and its collections.   x: any images of the size it runs on.
-      bits: widths that it runs at; None takes the model's own.
+      model: Network.
+      variables: Its collections.
+      x: Any images of the size it runs on, or a pair of these and labels.
+      bits: Bits that it runs at; None takes the model's own.
     Returns:
       `variables` with other singular vectors in "spectral"; the same ones if there are none.
     """
     variables = unfreeze(dict(variables))
     if "spectral" not in variables:
         return variables
+    x = read_batch(x, variables)
     return {**variables, "spectral": _converged(model, variables, x, model.bits if bits is None else bits)}
 
 
@@ -102,10 +109,10 @@ def replace_clips(variables: Mapping[str, Any], observed: dict, *, row: int | No
     """Variables with new clips.
 
     Args:
-      variables: of a network.
-      observed: collection "observed" whose records are clips, single ones or lists; where they are None, or left out,
+      variables: Variables of a network.
+      observed: Collection "observed" whose records are clips, single ones or lists; where they are None, or left out,
         the old ones stay.
-      row: of the clips that a network has for each width; None for one that has the same for all.
+      row: Row of the clips that a network has for each width; None for one that has the same for all.
     Returns:
       `variables`, the records packed as `weight_clips` and `act_clips` of its "params".
     """

@@ -53,11 +53,11 @@ class Mode:
     """How one call of a network runs.
 
     Attributes:
-      train: normalise by the batch's statistics and update the running ones.
-      momentum: share of the running statistics that is kept; 0 stores the batch's own.
-      observe: sees what every quantizer rounds, or None.
-      power_iterations: of each spectral norm in this call, from the carried vector on; at least 1.
-      compute_dtype: of the convolutions' products; everything between them is float32.
+      train: Normalise by the batch's statistics and update the running ones.
+      momentum: Share of the running statistics that is kept; 0 stores the batch's own.
+      observe: Sees what every quantizer rounds, or None.
+      power_iterations: Power iterations of each spectral norm in this call, from the carried vector on; at least 1.
+      compute_dtype: Dtype of the convolutions' products; everything between them is float32.
     """
 
     train: bool = False
@@ -96,16 +96,17 @@ def moments(
     """What a norm of x (..., C) normalises by, and the running statistics after it.
 
     In training these are the batch's moments, and the running ones move towards them by 1 - momentum; the running
-    variance is the unbiased one, as the published nets store it, while the batch is normalised by the biased one.
+    variance is the unbiased one, as the published nets store it, while the batch is normalised by the biased one. A
+    batch of nothing has no moments: the running ones stay.
 
     Args:
       x: (..., C).
       running: {"mean": (C,)[, "var": (C,)]}; a mean-only norm has no "var".
-      mode: of the call.
+      mode: Mode of the call.
     Returns:
       mean (C,), variance (C,) or None, updated running statistics.
     """
-    if not mode.train:
+    if not mode.train or 0 in x.shape:
         return running["mean"], running.get("var"), dict(running)
     mean, var = batch_moments(x)
     count = x.size // x.shape[-1]

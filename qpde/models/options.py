@@ -99,7 +99,7 @@ class NetworkOptions(BlockOptions):
           has_signed_inputs: Whether the inputs of its blocks can be negative.
           name: Its architecture, for messages.
         Raises:
-          ValueError: an option is unknown or out of range; names it, its value and the limit.
+          ValueError: An option is unknown or out of range; names it, its value and the limit.
         """
         check_choices({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         if num_classes < 1:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array
@@ -31,7 +31,6 @@ from qpde.models.layers import Mode, Observe
 from qpde.models.options import LIPSCHITZ_TARGET, Smoothing
 from qpde.nn.rounding import rounded_input, rounded_kernel, smoothed
 from qpde.nn.rules import LayerQuantizers
-from qpde.quantizers import Levels
 
 __all__ = [
     "GradientStep",
@@ -62,7 +61,7 @@ class QuantLayer(nn.Module, kw_only=True):
     weights: int | None = None
     activations: int | None = None
     signed: bool = True
-    levels: Levels = "uniform"
+    levels: str = "uniform"
     per_channel: bool = False
     standardize: bool = False
     smoothing: Smoothing | None = None
@@ -261,10 +260,10 @@ class SymmetricStep(QuantLayer):
     hidden: int | None = None
     steps: int = 1
     taps: int = 3
-    norm: Literal["separate", "tied", "spectral"] = "spectral"
-    step_size: float | Literal["auto"] = 0.1
+    norm: str = "spectral"
+    step_size: float | str = 0.1
     lipschitz_target: float = LIPSCHITZ_TARGET
-    residual: Literal["rounded", "precise"] = "rounded"
+    residual: str = "rounded"
     loop: str = "auto"
     remat: bool = False
     momentum: float = 0.9
@@ -289,6 +288,12 @@ class SymmetricStep(QuantLayer):
             raise ValueError(f"step_size (={self.step_size!r}) must be positive, or 'auto' with norm='tied'")
         if self.smoothing is not None and self.smoothing.learned:
             raise ValueError("a SymmetricStep does not learn its smoothing: put a TVSmoothing beside it")
+        checked: dict[str, Any] = {  # names of choices, which are plain strings in a user's module
+            "norm": self.norm,
+            "residual": self.residual,
+            "levels": self.quantizers.levels,
+            "step_size": self.step_size if is_auto else float(self.step_size),
+        }
         return GradientStep(
             width_in=channels,
             width_out=channels,
@@ -296,15 +301,12 @@ class SymmetricStep(QuantLayer):
             symmetric=True,
             hidden=channels if self.hidden is None else self.hidden,
             taps=self.taps,
-            norm=self.norm,
-            residual=self.residual,
-            levels=self.quantizers.levels,
             standardize=self.standardize,
             per_channel=self.per_channel,
             signed_inputs=self.signed,
-            step_size=self.step_size if is_auto else float(self.step_size),
             lipschitz_target=self.lipschitz_target,
             smoothing=self.smoothing,
+            **checked,
         )
 
     @nn.compact

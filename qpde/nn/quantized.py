@@ -23,6 +23,7 @@ from flax.core import scope as flax_scope
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 
+from qpde.batches import Batch, read_batch, read_batches
 from qpde.bits import LARGEST_BITS, Bits
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.cost import Row, Summary
@@ -199,18 +200,18 @@ class QuantizedModule(nn.Module):
         return self.clone(rules=tuple(rules), own_bits=bits)
 
     @nn.nowrap
-    def with_signs(self, variables: Any, batches: Iterable[Any]) -> QuantizedModule:
+    def with_signs(self, variables: Any, batches: Iterable[Batch]) -> QuantizedModule:
         """This network, knowing which layers of signed="auto" have inputs below 0 on the data.
 
         Args:
           variables: Its collections, or the module's own.
-          batches: Inputs without labels.
+          batches: Inputs, or pairs of inputs and labels, which are not used.
         Raises:
-          ValueError: no batches.
+          ValueError: no batches, or one of another form.
         """
         signs: dict[str, bool] = {}
         empty = True
-        for x in batches:
+        for x, _ in read_batches(batches, variables):
             empty, observed = False, jax.device_get(_negative(self, variables, x))
             layers = [layer for layer in self.layers(variables, x).values() if layer.settings is not None]
             for layer, records in zip(layers, self.activation_records(observed, variables, x), strict=True):
@@ -226,10 +227,10 @@ class QuantizedModule(nn.Module):
         """The module's own variables with all parameters of this network: missing ones get their starting values.
 
         Args:
-          variables: Of the module, for instance from a checkpoint, or of this network.
-          x: An input.
+          variables: Variables of the module, for instance from a checkpoint, or of this network.
+          x: An input, or a pair of inputs and labels.
         """
-        return _adopted(self, unfreeze(variables), x)
+        return _adopted(self, unfreeze(variables), read_batch(x, variables))
 
     @nn.nowrap
     def layers(self, variables: Any, x: Any) -> dict[str, Layer]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from qpde.bits import LARGEST_BITS, SMALLEST_BITS
 from qpde.models.options import Smoothing
-from qpde.quantizers import LEVEL_SETS, Levels
+from qpde.quantizers import LEVEL_SETS
 
 __all__ = ["LayerQuantizers", "Rule", "check_rules", "first_match"]
 
@@ -31,7 +31,7 @@ class LayerQuantizers:
     weights: int | None = None
     activations: int | None = None
     smoothing: Smoothing | None = None
-    levels: Levels = "uniform"
+    levels: str = "uniform"
     signed: bool | str = "auto"
     per_channel: bool = False
     standardize: bool = False

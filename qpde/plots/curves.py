@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, label, legend, new_figure, plain, styles
+from qpde.plots.frame import COLOURS, GREY, INK, MARKERS, label, legend, logarithmic, new_figure, plain, styles
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -65,7 +65,9 @@ def along_depth_figure(
     *,
     heading: str,
     unit: str,
+    x: str = "block",
     stages: Sequence[int] = (),
+    is_signed: bool = False,
     among: Collection[str] = (),
 ) -> matplotlib.figure.Figure:
     """Any quantity of networks' blocks against block number, drawn as `layer_error_figure` draws the error.
@@ -73,21 +75,23 @@ def along_depth_figure(
     Args:
       curves: by network, a number for each block.
       path: File to write, its format by its ending (.png, .svg, .pdf). None writes none.
+      heading: Heading of the panel.
+      unit: Unit of the numbers.
+      x: What is counted along depth.
       stages: Number of blocks in each stage, to mark where a stage ends.
-      heading: of the panel.
-      unit: of the numbers.
+      is_signed: Whether numbers may be negative.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:
       ValueError, ImportError: as there.
     """
-    rows = _checked(curves)
+    rows = _checked(curves, is_signed)
     places = styles(rows, "curves", among)
     figure = new_figure()
     axes = figure.subplots()
     _draw(axes, rows, places, stages)
-    label(axes, heading, "block", unit, pad=18 if stages else 8)
+    label(axes, heading, x, unit, pad=18 if stages else 8)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -126,7 +130,7 @@ def over_smoothing_figure(
         mean, spread = [s.mean() for s in scores], [s.std(ddof=1) if s.size > 1 else 0.0 for s in scores]
         mark = {"marker": MARKERS[i], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
         drawn[name] = accuracies.errorbar(depths, mean, spread, capsize=2.5, elinewidth=1, **style, **mark)
-    energies.set_yscale("log")
+    logarithmic(energies, "y")
     every = sorted({depth for depths in families.values() for depth in depths})
     accuracies.set_xscale("log", base=2)
     accuracies.set_xticks(every, labels=[str(depth) for depth in every])
@@ -140,7 +144,7 @@ def over_smoothing_figure(
 
 
 def against_bits_figure(
-    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]],
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float | tuple[float, float]]]]],
     path: str | os.PathLike | None = None,
     *,
     title: str | None = None,
@@ -152,7 +156,7 @@ def against_bits_figure(
 
     Args:
       panels: by quantity, by network, by widths ("W4A4", in the order to draw): mean and half width of its interval,
-        NaN for none.
+        or how far it reaches below and above the mean; NaN for none.
       path: file to write, its format by its ending (.png, .svg, .pdf); None writes none.
       title: above the panels.
       x: name of the widths.
@@ -172,13 +176,17 @@ def against_bits_figure(
     drawn = {}
     for axes, (quantity, curves) in zip(subplots, panels.items(), strict=True):
         for i, (name, points) in enumerate(curves.items()):
-            mean, half = np.array(list(points.values()), np.float64).T
+            mean = np.array([value for value, _ in points.values()], np.float64)
+            reach = np.nan_to_num(np.array([np.broadcast_to(half, 2) for _, half in points.values()], np.float64).T)
             place = places[name]
             mark = {"marker": MARKERS[place], "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
-            style = {"color": COLOURS[place], "linewidth": 1.8, "capsize": 2.5, "elinewidth": 1}
+            style = {"color": COLOURS[place], "linewidth": 1.8}
             # A little apart, so that intervals of equal means are both seen.
             x_values = np.arange(len(mean)) + 0.08 * (i - (len(curves) - 1) / 2)
-            drawn[name] = axes.errorbar(x_values, mean, np.nan_to_num(half), **style, **mark)
+            if reach.any():
+                drawn[name] = axes.errorbar(x_values, mean, reach, capsize=2.5, elinewidth=1, **style, **mark)
+            else:
+                (drawn[name],) = axes.plot(x_values, mean, **style, **mark)
         axes.set_xticks(range(len(points)), labels=[plain(bits) for bits in points])
         label(axes, quantity, x, quantity)
     if legend_below:
@@ -190,13 +198,67 @@ def against_bits_figure(
     return figure
 
 
-def _checked(curves):
+def over_time_figure(
+    curves: Mapping[str, tuple[Sequence | ArrayLike, Sequence | ArrayLike]],
+    path: str | os.PathLike | None = None,
+    *,
+    heading: str,
+    unit: str,
+    marked: Mapping[str, int | float] | None = None,
+    among: Collection[str] = (),
+) -> matplotlib.figure.Figure:
+    """A quantity of trainings against the epoch.
+
+    Args:
+      curves: By network, epochs and values, equally many. Values that are not finite leave a gap.
+      path: File to write, its format by its ending (.png, .svg, .pdf). None writes none.
+      heading: Of the panel.
+      unit: Of the values.
+      marked: By network, an epoch to mark, such as the one whose weights were kept. Others are marked nowhere.
+      among: All networks whose figures stand beside this one, for one colour in all of them.
+    Returns:
+      The figure, for `savefig` or more changes.
+    Raises:
+      ValueError: There are no curves or more than there are colours, or epochs and values of other numbers.
+      ImportError: Matplotlib is missing.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    places = styles(curves, "curves", among)
+    figure = new_figure()
+    axes, drawn = figure.subplots(), {}
+    for name, (epochs, values) in curves.items():
+        epochs, values = np.asarray(epochs, np.float64), np.asarray(values, np.float64)
+        if epochs.shape != values.shape or epochs.ndim != 1:
+            raise ValueError(f"{name!r} has {epochs.shape} epochs and {values.shape} values: give rows equally long")
+        place, chosen = places[name], epochs == (marked or {}).get(name)
+        (drawn[name],) = axes.plot(
+            epochs,
+            values,
+            color=COLOURS[place],
+            linewidth=1.8,
+            marker=MARKERS[place],
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            markevery=list(np.flatnonzero(chosen if chosen.any() else epochs == epochs[-1:])),
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
+    label(axes, heading, "epoch", unit)
+    legend(figure, drawn, loc="outside lower left", ncols=3)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _checked(curves, is_signed=False):
     if not curves:
         raise ValueError("there are no curves to draw")
     rows = {name: np.asarray(row, np.float64) for name, row in curves.items()}
     for name, row in rows.items():
-        if row.ndim != 1 or row.size == 0 or not np.isfinite(row).all() or row.min() < 0:
-            raise ValueError(f"the curve of {name!r} must be a row of finite numbers >= 0, one per block; got {row}")
+        if row.ndim != 1 or row.size == 0 or not np.isfinite(row).all() or (row.min() < 0 and not is_signed):
+            limit = "" if is_signed else " >= 0"
+            raise ValueError(f"the curve of {name!r} must be a row of finite numbers{limit}, one per block; got {row}")
     return rows
 
 
@@ -204,10 +266,11 @@ def _draw(axes, rows, places, stages):
     from matplotlib.ticker import MaxNLocator
 
     depth = max(len(row) for row in rows.values())
-    top = 1.08 * max(row.max() for row in rows.values()) or 1.0
-    axes.set(xlim=(0.5, depth + 0.5), ylim=(0, top))
+    top = 1.08 * max(0.0, *(row.max() for row in rows.values())) or 1.0
+    bottom = 1.08 * min(0.0, *(row.min() for row in rows.values()))
+    axes.set(xlim=(0.5, depth + 0.5), ylim=(bottom, top))
     _mark_stages(axes, stages, depth)
-    heights = _spread([row[-1] / top for row in rows.values()])
+    heights = _spread([(row[-1] - bottom) / (top - bottom) for row in rows.values()])
     for (name, row), height in zip(rows.items(), heights, strict=True):
         style = places[name]
         mark = {

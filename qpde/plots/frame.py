@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import matplotlib.artist
+    import matplotlib.axes
     import matplotlib.figure
     import matplotlib.legend
 
@@ -37,6 +39,31 @@ def styles(names: Collection[str], what: str, among: Collection[str] = ()) -> di
     found = {name: place for place, name in enumerate(_FIXED) if name in everything}
     free = (place for place in range(len(COLOURS)) if place not in found.values())
     return {name: found[name] if name in found else next(free) for name in everything}
+
+
+def power_of_ten(value: float, position: int | None = None) -> str:
+    """The number at a tick of a logarithmic axis, in plain text: 0.001, 20, 10⁻⁶."""
+    del position
+    exponent = math.floor(math.log10(value) + 1e-9)
+    if -4 < exponent < 4:
+        return f"{value:g}"
+    digits = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    factor = round(value / 10.0**exponent, 6)
+    return f"10{digits}" if factor == 1 else f"{factor:g}·10{digits}"
+
+
+def logarithmic(axes: matplotlib.axes.Axes, *names: str) -> None:
+    """Make the axes of these names, "x" or "y", logarithmic, their numbers in plain text; after everything is drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
+        axis.set_major_formatter(FuncFormatter(power_of_ten))
+        axis.set_minor_formatter(NullFormatter())
+        if high < 20 * low:  # one power of ten, or none
+            axis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.set_minor_formatter(FuncFormatter(power_of_ten))
 
 
 def plain(text: str) -> str:
@@ -79,7 +106,8 @@ def label(axes, heading: str, x: str, y: str, *, pad: int = 8) -> None:
     axes.set_title(plain(heading), loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
     axes.set_xlabel(plain(x), fontsize=10, color=INK)
     axes.set_ylabel(plain(y), fontsize=10, color=INK)
-    axes.tick_params(colors=INK, labelsize=9.5, length=3)
+    axes.tick_params(which="both", colors=INK, labelsize=9.5)
+    axes.tick_params(which="major", length=3)
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

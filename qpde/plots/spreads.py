@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpde.plots.frame import COLOURS, GREY, INK, PALE, label, legend, new_figure, plain, styles
+from qpde.plots.frame import COLOURS, GREY, INK, PALE, label, legend, logarithmic, new_figure, plain, styles
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Numbers = Sequence | ArrayLike
 
 _BINS = 80  # of a drawn histogram
+
+NAMED_CLASSES = 20
+"""Up to so many classes have their names and numbers in a table."""
 
 
 def histogram_figure(
@@ -53,7 +56,7 @@ def histogram_figure(
             shares, bins = np.histogram(centres, bins=_BINS, range=(low, high), weights=np.asarray(counts))
             colour = COLOURS[places[name]]
             drawn[name] = axes.stairs(shares / shares.sum(), bins, color=colour, linewidth=1.6, baseline=None)
-        axes.set_yscale("log")
+        logarithmic(axes, "y")
         label(axes, heading, x if axes is subplots[-1] else "", "share")
         if clip is not None:
             axes.axvline(clip, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -94,7 +97,7 @@ def maps_figure(
     subplots = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (name, maps) in zip(subplots, rows.items(), strict=True):
         for axes, picture, (low, high) in zip(line, maps, ranges, strict=True):
-            axes.imshow(np.asarray(picture), cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
+            axes.imshow(np.asarray(picture), cmap="cividis", vmin=low, vmax=high, interpolation="none")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_color(PALE)
@@ -116,7 +119,7 @@ def spectrum_figure(
     Args:
       spectra: by network, by block (counted from 1), eigenvalues in any order.
       path: file to write, its format by its ending; None writes none.
-      heading: of the panel.
+      heading: Heading of the panel.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
@@ -132,17 +135,18 @@ def spectrum_figure(
     drawn = {}
     for i, (name, blocks) in enumerate(spectra.items()):
         shift = width * (i - (len(spectra) - 1) / 2)
-        for block, values in blocks.items():
-            values = np.ravel(values)
-            places = np.full(len(values), block + shift)
-            drawn[name] = axes.scatter(
-                places, values, s=360 * width, color=COLOURS[colours[name]], marker="_", linewidths=1.0, alpha=0.8
-            )
+        dashes = [
+            (x, value)
+            for block, values in blocks.items()
+            for value in np.ravel(values)
+            for x in (block + shift - 0.4 * width, block + shift + 0.4 * width, np.nan)
+        ]
+        (drawn[name],) = axes.plot(*np.transpose(dashes), color=COLOURS[colours[name]], linewidth=1.0)
     axes.set_xticks(sorted({block for blocks in spectra.values() for block in blocks}))
     for line in (-1, 1):
         axes.axhline(line, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     label(axes, heading, "block", "eigenvalues of (J + Jᵀ) / 2")
-    legend(figure, drawn, loc="outside lower left", ncols=3, markerscale=1.5)
+    legend(figure, drawn, loc="outside lower left", ncols=3)
     return _written(figure, path)
 
 
@@ -158,7 +162,7 @@ def bound_figure(
     Args:
       points: by network, errors and their bounds, equally many; what is 0 is left out.
       path: file to write, its format by its ending; None writes none.
-      heading: of the panel.
+      heading: Heading of the panel.
       among: all networks whose figures stand beside this one, for one colour in all of them.
     Returns:
       The figure, for `savefig` or more changes.
@@ -179,12 +183,61 @@ def bound_figure(
     axes = figure.subplots()
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     drawn = {
-        name: axes.scatter(error, bound, s=7, color=COLOURS[places[name]], alpha=0.5, linewidths=0)
+        name: axes.scatter(error, bound, s=7, color=COLOURS[places[name]], alpha=0.6, linewidths=0, rasterized=True)
         for name, (error, bound) in positive.items()
     }
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, everything[1].max() * 3))
+    axes.set(xlim=(low, high), ylim=(low, everything[1].max() * 3))
+    logarithmic(axes, "x", "y")
     label(axes, heading, "measured error of a logit difference", "proven bound")
     legend(figure, drawn, loc="outside lower left", ncols=3, markerscale=2.5)
+    return _written(figure, path)
+
+
+def confusion_figure(
+    counts: Numbers,
+    classes: Sequence[str],
+    path: str | os.PathLike | None = None,
+    *,
+    heading: str,
+) -> matplotlib.figure.Figure:
+    """How many inputs of each class were taken for which: a row for each true class, a column for each prediction.
+
+    Shares of a row are shades: blue where prediction and class agree, orange where they differ.
+
+    Args:
+      counts: (classes, classes) whole numbers, a row for each true class.
+      classes: Their names. With more than `NAMED_CLASSES` of them neither names nor numbers are written.
+      path: File to write, its format by its ending. None writes none.
+      heading: Of the panel.
+    Returns:
+      The figure, for `savefig` or more changes.
+    Raises:
+      ValueError: The counts are no square of as many rows as there are classes.
+      ImportError: Matplotlib is missing.
+    """
+    from matplotlib.colors import to_rgb
+
+    counts = np.asarray(counts)
+    number = len(classes)
+    if counts.shape != (number, number) or number == 0:
+        raise ValueError(f"counts of shape {counts.shape} are no table of {number} classes by {number}")
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    right = np.eye(number, dtype=bool)
+    shades = np.zeros((number, number, 4))
+    shades[..., :3] = np.where(right[..., None], to_rgb(COLOURS[0]), to_rgb(COLOURS[1]))
+    shades[..., 3] = np.where(right, 0.5 * shares, np.where(shares > 0, 0.25 + 0.6 * np.sqrt(shares), 0))
+    figure = new_figure(height=4.8)
+    axes = figure.subplots()
+    axes.imshow(shades, interpolation="none")
+    label(axes, heading, "predicted", "true class")
+    axes.grid(visible=False)
+    if number <= NAMED_CLASSES:
+        names = [plain(name if len(name) <= 10 else f"{name[:9]}…") for name in classes]
+        slanted = max(map(len, names)) > 2
+        axes.set_xticks(range(number), labels=names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
+        axes.set_yticks(range(number), labels=names)
+        for row, column in np.argwhere(counts):
+            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=9, color=INK)
     return _written(figure, path)
 
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.bit_widths import BitsComparison, compare_bits
 from qpde.models.images.cost import summary
 from qpde.models.protocol import QuantizedNetwork
@@ -39,15 +39,18 @@ def sensitivity(
     *,
     statistics_batches: Iterable[Batch] | None = None,
 ) -> BitsComparison:
-    """What rounding one block alone does to the outputs, for each block and each of the widths.
+    """Measure what rounding one block alone does to the outputs, for each block and each choice of bits.
 
     Args:
-      model, variables, batches, statistics_batches: as for `qpde.measure.compare_bits`; labels are not needed.
-      choices: widths, two scalars each.
+      model: Network.
+      variables: Its collections.
+      batches: Inputs, as for `qpde.measure.compare_bits`. Labels are not needed.
+      choices: Bits, two scalars each.
+      statistics_batches: Inputs on which batch statistics are estimated again, as for `qpde.measure.compare_bits`.
     Returns:
       `BitsComparison` with full precision, whose arrays are (choices, blocks).
     Raises:
-      ValueError: as `compare_bits`; choices that are no scalars, or None.
+      ValueError: As `compare_bits`; choices that are no scalars, or None.
     """
     if any(np.ndim(width) for choice in choices for width in choice):
         raise ValueError("choices are widths of one block, two numbers each")
@@ -67,10 +70,12 @@ def sensitivity(
 
 
 def block_bits(widths: Sequence[Bits]) -> Bits:
-    """The widths of a network whose blocks have these, in their order, as one `Bits` of int32 arrays (blocks,).
+    """Collect the bits of a network's blocks into one `Bits` of int32 arrays (blocks,).
 
+    Args:
+      widths: Bits of each block, in the order of the blocks.
     Raises:
-      ValueError: a width that is None.
+      ValueError: Bits that are None.
     """
     if any(width is None for both in widths for width in both):
         raise ValueError("a block's width is None: give 32, which rounds nothing, in place of None")
@@ -81,7 +86,15 @@ def block_bits(widths: Sequence[Bits]) -> Bits:
 def block_costs(
     model: QuantizedNetwork, image_shape: tuple[int, ...], choices: Sequence[Bits]
 ) -> Int[np.ndarray, "choices blocks"]:
-    """Bit-operations of each block for one input at each of the widths, see `qpde.models.summary`."""
+    """Count the bit-operations of each block for one input, at each of the choices of bits.
+
+    Args:
+      model: Network.
+      image_shape: (H, W, C) of one input.
+      choices: Bits, two scalars each.
+    Returns:
+      Whole numbers (choices, blocks), see `qpde.models.summary`.
+    """
     blocks = set(model.block_names(None, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)))
     tables = [summary(model, image_shape, bits=choice).rows for choice in choices]
     return np.array([[row.bit_operations for row in rows if row.name in blocks] for rows in tables], np.int64)
@@ -90,20 +103,20 @@ def block_costs(
 def allocate(
     errors: Float[np.ndarray, "choices blocks"] | list, costs: Int[np.ndarray, "_ _"] | list, budget: int | float
 ) -> tuple[int, ...]:
-    """For each block a choice, such that the sum of errors is smallest among all whose sum of costs is within budget.
+    """Choose bits for each block: the least sum of errors among all choices whose costs keep to the budget.
 
     Exact: block after block it keeps every partial allocation that is not both costlier and worse than another one
     (Nemhauser and Ullmann, 1969). There are as many as different sums of costs at most, which are few where blocks are
     alike.
 
     Args:
-      errors: of each choice for each block, an array or nested lists.
-      costs: of each choice for each block, whole numbers.
-      budget: in the unit of the costs.
+      errors: Errors of each choice for each block, an array or nested lists.
+      costs: Costs of each choice for each block, whole numbers.
+      budget: In the unit of the costs.
     Returns:
       The index of the choice, for each block; of equally good allocations the cheapest.
     Raises:
-      ValueError: arrays of different shapes, errors that are not finite, costs that are not whole numbers, or a
+      ValueError: Arrays of different shapes, errors that are not finite, costs that are not whole numbers, or a
         budget that is NaN or that no allocation keeps.
     """
     errors, costs = np.asarray(errors, np.float64), np.asarray(costs)

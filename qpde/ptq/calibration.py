@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.measure.faithfulness import reestimate_statistics
 from qpde.measure.histograms import Histogram, clip_from, histogram, merge
 from qpde.models.clips import calibrate_clips, converge_norms, replace_clips
@@ -46,24 +46,25 @@ def quantize(
     equalize: bool = False,
     bias_correction: bool = True,
 ) -> tuple[QuantizedNetwork, dict]:
-    """A network trained in full precision, with quantizers.
+    """Quantize a network that was trained in full precision, without labels and without training.
 
     Args:
-      model: a network of `qpde.models.create` with weight_bits=None and act_bits=None, or one of `qpde.quantized`.
-      variables: its collections; for `qpde.quantized` those of the module itself will do.
-      batches: inputs, (N, ...) such as images, or graphs, or pairs of these and labels, which are not used; a list, as
+      model: A network of `qpde.models.create` with weight_bits=None and act_bits=None, or one of `qpde.quantized`.
+      variables: Its collections; for `qpde.quantized` those of the module itself will do.
+      batches: Inputs, (N, ...) such as images, or graphs, or pairs of these and labels, which are not used; a list, as
         it is read several times. A few hundred images are enough; equally long batches compile once.
-      bits: widths of the new network, whole numbers from 2 to 32 or None for exact.
-      weights, activations: how clips are chosen, methods of `qpde.quantizers.initial_clip`: "absmax", "percentile",
-        "mse", "entropy".
-      per_channel: a clip for each output channel of a kernel.
-      equalize: rescale channels first, see `qpde.equalization.equalize`; image networks only.
-      bias_correction: see `correct_bias`.
+      bits: Widths of the new network, whole numbers from 2 to 32 or None for exact.
+      weights: Method that chooses the clips of weights, of `qpde.quantizers.initial_clip`: "absmax", "percentile",
+        "mse" or "entropy".
+      activations: Method that chooses the clips of activations.
+      per_channel: A clip for each output channel of a kernel.
+      equalize: Rescale channels first, see `qpde.equalization.equalize`; image networks only.
+      bias_correction: See `correct_bias`.
     Returns:
       The network with these widths, whose weights are rounded as they are (`standardize=False`) and, for MobileNets,
       block inputs with their sign; and its variables.
     Raises:
-      ValueError: a network that has quantizers already, no batches or batches that can be read only once, a width out
+      ValueError: A network that has quantizers already, no batches or batches that can be read only once, a width out
         of range, an unknown method, or activations that are not finite, naming the block.
     """
     new = unfreeze(dict(variables))
@@ -104,7 +105,7 @@ def correct_bias(
     *,
     exact: Mapping[str, Any],
 ) -> dict:
-    """A quantized network whose channels have the exact network's moments again, at every norm and at the logits.
+    """Give a quantized network's channels the exact network's moments again, at every norm and at the logits.
 
     Rounding, and clipping above all, shifts the mean of a convolution's output and changes its variance. With m_q, v_q
     its moments on the data in the quantized network and m, v in the exact one, the norm behind it subtracts m_q - m
@@ -113,9 +114,11 @@ def correct_bias(
     last layer takes up the mean difference of the logits, if it has one; for networks without norms that is all.
 
     Args:
-      model, variables: a network and its collections.
-      batches: as for `quantize`.   bits: of the quantized network.
-      exact: collections of the exact network, which is run without any quantizer.
+      model: Network.
+      variables: Its collections.
+      batches: Inputs, as for `quantize`.
+      bits: Bits of the quantized network.
+      exact: Collections of the exact network, which is run without any quantizer.
     Returns:
       `variables` with other batch statistics and another last bias.
     """

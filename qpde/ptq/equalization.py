@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from jaxtyping import Array
 
+from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.measure.batches import Batch, read_batches
 from qpde.models.images.blocks import Block, is_depthwise
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, Quantizer
@@ -42,13 +42,14 @@ def equalize(model: QuantizedNetwork, variables: Mapping[str, Any], batches: Ite
     a = r, and c = sqrt(r / r_z), after which K / c and c z both have the range sqrt(r r_z).
 
     Args:
-      model: an image network.   variables: its collections.
-      batches: images (N, H, W, C), or pairs of these and labels, which are not used. The activations' ranges are read
+      model: An image network.
+      variables: Its collections.
+      batches: Images (N, H, W, C), or pairs of these and labels, which are not used. The activations' ranges are read
         from them in full precision.
     Returns:
       `variables` with other kernels and norms. Outputs in evaluation are the same up to float32 rounding.
     Raises:
-      ValueError: not an image network, or no batches.
+      ValueError: Not an image network, or no batches.
     """
     if not isinstance(model, Network):
         raise ValueError(f"{type(model).__name__} has no norms to take up a scale: equalize image networks only")

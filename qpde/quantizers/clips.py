@@ -63,21 +63,23 @@ def initial_clip(
     that of x, no larger than the largest float. Smaller numbers count as zeros.
 
     Args:
-      x: representative data (..., C): an activation, or the weight as it is rounded, so after `standardize_weight`
+      x: Representative data (..., C): an activation, or the weight as it is rounded, so after `standardize_weight`
         where that is on.
-      bits: as in `quantize_weight`; used by "mse", "entropy" and "lsq". From 16 bits on, or None, the first two are
+      bits: As in `quantize_weight`; used by "mse", "entropy" and "lsq". From 16 bits on, or None, the first two are
         "absmax".
       signed: True for weights and signed activations.
-      method: a name above.
-      per_channel: one clip for each channel (last axis) instead of a single one.
-      percentile: in (0, 100].   rms_factor: > 0.   levels: the set that "mse" and "entropy" round to.
-      counts: how often each value occurs, >= 0; None is once. So a histogram of a stream, its bins' values in x, gives
+      method: A name above.
+      per_channel: One clip for each channel (last axis) instead of a single one.
+      percentile: In (0, 100].
+      rms_factor: > 0.
+      levels: The set that "mse" and "entropy" round to.
+      counts: How often each value occurs, >= 0; None is once. So a histogram of a stream, its bins' values in x, gives
         the clip of the stream.
     Returns:
       The clip, () or (C,), in float32 (float64 for float64 data). It is positive: where the rule gives 0 (all a are 0)
       it is the constant. It is NaN where the data of a rule hold a NaN or an infinity. No gradient flows to x.
     Raises:
-      ValueError: an unknown method, no data, a parameter out of range, "lsq" with bits None.
+      ValueError: An unknown method, no data, a parameter out of range, "lsq" with bits None.
     """
     if method not in _CLIP_RULES:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(_CLIP_RULES)}")

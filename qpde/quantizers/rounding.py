@@ -55,7 +55,7 @@ def quantize_weight(
     per_channel_statistics: bool = False,
     gradient_scale: ArrayLike = 1.0,
 ) -> Num[Array, "*shape"]:
-    """Rounds a weight to at most 2^bits - 1 levels, symmetric around zero, in [-clip, clip].
+    """Round a weight to at most 2^bits - 1 levels, symmetric around zero, in [-clip, clip].
 
     With v = w / clip and n = 2^(bits-1) - 1 the value is clip * round(clamp(v, -1, 1) * n) / n, or the nearest of a
     level set. Gradients for an incoming g: g to w where |w| <= clip, 0 elsewhere, but g everywhere for 2 bits (the
@@ -63,21 +63,21 @@ def quantize_weight(
     inside and g * sign(v) outside.
 
     Args:
-      w: kernel (..., C), floating point; computed in float32 at least, returned in its own dtype.
-      clip: scalar or (C,), one for each output channel; positive and finite. A traced clip is not checked.
+      w: Kernel (..., C), floating point; computed in float32 at least, returned in its own dtype.
+      clip: Scalar or (C,), one for each output channel; positive and finite. A traced clip is not checked.
       bits: None returns w unchanged; else 2..32. From 16 bits on the result is the clamp, not rounded. A traced
         value is rounded to an integer and limited to 2..16; it has no gradient. Batch it by `jax.vmap`.
       levels: "uniform"; "pot", {0} and 2^-i; "apot", sums of powers of two (Li, Dong and Wang, ICLR 2020, 2 bits in
         each term). The sets of bits - 1 bits are used, the sign apart, scaled to a largest level of 1. Ties go to the
         smaller magnitude. At most 8 bits or at least 16; a traced 9..15 means 8.
-      standardize: round `standardize_weight(w)` instead of w; gradients flow through it.
-      per_channel_statistics: standardize each output channel by itself; without `standardize` it has no effect.
-      gradient_scale: multiplies the gradient of the clip and nothing else (Esser et al., LSQ, ICLR 2020, use
+      standardize: Round `standardize_weight(w)` instead of w; gradients flow through it.
+      per_channel_statistics: Standardize each output channel by itself; without `standardize` it has no effect.
+      gradient_scale: Multiplies the gradient of the clip and nothing else (Esser et al., LSQ, ICLR 2020, use
         1 / sqrt(numel * n)).
     Returns:
       Same shape and dtype as w. A NaN or an infinity stays what it is; with `standardize` it makes its group NaN.
     Raises:
-      ValueError: bits outside 2..32, an unknown level set, one with 9..15 bits, a clip that is not positive and
+      ValueError: Bits outside 2..32, an unknown level set, one with 9..15 bits, a clip that is not positive and
         finite, or of another shape.
 
     >>> quantize_weight(jnp.array([-2.0, -0.4, 0.1, 0.6]), 1.0, 2)
@@ -101,7 +101,7 @@ def quantize_activation(
     signed: bool = False,
     gradient_scale: ArrayLike = 1.0,
 ) -> Num[Array, "*shape"]:
-    """Rounds an activation to at most 2^bits levels in [0, clip], or in [-clip, clip] if signed.
+    """Round an activation to at most 2^bits levels in [0, clip], or in [-clip, clip] if signed.
 
     With v = x / clip and n = 2^bits - 1 the value is clip * round(clamp(v, 0, 1) * n) / n, or the nearest of a level
     set (Choi et al., PACT, 2018). Gradients for an incoming g: g to x where 0 <= x <= clip, 0 elsewhere; to the clip
@@ -110,15 +110,15 @@ def quantize_activation(
 
     Args:
       x: (..., C), floating point; computed in float32 at least, returned in its own dtype.
-      clip: scalar or (C,); positive and finite. A traced clip is not checked.
+      clip: Scalar or (C,); positive and finite. A traced clip is not checked.
       bits: None returns x unchanged; else as in `quantize_weight`.
       levels: "uniform", "pot" or "apot", as in `quantize_weight`; unsigned activations use the sets of `bits` bits.
-      signed: for values of both signs (tanh, states of a graph).
-      gradient_scale: multiplies the gradient of the clip and nothing else.
+      signed: For values of both signs (tanh, states of a graph).
+      gradient_scale: Multiplies the gradient of the clip and nothing else.
     Returns:
       Same shape and dtype as x. A NaN or an infinity stays what it is.
     Raises:
-      ValueError: as in `quantize_weight`.
+      ValueError: As in `quantize_weight`.
 
     >>> quantize_activation(jnp.array([-1.0, 0.9, 2.2, 9.0]), 3.0, 2)
     Array([0., 1., 2., 3.], dtype=float32)
@@ -134,12 +134,12 @@ def standardize_weight(w: Num[Array | np.ndarray, "*shape"], *, per_channel: boo
     """(w - mean(w)) / std(w), std with the divisor N - 1; gradients flow through both statistics.
 
     Args:
-      w: kernel (..., C), floating point.
-      per_channel: statistics of each output channel (last axis) instead of the whole tensor.
+      w: Kernel (..., C), floating point.
+      per_channel: Statistics of each output channel (last axis) instead of the whole tensor.
     Returns:
       Same shape and dtype as w; where all values are equal, zeros up to the rounding of their mean, below 1.
     Raises:
-      ValueError: fewer than two values share a mean.
+      ValueError: Fewer than two values share a mean.
     """
     w = floating(w)
     axes = tuple(range(w.ndim - 1)) if per_channel else tuple(range(w.ndim))
@@ -163,11 +163,13 @@ def quantization_step(clip: ArrayLike, bits: ArrayLike | None, *, signed: bool) 
     times it. From 16 bits on nothing is rounded, and the step returned is that of 16 bits.
 
     Args:
-      clip: any shape.   bits: 2..32, or a traced scalar.   signed: True for weights.
+      clip: Any shape.
+      bits: 2..32, or a traced scalar.
+      signed: True for weights.
     Returns:
       The step, in the shape of the clip.
     Raises:
-      ValueError: bits None or outside 2..32.
+      ValueError: Bits None or outside 2..32.
     """
     grid, traced_bits = resolve("uniform", _require_bits(bits), signed=signed)
     clip = _as_clip(clip)
@@ -189,14 +191,16 @@ def encode_weight(
     programs that sum the statistics in the same order; encode `standardize_weight(w)` once to be sure of it.
 
     Args:
-      w: kernel (..., C).   clip: scalar or (C,).
+      w: Kernel (..., C).
+      clip: Scalar or (C,).
       bits: 2..8, or a traced scalar, limited to 2..8.
-      standardize, per_channel_statistics: as in `quantize_weight`.
+      standardize: Standardize first, as in `quantize_weight`.
+      per_channel_statistics: Use each channel's own statistics, as in `quantize_weight`.
     Returns:
       Codes: `codes` int8 in the shape of w, `scale` in the shape of the clip. An integer cannot be NaN: where a
       weight is not finite, the scale that it shares is NaN.
     Raises:
-      ValueError: bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
+      ValueError: Bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
     """
     if standardize:
         w = standardize_weight(w, per_channel=per_channel_statistics)
@@ -212,13 +216,15 @@ def encode_activation(
     under jit or not.
 
     Args:
-      x: (..., C).   clip: scalar or (C,).   signed: as in `quantize_activation`.
+      x: (..., C).
+      clip: Scalar or (C,).
+      signed: As in `quantize_activation`.
       bits: 2..8, or a traced scalar, limited to 2..8.
     Returns:
       Codes: `codes` in the shape of x, `scale` = clip / n in the shape of the clip. An integer cannot be NaN: where a
       value is not finite, the scale that it shares is NaN.
     Raises:
-      ValueError: bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
+      ValueError: Bits None or outside 2..8; a clip that is not positive and finite, or of another shape.
 
     >>> encode_activation(jnp.array([0.0, 0.5, 7.0]), 1.5, 4).codes
     Array([ 0,  5, 15], dtype=uint8)
@@ -233,7 +239,8 @@ def dequantize(
     """codes * scale: the real numbers that integer codes stand for.
 
     Args:
-      codes: int8 or uint8 (..., C).   scale: scalar or (C,), one for each channel.
+      codes: int8 or uint8 (..., C).
+      scale: Scalar or (C,), one for each channel.
     Returns:
       Array in the shape of the codes and the dtype of the scale.
     """
@@ -259,11 +266,15 @@ def level_index(
     two 127 + log2(level / clip) and of additive powers of two the sum's integer multiple, with the level's sign.
 
     Args:
-      x: (..., C).   clip: scalar or (C,).   bits: 2..8, or a traced scalar.   levels, signed: of the quantizer.
+      x: (..., C).
+      clip: Scalar or (C,).
+      bits: 2..8, or a traced scalar.
+      levels: Level set of the quantizer.
+      signed: Whether the quantizer is one of weights or signed activations.
     Returns:
       int32 in the shape of x, from -LARGEST_LEVEL to LARGEST_LEVEL.
     Raises:
-      ValueError: bits None or outside 2..8, an unknown level set, a clip that is not positive and finite, or of
+      ValueError: Bits None or outside 2..8, an unknown level set, a clip that is not positive and finite, or of
         another shape.
     """
     grid, traced_bits = resolve(levels, _require_bits(bits), signed=signed)

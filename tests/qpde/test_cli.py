@@ -243,3 +243,19 @@ def test_a_reader_that_has_seen_enough_ends_the_output_silently(folder, pictures
     script = f"set -o pipefail; {command} | head -c 10 >/dev/null; exec 3>&1; {command} | true; echo $?"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("qpde ", {"predict", "show"}),
+        ("qpde predict --for", {"--format"}),
+        ("qpde predict --format ", {"table", "csv", "jsonl"}),
+    ],
+)
+def test_the_shell_is_told_what_can_follow(line, expected, tmp_path):
+    found = tmp_path / "found"
+    environment = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n"}
+    environment |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "PATH": ""}
+    subprocess.run([sys.executable, "-m", "qpde.cli"], cwd=ROOT, env=environment, check=True)
+    assert expected <= {word.strip() for word in found.read_text().split("\n")}

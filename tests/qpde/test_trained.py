@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 
 import qpde
+from qpde import deploy
 from qpde.models import Architecture, Smoothing, image_network, pde_gcn
 from qpde.models.images.blocks import InvertedBlock, StableBlock
 from qpde.trained import DESCRIPTION, WEIGHTS
@@ -117,3 +119,41 @@ def test_missing_files_and_wrong_input_are_named(network, folder, tmp_path):
             found.predict(images)
     with pytest.raises(ValueError, match="int32"):
         found.predict(np.zeros((1, 8, 8, 3), np.int32))
+
+
+def test_a_network_that_cannot_run_is_neither_saved_nor_folded(network, folder):
+    model, variables = network
+    for name, value, message in (
+        ("kernel1", np.nan, "stage0.*kernel1 holds NaN or infinite numbers"),
+        ("act_clips", -1.0, r"act_clips holds -1\.0, and clips must be positive"),
+    ):
+
+        def spoilt(path, leaf, name=name, value=value):
+            return jnp.full_like(leaf, value) if name in str(path) else leaf
+
+        bad = jax.tree_util.tree_map_with_path(spoilt, variables)
+        with pytest.raises(ValueError, match=message):
+            qpde.save(folder, model, bad)
+        with pytest.raises(ValueError, match=message):
+            deploy.fold(model, bad)
+    assert qpde.load(folder).about == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mean": [0.5, 0.5]}, ValueError, "`mean` has 2 values, the images have 3 channels"),
+        ({"std": [0.5, 0.0, 0.5]}, ValueError, "`std`.*must be finite, and positive"),
+        ({"about": {"seed": np.int64(3)}}, TypeError, "int64"),
+    ],
+)
+def test_what_cannot_be_written_leaves_the_network_that_is_there(network, folder, options, error, message):
+    with pytest.raises(error, match=message):
+        qpde.save(folder, *network, **options)
+    assert qpde.load(folder).about == {"seed": 3}
+
+
+def test_frozen_variables_are_saved_alike(network, folder, tmp_path):
+    model, variables = network
+    found = qpde.load(qpde.save(tmp_path / "frozen", model, freeze(variables)))
+    jax.tree.map(np.testing.assert_array_equal, found.variables, qpde.load(folder).variables)

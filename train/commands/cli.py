@@ -14,6 +14,7 @@ from train.commands.budget import Budget, prepare_budget
 from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
+from train.commands.export import Export, prepare_export
 from train.commands.options import filled, parse
 from train.commands.paper import Paper, prepare_paper
 from train.commands.predict import parse_predict
@@ -73,7 +74,8 @@ def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment
     """The options of `run`; the defaults are those of the file and recipe that the arguments name.
 
     Raises:
-      ValueError: no file is named, or it has no such recipe.   FileNotFoundError: it does not exist.
+      ValueError: no file is named, or it has no such recipe.
+      FileNotFoundError: it does not exist.
       SystemExit: an option is unknown or wrong, or help was asked for; tyro has printed why.
     """
     return _parse_with_recipe(Run, "run", arguments)
@@ -132,7 +134,9 @@ def command_of(name: str, options: type, prepare: Callable) -> Callable[[Sequenc
     """arguments -> the job that they describe, for a command whose options are the fields of a dataclass.
 
     Args:
-      name: of the command.   options: the dataclass.   prepare: options -> the job, everything about it checked.
+      name: Name of the command.
+      options: the dataclass.
+      prepare: options -> the job, everything about it checked.
     """
     return lambda arguments: prepare(parse(options, arguments, prog=f"{_PROGRAM} {name}"))
 
@@ -191,6 +195,11 @@ COMMANDS = {
     "report": Command(
         command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
     ),
+    "export": Command(
+        command_of("export", Export, prepare_export),
+        "export RUN [--settle]",
+        "files for other runtimes, with a table",
+    ),
     "predict": Command(
         parse_predict,
         "predict RUN FILE [FILE ...]",
@@ -216,7 +225,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Returns:
       The exit status: 0 done, 1 training broke down, a file could not be read or written, or a reproduction differs,

@@ -10,12 +10,17 @@ from rich.console import Console
 
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment, check_at_least
-from train.page import graph_sections, image_sections
-from train.page.html import page
-from train.runs.directory import read_experiment, read_results
+from train.config.segmentation import SegmentationExperiment
+from train.host.provenance import provenance
+from train.page import graph_sections, image_sections, map_sections
+from train.page.html import fill, page
+from train.page.provenance import read_about
+from train.runs.directory import read_experiment, read_lines, read_results
 from train.tasks.images_summary import check_drawable
+from train.tasks.nodes_summary import FULL
 from train.trained.figures import measure
 from train.trained.finished import read_finished
+from train.trained.scenes import measure_scenes
 
 PAGE = "report.html"
 
@@ -24,18 +29,21 @@ PAGE = "report.html"
 class Report:
     """Show what finished runs measured, and measure more, on one page.
 
-    Writes report.html, which holds its figures and needs no network, and the figures as PNG files, into RUN/report of
-    the first run.
+    Writes report.html, which holds its figures and needs no network, into RUN/report of the first run.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs: one or several on images, or one on a graph."""
-    bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    bits: tuple[int, ...] = (2, 4, 6, 8)
     """Bits of activations to run the networks at."""
     certify: tuple[int, ...] = (8, 6, 4)
     """Bits of activations to certify predictions at."""
     images: int = 500
     """Test images to measure on, from the first on."""
+    certify_images: int = 64
+    """Test images to certify, from the first on: one takes as long as a hundred predictions."""
+    smoothing: bool = False
+    """Also smooth the feature maps of networks that do not smooth, to show what smoothing would make of them."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
     output: Path | None = None
@@ -49,6 +57,7 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
       ValueError, OSError: no finished runs are there, they do not fit on one page, or an option is out of range.
     """
     check_at_least("images", options.images, 1)
+    check_at_least("certify_images", options.certify_images, 1)
     for name, given, most in (("bits", options.bits, 32), ("certify", options.certify, 15)):
         if outside := [bits for bits in given if not 2 <= bits <= most]:
             raise ValueError(f"--{name} holds {outside[0]}: give bits from 2 to {most}")
@@ -68,29 +77,55 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
         raise FileExistsError(f"{folder} is not a folder: choose another --output")
     first = experiments[options.runs[0]]
     if isinstance(first, GraphExperiment):
-        (of_graph,) = results.values()
-        return _work(experiments, of_graph, folder, lambda _: graph_sections.sections(first, of_graph, folder))
+        ((run, of_graph),) = results.items()
+        lines = _by_variant(run)
+        about = {name: read_about(run / name / FULL) for name in of_graph}
+        return _work(experiments, of_graph, folder, lambda _: graph_sections.sections(first, of_graph, lines, about))
 
     named = {_name(run, variant, options): r for run, variants in results.items() for variant, r in variants.items()}
     check_drawable(named)
+    lines = {_name(run, variant, options): own for run in options.runs for variant, own in _by_variant(run).items()}
     found = {
         _name(run, variant, options): finished
         for run in options.runs
         for variant, finished in read_finished(run, options.data_dir).items()
     }
-
     for finished in found.values():
         if finished.model.act_bits is not None:
             finished.check_levels(options.bits + options.certify)
 
+    of_maps = [run for run, experiment in experiments.items() if isinstance(experiment, SegmentationExperiment)]
+    if of_maps and len(of_maps) < len(experiments):
+        raise ValueError(f"{of_maps[0]} has a class for every pixel, other runs one for an image: give each its page")
+
     def sections(console: Console) -> list[tuple[str, str]]:
-        measured = {}
+        measured: dict[str, Any] = {}
+        if isinstance(first, SegmentationExperiment):
+            for name, finished in found.items():
+                console.print(f"measuring {name}", markup=False, highlight=False)
+                measured[name] = measure_scenes(finished, act_bits=options.bits, images=options.images)
+            return map_sections.sections(first, named, measured, lines)
         for name, finished in found.items():
             console.print(f"measuring {name}", markup=False, highlight=False)
-            measured[name] = measure(finished, act_bits=options.bits, certify_at=options.certify, images=options.images)
-        return image_sections.sections(first, named, measured, folder)
+            measured[name] = measure(
+                finished,
+                act_bits=options.bits,
+                certify_at=options.certify,
+                images=options.images,
+                certify_images=options.certify_images,
+                smoothing=options.smoothing,
+            )
+        return image_sections.sections(first, named, measured, lines)
 
     return _work(experiments, named, folder, sections)
+
+
+def _by_variant(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of metrics.jsonl of each variant."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in read_lines(run):
+        found.setdefault(line["variant"], []).append(line)
+    return found
 
 
 def _name(run: Path, variant: str, options: Report) -> str:
@@ -104,12 +139,20 @@ def _work(experiments: dict[Path, Experiment | GraphExperiment], results: dict[s
         for run, experiment in experiments.items():
             alike.setdefault(f"{experiment.model.name} on {experiment.data.name}", []).append(run.resolve().name)
         title = "; ".join(f"{', '.join(names)}: {what}" for what, names in alike.items())
-        lead = (
-            f"<p>{'; '.join(alike)}: {', '.join(results)}. How accurate each network is, and how faithfully it follows "
-            "its own high-precision twin.</p>"
+        lead = fill(
+            "<p>{what}: {networks}. How accurate each network is, and how faithfully it follows its own "
+            "high-precision twin.</p>",
+            what="; ".join(alike),
+            networks=", ".join(results),
         )
         names = [run.resolve().name for run in experiments]
-        footer = f"Made by python -m train report from the run{'s' if len(names) > 1 else ''} {', '.join(names)}."
+        now = provenance()
+        commit = f", commit {now['commit'][:12]}" if now["commit"] else ""
+        versions = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
+        footer = (
+            f"Made by python -m train report from the run{'s' if len(names) > 1 else ''} {', '.join(names)} on "
+            f"{now['date'][:10]}, {versions}{commit}."
+        )
         document = page(title, lead, sections(console), footer)
         (folder / PAGE).write_text(document, encoding="utf-8")
         console.print(f"written to {folder / PAGE}", markup=False, highlight=False, soft_wrap=True)

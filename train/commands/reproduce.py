@@ -56,12 +56,12 @@ def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:
     """
     for read in _COMPARED.values():
         read(options.run)
+    networks = [qpde.load(folder) for folder in _networks(options.run)]  # a damaged one is found now, not after hours
     experiment = read_experiment(options.run)
     for what, (then, now) in start_changes(options.run, experiment).items():
         raise ValueError(f"{options.run} cannot be repeated: {what} was {then!r} then and is {now!r} now")
     if options.into.resolve() == options.run.resolve().parent:
         raise ValueError(f"--into (={options.into}) is where the run itself lies: choose another folder")
-    networks = [qpde.load(folder) for folder in _networks(options.run)]
     job = prepare_job(
         experiment,
         data_dir=options.data_dir,

@@ -28,6 +28,7 @@ _LONGEST_NAME = 128
 
 
 _RESERVED = ("checkpoints", "report", "tensorboard")
+_FILES = (".json", ".jsonl", ".part", ".png")
 
 FOLDER, NPZ = "folder/", "npz/"
 """Own pictures and own arrays have a name that is this and their path."""
@@ -106,8 +107,10 @@ class Variant:
 
     def __post_init__(self):
         check_folder_name("variant", self.name)
-        if self.name in _RESERVED:
-            raise ValueError(f"variant {self.name!r} has the name of a folder that every run has: choose another name")
+        if self.name in _RESERVED or self.name.endswith(_FILES):
+            raise ValueError(
+                f"variant {self.name!r} has the name of something that every run holds: choose another name"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Rule:
     learning_rate: float = 1.0
     """Multiplier of the schedule's learning rate."""
     weight_decay: float | None = None
-    """Replaces the shared weight decay; None keeps it."""
+    """Replace the shared weight decay; None keeps it."""
 
     def __post_init__(self):
         try:

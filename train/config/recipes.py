@@ -16,7 +16,8 @@ def cifar10(model: str, *, fast_epochs: int, clip_rate: float = 3.0) -> dict[str
     they clip, and learn at a rate of their own, without decay.
 
     Args:
-      model: name of the architecture.   fast_epochs: length of the fast recipe.
+      model: name of the architecture.
+      fast_epochs: length of the fast recipe.
       clip_rate: that of the clips, over the weights', in the fast recipe.
     """
     published = Experiment(

@@ -22,7 +22,7 @@ def to_json(experiment: Experiment | GraphExperiment) -> str:
 
 
 def from_json(text: str) -> Experiment | GraphExperiment:
-    """Reads what `to_json` wrote.
+    """Read what `to_json` wrote.
 
     Raises:
       ValueError: not JSON, an unknown or missing field, or a value that is out of its range.
@@ -48,7 +48,8 @@ def _build(hint: Any, value: Any, name: str = "the text") -> Any:
     """`value`, made of JSON's lists and objects, as the tuples and dataclasses that the annotation asks for.
 
     Raises:
-      TypeError: it is of another type; names it.   ValueError: a dataclass refuses it.
+      TypeError: it is of another type; names it.
+      ValueError: a dataclass refuses it.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):

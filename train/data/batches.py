@@ -1,6 +1,6 @@
 """Images as a network takes them, outside of training: for batch statistics, calibration and tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +38,18 @@ def in_network_form(images: ImageSet, part: str) -> Iterator[tuple[Array, Array]
     """Read the batches of "validation" or "test" in order, as network input and labels."""
     normalize = jax.jit(images.normalize)
     return ((normalize(x), jnp.asarray(labels)) for x, labels in images.in_order(part))
+
+
+def of_one_shape(batches: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, int]]:
+    """Fill up shorter batches to the length of the first, so that one compiled program serves all.
+
+    Args:
+      batches: Network input and labels, the first batch the longest.
+    Yields:
+      Network input, filled up with the first image of its batch, and how many of its images count.
+    """
+    length = None
+    for x, _ in batches:
+        length = length or len(x)
+        missing = length - len(x)
+        yield jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]) if missing else x, len(x)

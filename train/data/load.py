@@ -35,7 +35,8 @@ def load_images(
     Args:
       config: which one.
       data_dir: root of the data; None takes the environment's QPDE_DATA_DIR.
-      batch_size: images a step.   workers: processes that read, where images are read during training.
+      batch_size: images a step.
+      workers: processes that read, where images are read during training.
     Raises:
       ValueError: no folder is given for a set that lies in files, or no such set, or its parts do not fit together;
         own images of which some cannot be read.
@@ -63,7 +64,7 @@ def load_images(
         images = load_cifar10(root, validation_fraction=config.validation)
     if config.test is not None:
         shape = images.train.images.shape[1:]
-        test = _other_test(config, data_dir, shape, images.num_classes)
+        test = _other_test(config, config.test, data_dir, shape, images.num_classes)
         images = dataclasses.replace(images, test=Split(*read_all(test, Central(shape, config.centre))))
     return Resident(images, batch_size)
 
@@ -101,9 +102,9 @@ def _pictures(config: Data, data_dir: Path | None) -> dict[str, Records]:
 def _own_path(name: str, data_dir: Path | None) -> Path:
     """The path of own images, or of the same name below the root of the data, where they were moved or copied to."""
     path, root = Path(name), data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    moved = None if root is None else Path(root) / path.name
-    if path.exists() or (moved is not None and moved.exists()):
-        return path if path.exists() else moved
+    for place in (path, *([Path(root) / path.name] if root else [])):
+        if place.exists():
+            return place
     raise FileNotFoundError(f"{path} is not there; if it was moved to FOLDER/{path.name}, give --data-dir FOLDER")
 
 
@@ -113,7 +114,7 @@ def _from_records(
     train = parts["train"]
     shape, classes = shape_of(train, config.size), train.classes
     if config.test is not None:
-        parts = parts | {"test": _other_test(config, data_dir, shape, len(classes))}
+        parts = parts | {"test": _other_test(config, config.test, data_dir, shape, len(classes))}
     centre = 1.0 if train.is_uniform else config.centre
     pixels = Central(shape, centre)
     sample = np.linspace(0, len(train) - 1, min(len(train), _MEASURED)).astype(int)
@@ -126,16 +127,17 @@ def _from_records(
         stored = Images(nothing, nothing, nothing, classes, mean, std, centre=centre)
         return Streamed(**parts, config=config, batch_size=batch_size, workers=workers, stored=stored)
     splits = {part: Split(*read_all(records, pixels)) for part, records in parts.items()}
-    return Resident(Images(**splits, classes=classes, mean=mean, std=std, centre=centre), batch_size)
+    images = Images(splits["train"], splits["validation"], splits["test"], classes, mean, std, centre=centre)
+    return Resident(images, batch_size)
 
 
-def _other_test(config: Data, data_dir: Path | None, shape: tuple[int, ...], num_classes: int) -> Records:
+def _other_test(config: Data, name: str, data_dir: Path | None, shape: tuple[int, ...], num_classes: int) -> Records:
     """The test images of another set than the training images."""
-    test = open_records(config.test, "test", data_root(config.test, data_dir))
+    test = open_records(name, "test", data_root(name, data_dir))
     found = (shape_of(test, config.size), len(test.classes))
     if found != (tuple(shape), num_classes):
         raise ValueError(
-            f"data.test (={config.test!r}) has images of {found[0]} and {found[1]} classes, "
+            f"data.test (={name!r}) has images of {found[0]} and {found[1]} classes, "
             f"{config.name!r} images of {tuple(shape)} and {num_classes} classes"
         )
     return test

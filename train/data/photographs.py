@@ -40,6 +40,6 @@ def _random_box(size: tuple[int, int], rng: np.random.Generator, smallest_area: 
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(0, width - w, endpoint=True), rng.integers(0, height - h, endpoint=True)
             return float(left), float(top), float(left + w), float(top + h)
-    w, h = min(width, height * _LARGEST_ASPECT), min(height, width * _LARGEST_ASPECT)
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+    most_w, most_h = min(width, height * _LARGEST_ASPECT), min(height, width * _LARGEST_ASPECT)
+    x, y = (width - most_w) / 2, (height - most_h) / 2
+    return x, y, x + most_w, y + most_h

@@ -72,8 +72,10 @@ class Batches:
     """Batch number -> (images, labels); the last one may be smaller.  Every worker gets a copy of it.
 
     Attributes:
-      records: in the order in which they are read.   pixels: what becomes of an image.
-      size: images a batch.   part, parts: which of so many equal parts of each batch, for a run of several processes.
+      records: in the order in which they are read.
+      pixels: what becomes of an image.
+      size: images a batch.
+      part, parts: which of so many equal parts of each batch, for a run of several processes.
     """
 
     records: Records
@@ -120,7 +122,8 @@ def read_ahead(source: Batches, *, first: int = 0, workers: int = 0) -> Iterator
     with contextlib.closing(iter(dataset)) as batches:
         for batch in batches:
             # A worker's arrays lie in shared memory, which JAX would go on using without a copy where it can.
-            yield tuple(np.array(part) for part in batch) if workers else batch
+            images, labels = batch
+            yield (np.array(images), np.array(labels)) if workers else (images, labels)
 
 
 def _processors() -> int:
@@ -134,7 +137,9 @@ def _begin_worker(index: int, count: int) -> None:
     """A worker leaves Ctrl-C to the process that started it, and ends when that one ends, however it does."""
 
     def end_with_parent():
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

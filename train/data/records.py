@@ -4,13 +4,21 @@ Nothing here needs JAX, because whatever it imports each worker process imports 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from qpde.pictures import centre_crop
+
+
+class Source(Protocol):
+    """Examples by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Mapping[str, Any]: ...
 
 
 class DataError(Exception):
@@ -31,7 +39,7 @@ class Records:
     """
 
     name: str
-    source: Sequence[dict[str, Any]]
+    source: Source
     numbers: np.ndarray
     shape: tuple[int | None, int | None, int]
     classes: tuple[str, ...]

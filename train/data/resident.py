@@ -35,10 +35,13 @@ class ImageSet(Protocol):
     """The images of an experiment, in batches of its size, wherever they are.
 
     Attributes:
-      shape: (height, width, channels) of what the network sees.   num_classes: of the labels.
-      count: training images.   chance: validation accuracy of guessing the commonest class.
+      shape: (height, width, channels) of what the network sees.
+      num_classes: Number of the labels.
+      count: training images.
+      chance: validation accuracy of guessing the commonest class.
       normalize: bytes -> the network's input, inside jit.
-      stored: the set itself, for the names of its classes, mean and std.   fingerprint: tells it from any other.
+      stored: the set itself, for the names of its classes, mean and std.
+      fingerprint: tells it from any other.
       select: (state, *arguments) -> ((images, labels), key): the batch of the step that the state stands at.
     """
 
@@ -79,7 +82,8 @@ class Resident:
     """An `ImageSet` that keeps all images on the device.
 
     Attributes:
-      images: the set.   batch_size: images a step.
+      images: the set.
+      batch_size: images a step.
     """
 
     images: Images

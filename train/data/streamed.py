@@ -28,7 +28,9 @@ class Streamed:
     """A `train.data.resident.ImageSet` that reads its images when a step needs them.
 
     Attributes:
-      train, validation, test: what it reads.   config: of the crops.   batch_size: images a step.
+      train, validation, test: what it reads.
+      config: Settings of the crops.
+      batch_size: images a step.
       workers: processes that read; 0 reads in threads of this one.
       stored: no images, but the names of the classes, mean, std, and the share of photographs that is looked at.
     """
@@ -109,7 +111,8 @@ class Streamed:
 
 def shape_of(records: Records, size: int) -> tuple[int, int, int]:
     """(height, width, channels) of what the network sees of images: photographs become squares."""
-    return records.shape if records.is_uniform else (size, size, records.shape[2] or 3)
+    height, width, channels = records.shape
+    return (size, size, channels or 3) if height is None or width is None else (height, width, channels)
 
 
 @dataclasses.dataclass(frozen=True)

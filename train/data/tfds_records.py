@@ -28,7 +28,7 @@ def open_records(name: str, part: str, root: Path) -> Records:
     Args:
       name: `PREFIX` and what `tfds.builder` takes, such as "tfds/cifar100" or "tfds/cifar10_corrupted/fog_3".
       part: "train", or "test" for the images to test on.
-      root: of the data; the set lies in its folder `FOLDER`.
+      root: Root of the data; the set lies in its folder `FOLDER`.
     Raises:
       ValueError: there is no such set or no such part of it, or its records are no labelled images; a file holds
         another number of records than it should.
@@ -61,9 +61,11 @@ def find_builder(name: str, root: Path, **options: Any) -> Any:
     """tensorflow-datasets' builder of a set.
 
     Args:
-      name, root: as for `open_records`.   options: more arguments of `tfds.builder`.
+      name, root: as for `open_records`.
+      options: more arguments of `tfds.builder`.
     Raises:
-      ValueError: there is no such set.   ImportError: tensorflow-datasets is missing.
+      ValueError: there is no such set.
+      ImportError: tensorflow-datasets is missing.
     """
     tfds = _tfds()
     try:

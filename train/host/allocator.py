@@ -15,7 +15,7 @@ _LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep one heap, to grow it in large steps, never to shrink it, and not to map large blocks.
+    """Tell glibc to keep one heap, to grow it in large steps, never to shrink it, and not to map large blocks.
 
     Returns:
       Whether it took effect.  False where the C library is not glibc, where nothing is changed.

@@ -5,12 +5,14 @@ the folder, JAX_ENABLE_COMPILATION_CACHE=false turns it off.  The folder may be 
 `train.memory` this is for a program, never for a library.
 """
 
+import importlib.util
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 
 def keep_compiled_programs() -> Path | None:
-    """Tells JAX to keep them in the user's cache folder.
+    """Tell JAX to keep them in the user's cache folder.
 
     Returns:
       The folder; None where nothing was changed: JAX was told a folder or not to, or this one cannot be written.
@@ -29,3 +31,16 @@ def keep_compiled_programs() -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def compile_quickly() -> None:
+    """Tells XLA to leave machine code unoptimized, for a command that compiles much and runs each program a few times.
+
+    On processors alone: an accelerator's programs would be slow. Flags that the environment holds go before. To be
+    called before JAX is imported.
+    """
+    if "XLA_FLAGS" in os.environ or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # other versions may not know the flag, and refuse to start with it
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

@@ -30,7 +30,7 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps orbax from logging pages of traceback for an error that it also raises."""
+    """Keep orbax from logging pages of traceback for an error that it also raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
@@ -74,7 +74,7 @@ class Display:
 
 
 class _Compiling(ProgressColumn):
-    """Says what is waited for before the first step."""
+    """Say what is waited for before the first step."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.fields["started"] else "compiling")

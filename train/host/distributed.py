@@ -21,7 +21,7 @@ AUTO = "auto"
 
 
 def join(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
-    """Waits until all processes are there.  To be called before JAX computes anything.
+    """Wait until all processes are there.  To be called before JAX computes anything.
 
     Args:
       coordinator: HOST:PORT at which the first process listens, or `AUTO`.

@@ -1,1 +1,1 @@
-"""A page that shows what finished runs measured: one HTML file that needs nothing else, and its figures as PNG."""
+"""A page that shows what finished runs measured: one HTML file that needs nothing else."""

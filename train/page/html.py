@@ -1,10 +1,15 @@
-"""The frame of a page: one file of HTML with its pictures inside, for a phone, paper, day and night."""
+"""The frame of a page: one file of HTML with its pictures inside, for a phone, paper, day and night.
+
+Text from names and files is escaped here and by `fill`. What is called HTML below goes into the page as it is.
+"""
 
 import base64
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from string import Template
+from typing import Any, NamedTuple
+
+from qpde.plots import inline_svg
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -14,42 +19,74 @@ _PAGE = Template("""<!DOCTYPE html>
 <title>$title</title>
 <link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --ink: #262626; --quiet: #5f5f5f; --line: #dcdcdc; --page: #fff; --card: #fff }
+:root { color-scheme: light dark; --ink: #262626; --quiet: #666; --line: #dcdcdc; --grid: #e4e4e4; --page: #fff;
+  --shade: #f6f6f6; --curve0: #0072b2; --curve1: #d55e00; --curve2: #009e73; --curve3: #cc79a7; --curve4: #56b4e9;
+  --curve5: #e69f00; --curve6: #000 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --quiet: #a8a8a8; --line: #444; --page: #1b1b1b; --card: #f4f4f4 }
+  :root { --ink: #e6e6e6; --quiet: #a3a3a3; --line: #444; --grid: #383838; --page: #1b1b1b; --shade: #262626;
+    --curve0: #3f9fd8; --curve1: #f07a26; --curve2: #18b98c; --curve3: #dd92bb; --curve4: #8fd0f5; --curve5: #f0b429;
+    --curve6: #fff }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.2rem; max-width: 70rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.2rem; max-width: 76rem; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line) }
+h2 { font-size: 1.25rem; margin: 2.8rem 0 .4rem; padding-top: .9rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem }
 p, figcaption, li { max-width: 46rem }
-nav { font-size: .9rem; columns: 2 14rem; margin: 1rem 0 }
-nav a { display: block }
-a { color: inherit }
+nav { font-size: .9rem; columns: 4 13rem; margin: 1rem 0 }
+nav a { display: block; padding: .1rem 0 }
+a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--quiet) }
 figure { margin: 1rem 0 }
 figcaption { color: var(--quiet); font-size: .92rem; margin-top: .5rem }
-.panels { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
-img { display: block; width: 100%; max-width: 38rem; height: auto; background: var(--card); border-radius: 4px }
-.formula { font-family: "Cambria Math", "STIX Two Math", serif; font-size: 1.05rem; margin: .6rem 0; padding-left: 1rem;
-  border-left: 3px solid var(--line) }
-.wide { overflow-x: auto; margin: 1rem 0 }
+.panels { display: grid; gap: 1rem 1.2rem; align-items: start }
+.panels svg { display: block; width: 100%; max-width: 38rem; height: auto }
+@media (min-width: 48rem) {
+  .two, .four { grid-template-columns: 1fr 1fr }
+  .one { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem; align-items: center }
+}
+@media (min-width: 62rem) {
+  .three { grid-template-columns: repeat(3, 1fr) }
+}
+.thumbs { display: flex; flex-wrap: wrap; gap: .7rem; margin: .4rem 0 1rem; padding: 0; list-style: none }
+.thumbs li { width: 5.6rem; font-size: .8rem; line-height: 1.3; color: var(--quiet) }
+.thumbs img { display: block; width: 5.6rem; height: 5.6rem; object-fit: contain; image-rendering: pixelated;
+  margin-bottom: .2rem; background: var(--shade); border-radius: 3px }
+.formula { margin: .8rem 0; padding: .1rem 0 .1rem 1rem; border-left: 3px solid var(--line); overflow-x: auto;
+  max-width: none }
+.formula math { font-size: 1.08rem; width: max-content }
+.wide { overflow-x: auto; margin: 1rem 0; max-width: max-content }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--quiet); font-size: .92rem; padding-bottom: .4rem }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child { text-align: left; padding-left: 0; min-width: 8rem }
+th, td { padding: .3rem .8rem; text-align: right; vertical-align: baseline; border-bottom: 1px solid var(--line) }
+th:first-child { position: sticky; left: 0; text-align: left; padding-left: 0; background: var(--page) }
 td { white-space: nowrap }
+small { display: block; color: var(--quiet); font-size: .8rem }
+.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere }
 tbody th { font-weight: 500 }
 thead th { border-bottom: 2px solid var(--quiet); vertical-align: bottom }
 footer { margin-top: 3rem; color: var(--quiet); font-size: .85rem }
+:focus-visible { outline: 2px solid var(--curve0) }
+@media (max-width: 30rem) {
+  body { padding: .9rem }
+  table { font-size: .82rem }
+  small { font-size: .72rem }
+  th, td { padding: .3rem .4rem }
+  th:first-child { min-width: 5.2rem }
+}
 @media print {
-  :root { --ink: #000; --quiet: #333; --line: #bbb; --page: #fff; --card: #fff }
-  body { max-width: none; padding: 0; font-size: 10.5pt }
+  :root { color-scheme: light; --ink: #000; --quiet: #444; --line: #bbb; --grid: #ddd; --page: #fff; --shade: #fff;
+    --curve0: #0072b2; --curve1: #d55e00; --curve2: #009e73; --curve3: #cc79a7; --curve4: #56b4e9; --curve5: #e69f00;
+    --curve6: #000 }
+  body { max-width: none; padding: 0; font-size: 10pt }
   nav { display: none }
-  h2 { break-after: avoid }
-  figure, table { break-inside: avoid }
-  .panels { grid-template-columns: 1fr 1fr }
-  .wide { overflow-x: visible }
+  h2, h3, caption { break-after: avoid }
+  h2 { margin-top: 1.4rem }
+  svg, tr, .thumbs li, .formula { break-inside: avoid }
+  .two, .four { grid-template-columns: 1fr 1fr }
+  .three { grid-template-columns: repeat(3, 1fr); gap: .5rem }
+  .one { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: center }
+  .wide, .formula { overflow-x: visible }
 }
 </style>
 </head>
@@ -65,12 +102,43 @@ $sections
 </html>
 """)
 
+_COLUMNS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+
+class Picture(NamedTuple):
+    """A figure of matplotlib on a page.
+
+    Attributes:
+      name: Its own on the page, of letters, digits, "-" and "_".
+      figure: What is drawn.
+      label: What it shows, in plain text, for readers who cannot see it.
+    """
+
+    name: str
+    figure: Any
+    label: str
+
+
+class Thumbnail(NamedTuple):
+    """A small picture of a list: the bytes of a PNG file, and in plain text what stands below."""
+
+    png: bytes
+    caption: str
+
+
+def fill(template: str, **values: Any) -> str:
+    """HTML with values in place of {names}, as plain text: nothing in them is taken for HTML."""
+    return template.format(**{name: escape(str(value)) for name, value in values.items()})
+
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
     """The whole document.
 
     Args:
-      title, footer: plain text.   lead: HTML.   sections: heading in plain text, and HTML.
+      title: Plain text.
+      lead: HTML.
+      sections: Heading in plain text, and HTML.
+      footer: Plain text.
     """
     headings = [(f"part{i}", escape(heading)) for i, (heading, _) in enumerate(sections, 1)]
     contents = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading in headings)
@@ -83,24 +151,43 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: str
     )
 
 
-def figure(pictures: Sequence[tuple[Path, str]], caption: str) -> str:
-    """PNG files side by side where there is room.
+def figure(pictures: Sequence[Picture], caption: str) -> str:
+    """Pictures in full rows where there is room, and one below the other where there is not.
+
+    A single picture has its caption beside it.
 
     Args:
-      pictures: file, and in plain text what it shows, for who cannot see it.   caption: HTML, how to read it.
+      pictures: At least one.
+      caption: HTML, how to read them.
     """
-    images = "\n".join(
-        f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{escape(alt)}">'
-        for path, alt in pictures
+    drawn = [inline_svg(p.figure, name=p.name, label=p.label) for p in pictures]
+    if len(drawn) == 1:
+        return f'<figure class="one"><div class="panels">{drawn[0]}</div><figcaption>{caption}</figcaption></figure>'
+    rows = "\n".join(f'<div class="panels {_COLUMNS[len(row)]}">\n{"".join(row)}\n</div>' for row in _full_rows(drawn))
+    return f"<figure>\n{rows}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def thumbnails(pictures: Sequence[Thumbnail]) -> str:
+    """Small pictures with a line of text each."""
+    items = "".join(
+        f'<li><img src="data:image/png;base64,{base64.b64encode(p.png).decode()}" alt="{escape(p.caption)}">'
+        f"{escape(p.caption)}</li>"
+        for p in pictures
     )
-    return f'<figure>\n<div class="panels">\n{images}\n</div>\n<figcaption>{caption}</figcaption>\n</figure>'
+    return f'<ul class="thumbs">{items}</ul>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """Cells of plain text; the first column names the rows. A wide table scrolls by itself."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]], caption: str = "") -> str:
+    """A table of plain text. A wide one scrolls by itself, and its first column stays.
+
+    Args:
+      header: Names of the columns.
+      rows: Cells; the first one names the row. A pair is a cell and a note below it.
+      caption: What it shows, in plain text.
+    """
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = "\n".join(
-        "<tr>" + f'<th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(c)}</td>" for c in rest) + "</tr>"
+        f'<tr><th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(c)}</td>" for c in rest) + "</tr>"
         for first, *rest in rows
     )
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -110,6 +197,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
     )
 
 
-def formula(html: str) -> str:
-    """A line of mathematics, in HTML."""
-    return f'<p class="formula">{html}</p>'
+def facts(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of names and values, in plain text, whose values may be long."""
+    lines = "\n".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows)
+    return f'<div class="wide facts"><table><tbody>\n{lines}\n</tbody></table></div>'
+
+
+def _cell(cell: str | tuple[str, str]) -> str:
+    if isinstance(cell, str):
+        return escape(cell)
+    text, note = cell
+    return f"{escape(text)}<small>{escape(note)}</small>"
+
+
+def _full_rows(drawn: Sequence[str]) -> list[Sequence[str]]:
+    """Rows of equally many pictures, 3 or 2, but that an odd rest of 5 is a row of 3 and one of 2."""
+    if len(drawn) % 3 == 0:
+        return [drawn[i : i + 3] for i in range(0, len(drawn), 3)]
+    if len(drawn) % 2:
+        return [drawn[:3], *_full_rows(drawn[3:])]
+    return [drawn[i : i + 2] for i in range(0, len(drawn), 2)]

@@ -1,285 +1,489 @@
 """The sections for runs on images."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qpde import plots
 from train.config.images import Experiment
-from train.page import published_curves
-from train.page.html import figure, formula, table
+from train.page import provenance, published_curves, training
+from train.page.html import Picture, Thumbnail, figure, fill, table, thumbnails
+from train.page.mathml import formula, name, over, root, row, sub, sup, words
+from train.page.statistics import decibels, mcnemar, wilson
 from train.trained.certificates import tightness
-from train.trained.figures import SCENE_COLUMNS, Maps, Measured, as_histogram
+from train.trained.figures import Measured, as_histogram
 
-# Rows of the table: what, key in summary.json, format.
-_RESULTS = (
-    ("mean intersection over union", "mean_iou", "{:.2%}"),
-    ("the same, high-precision twin", "mean_iou_twin", "{:.2%}"),
-    ("accuracy", "accuracy", "{:.2%}"),
-    ("accuracy, high-precision twin", "accuracy_twin", "{:.2%}"),
-    ("agreement with the twin", "agreement", "{:.2%}"),
-    ("layer-wise error, mean", "mean_layer_error", "{:.4f}"),
-    ("layer-wise error, relative, mean", "mean_relative_layer_error", "{:.4f}"),
+_SHARES = (
+    ("accuracy", "accuracy"),
+    ("accuracy, high-precision twin", "accuracy_twin"),
+    ("agreement with the twin", "agreement"),
+)
+_NUMBERS = (
     ("Kullback-Leibler divergence", "kl", "{:.4f}"),
     ("best validation accuracy", "validation_accuracy", "{:.2%}"),
 )
+_EXAMPLES = 6
+"""Images of a list."""
+
+Curves = Mapping[str, Sequence[float] | np.ndarray]
 
 
 def sections(
     experiment: Experiment,
     results: Mapping[str, dict[str, Any]],
     measured: Mapping[str, Measured],
-    folder: Path,
+    lines: Mapping[str, list[dict[str, Any]]],
 ) -> list[tuple[str, str]]:
-    """Heading and HTML of every section that applies; the figures are written to the folder.
+    """Heading and HTML of every section that applies.
 
     Args:
-      experiment: of the first run.   results, measured: by network, of its run's summary.json and measured now.
-      folder: for the figures.
+      experiment: The first run's.
+      results: By network, those of its run's summary.json.
+      measured: By network, what was measured now.
+      lines: By network, its lines of metrics.jsonl.
     """
     low = {name: m for name, m in measured.items() if m.by_bits}
     every = list(measured)  # a network has one colour in all figures
-    found = [("Results", _results(results, measured))]
+    depths = [m.stages for m in low.values()]
+    stages = depths[0] if depths and all(stages == depths[0] for stages in depths) else ()
+    seconds = {name: result.get("training_seconds") for name, result in results.items()}
+    best = {name: result.get("best_epoch") for name, result in results.items()}
+    found = [("Results", _results(results, measured) + _comparison(measured))]
     if not low:
         found.append(("Faithfulness", "<p>No activation of these networks is quantized: there is no twin.</p>"))
     else:
-        depths = [m.stages for m in low.values()]
-        stages = depths[0] if all(stages == depths[0] for stages in depths) else ()
         found += [
-            ("Layer-wise error", _layer_error(experiment, {n: results[n] for n in low}, stages, folder, every)),
-            ("Accuracy and agreement against bits", _bits(low, folder, every)),
-            ("What is rounded", _inputs(low, stages, folder, every)),
-            ("Smoothing", _smoothing(low, folder)),
+            ("Layer-wise error", layer_error_section(experiment, {n: results[n] for n in low}, stages, every)),
+            ("Accuracy and agreement against bits", bits_section(low, every)),
+            ("Where network and twin disagree", _disagreements(low)),
         ]
-    found.append(("Does a step amplify?", _spectra(measured, folder)))
-    if any(m.scenes for m in measured.values()):
-        found.insert(1, ("Scenes", _scenes(results, measured, folder)))
+    found.append(("What is taken for what", _confusion(measured)))
+    if low:
+        smoothed = any(m.maps.smoothing is not None for m in low.values())
+        found += [
+            ("What is rounded", _inputs(low, stages, every)),
+            ("Smoothing" if smoothed else "Feature maps", _maps(low)),
+        ]
+    found.append(("Does a step amplify?", _spectra(measured, every)))
     if any(m.certified for m in low.values()):
-        found.append(("Errors and what is proven about them", _certificates(low, folder, every)))
-    found.append(("Sizes", _sizes(measured, folder)))
+        found.append(("Errors and what is proven about them", _certificates(low, every)))
+        found.append(("Certified and uncertified images", _examples(low)))
+    if curves := training.section(lines, best, every):
+        found.append(("Training", curves))
+    found.append(("Sizes", sizes_section(measured)))
+    found.append(("Where it comes from", provenance.section({name: m.about for name, m in measured.items()}, seconds)))
     return found
 
 
 def _results(results, measured) -> str:
-    rows = [
-        (label, *(form.format(r[key]) if r.get(key) is not None else "–" for r in results.values()))
-        for label, key, form in _RESULTS
-        if any(r.get(key) is not None for r in results.values())
+    def has(key):
+        return any(_number(result.get(key)) is not None for result in results.values())
+
+    counts = {n: _count(results[n].get("samples")) or m.test_count for n, m in measured.items()}
+    rows = [("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values()))]
+    rows += [
+        (label, *(_share(_number(result.get(key)), counts[n]) for n, result in results.items()))
+        for label, key in _SHARES
+        if has(key)
     ]
-    rows.insert(0, ("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values())))
-    return table(("", *results), rows, "At the end of the runs, on all test images.")
-
-
-def _scenes(results, measured, folder) -> str:
-    pictures = []
-    for i, (name, m) in enumerate(measured.items()):
-        path = folder / f"scenes_{i}.png"
-        plots.maps_figure(m.scenes, SCENE_COLUMNS, path, heading=name)
-        pictures.append((path, f"Test images with the true classes, those of {name}, and those of its twin."))
-    classes = next(iter(results.values()))["iou"]
-    rows = [
-        (name, *("–" if r["iou"].get(name) is None else f"{r['iou'][name]:.2%}" for r in results.values()))
-        for name in classes
+    if has("layer_error"):
+        rows.append(("layer-wise error, mean", *(_error(result, "mean_layer_error") for result in results.values())))
+        relative = [(_error(result, "mean_relative_layer_error"), _sqnr(result)) for result in results.values()]
+        rows.append(("layer-wise error, relative, mean; SQNR", *relative))
+    rows += [
+        (label, *("–" if (v := _number(r.get(key))) is None else form.format(v) for r in results.values()))
+        for label, key, form in _NUMBERS
+        if has(key)
     ]
-    lead = "<p>The class of every pixel, as a colour over the image. Accuracy and agreement are shares of pixels.</p>"
-    what = formula("IoU = |true ∩ predicted| / |true ∪ predicted|")
-    caption = "The last column shows in colour the pixels to which rounding of the activations gives another class."
-    return lead + what + figure(pictures, caption) + table(("", *results), rows, "Intersection over union by class.")
+    total = {count for count in counts.values() if count}
+    images = f"all {total.pop():,} test images" if len(total) == 1 else "all test images"
+    caption = f"At the end of the runs, on {images}; below a share its 95 % interval (Wilson)."
+    return table(("", *results), rows, caption)
 
 
-def _layer_error(experiment, results, stages, folder, every) -> str:
-    drawn = [
-        ("layer_error", "Absolute error", "rms difference from the twin", "layer_error"),
-        ("layer_error_relative", "Relative error", "divided by the rms of the twin's output", "relative_layer_error"),
-    ]
-    pictures = []
-    for file, heading, unit, key in drawn:
-        curves = {name: np.asarray(result[key]) for name, result in results.items()}
-        pictures.append((folder / f"{file}.png", f"{heading} of each block: {_means(curves)}."))
-        plots.along_depth_figure(curves, pictures[-1][0], heading=heading, unit=unit, stages=stages, among=every)
-    name, published = published_curves.nearest(experiment)
-    path = folder / "layer_error_published.png"
-    heading = f"Published: {name}"
-    plots.along_depth_figure(published, path, heading=heading, unit="absolute error")
-    pictures.append((path, f"Absolute error of the published {name}: {_means(published)}."))
-    ratio = np.mean(published["symmetric"]) / np.mean(published["plain"])
-    caption = (
-        "Lower is more faithful. The absolute error rewards a network whose activations are small, the relative one "
-        f"does not. The last panel shows the paper's curves ({escape(published_curves.SOURCE)}), where the symmetric "
-        f"network has {ratio:.2f} times the plain one's mean error; another network on other images: compare shapes "
-        "and ratios."
+def _number(value: Any) -> Any:
+    """A number or a list of them, as they are in a file that anyone may have written; else None."""
+    if isinstance(value, list):
+        return value if value and all(_number(v) is not None for v in value) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value) else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _share(value: float | None, count: int | None) -> str | tuple[str, str]:
+    if value is None:
+        return "–"
+    if not count:
+        return f"{value:.2%}"
+    low, high = wilson(min(max(round(value * count), 0), count), count)
+    return f"{value:.2%}", f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+def _error(result: Mapping[str, Any], key: str) -> str:
+    value = _number(result.get(key))
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _sqnr(result: Mapping[str, Any]) -> str:
+    values = _number(result.get("relative_layer_error"))
+    return "" if values is None else f"{np.mean([decibels(v) for v in values]):.1f} dB"
+
+
+def _comparison(measured: Mapping[str, Measured]) -> str:
+    """McNemar's test of all pairs of networks that were tested on the same images."""
+    rows = []
+    for (first, a), (second, b) in itertools.combinations(measured.items(), 2):
+        if a.data == b.data and len(a.predictions.labels) == len(b.predictions.labels):
+            mine, theirs, p = mcnemar(a.predictions.is_right, b.predictions.is_right)
+            rows.append((f"{first} and {second}", f"{mine}", f"{theirs}", f"{p:.2g}"))
+    if not rows:
+        return ""
+    images = len(next(iter(measured.values())).predictions.labels)
+    text = (
+        "<h3>Is one more accurate than the other?</h3>"
+        "<p>Of the same images only those tell that one network gets right and the other wrong. McNemar's exact test "
+        "asks how often equally accurate networks would share them at least so unevenly: a large p means that these "
+        "images do not tell the two apart. It speaks of these trained networks, and not of other seeds.</p>"
     )
-    what = formula("‖a − a<sub>q</sub>‖ / √numel &nbsp; and &nbsp; ‖a − a<sub>q</sub>‖ / ‖a‖")
+    return text + table(("", "only the first right", "only the second", "p"), rows, f"On {images:,} test images.")
+
+
+def layer_error_section(experiment, results, stages, every) -> str:
+    drawn = [
+        ("layer-error", "Absolute error", "rms difference from the twin", "layer_error", np.asarray),
+        ("layer-error-relative", "Relative error", "divided by the twin's rms", "relative_layer_error", np.asarray),
+        ("sqnr", "SQNR", "dB, more is better", "relative_layer_error", _decibels),
+    ]
+    pictures = []
+    for file, heading, unit, key, value in drawn:
+        curves = {name: value(result[key]) for name, result in results.items()}
+        drawing = plots.along_depth_figure(
+            curves, heading=heading, unit=unit, stages=stages, among=every, is_signed=value is _decibels
+        )
+        pictures.append(Picture(file, drawing, f"{heading} of each block: {_means(curves)}."))
+    published, curves = published_curves.nearest(experiment)
+    drawing = plots.along_depth_figure(curves, heading=f"Published: {published}", unit="absolute error", among=every)
+    label = f"Absolute error of the published {published}: {_means(curves)}."
+    pictures.append(Picture("layer-error-published", drawing, label))
+    caption = fill(
+        "Lower error is more faithful. The absolute error rewards a network whose activations are small, the relative "
+        "one does not. SQNR is the relative error in decibels: 6 dB more is half the error, or one bit. The last panel "
+        "shows the paper's curves ({source}), where the symmetric network has {ratio} times the plain one's mean "
+        "error. It is another network on other images: compare shapes and ratios.",
+        source=published_curves.SOURCE,
+        ratio=f"{np.mean(curves['symmetric']) / np.mean(curves['plain']):.2f}",
+    )
+    difference = row("‖a−", sub("a", "q"), "‖")
+    what = formula(
+        over(difference, root("n")),
+        words("and"),
+        over(difference, "‖a‖"),
+    ) + formula(name("SQNR"), "=−20", sub(name("log"), "10"), over(difference, "‖a‖"))
     lead = (
-        "<p>What the rounding of activations changes in each block's output: <i>a</i> of the high-precision twin, "
-        "whose activations are clipped and not rounded, <i>a<sub>q</sub></i> of the quantized network, over all test "
-        "images.</p>"
+        "<p>What the rounding of activations changes in the <i>n</i> numbers of each block's output: <i>a</i> of the "
+        "high-precision twin, whose activations are clipped and not rounded, <i>a<sub>q</sub></i> of the quantized "
+        "network, over all test images.</p>"
     )
     return lead + what + figure(pictures, caption)
 
 
-def _bits(measured, folder, every) -> str:
+def _decibels(errors: Sequence[float]) -> np.ndarray:
+    """An error of 0 is drawn as one of the last bit of a float32."""
+    return np.array([min(decibels(error), 144.0) for error in errors])
+
+
+def bits_section(measured, every) -> str:
     quantities = (
-        ("bits_accuracy", "accuracy, %", lambda f: 100 * f.accuracy),
-        ("bits_agreement", "agreement, %", lambda f: 100 * f.agreement),
-        ("bits_error", "relative error", lambda f: f.mean_relative_layer_error),
+        ("bits-accuracy", "accuracy, %", lambda f: f.accuracy, True),
+        ("bits-agreement", "agreement, %", lambda f: f.agreement, True),
+        ("bits-error", "relative error", lambda f: f.mean_relative_layer_error, False),
     )
     pictures = []
-    for file, quantity, value in quantities:
+    for file, quantity, value, is_share in quantities:
         curves = {
-            name: {str(bits): (value(f), float("nan")) for bits, f in m.by_bits.items()} for name, m in measured.items()
+            name: {
+                str(bits): _with_interval(value(f), f.samples) if is_share else (value(f), float("nan"))
+                for bits, f in m.by_bits.items()
+            }
+            for name, m in measured.items()
         }
-        plots.against_bits_figure(
-            {quantity: curves}, folder / f"{file}.png", x="bits of activations", legend_below=True, among=every
-        )
+        drawing = plots.against_bits_figure({quantity: curves}, x="bits of activations", legend_below=True, among=every)
         ends = ", ".join(f"{name} from {_ends([v for v, _ in points.values()])}" for name, points in curves.items())
-        pictures.append((folder / f"{file}.png", f"{quantity} against bits of activations: {ends}."))
-    images = next(iter(next(iter(measured.values())).by_bits.values())).samples
-    caption = (
+        pictures.append(Picture(file, drawing, f"{quantity} against bits of activations: {ends}."))
+    caption = fill(
         "One set of weights, trained at the run's own bits, run at other bits of activations; the weights keep "
         "theirs, and batch statistics are estimated again each time. Agreement is the share of images that the "
-        f"network and its high-precision twin classify alike; {images:,} test images."
+        "network and its high-precision twin classify alike. Bars are 95 % intervals (Wilson) over {images} test "
+        "images.",
+        images=f"{_samples(measured):,}",
     )
     return figure(pictures, caption)
 
 
-def _inputs(measured, stages, folder, every) -> str:
+def _samples(measured) -> int:
+    return next(iter(next(iter(measured.values())).by_bits.values())).samples
+
+
+def _with_interval(share: float, samples: int) -> tuple[float, tuple[float, float]]:
+    low, high = wilson(round(share * samples), samples)
+    return 100 * share, (100 * max(share - low, 0), 100 * max(high - share, 0))
+
+
+def _disagreements(measured) -> str:
+    parts = ["<p>The test images that rounding moved to another class, with what each is and what it is taken for.</p>"]
+    for network, m in measured.items():
+        p = m.predictions
+        (where,) = np.nonzero(p.predicted != p.twin)
+        text = fill(
+            "<h3>{network}</h3><p>{count} of {total} images at {bits} bits{shown}.</p>",
+            network=network,
+            count=len(where) or "None",
+            total=f"{len(p.labels):,}",
+            bits=m.bits.activations,
+            shown=f", the first {_EXAMPLES}" if len(where) > _EXAMPLES else "",
+        )
+        captions = (
+            f"{m.classes[p.labels[i]]}: twin {m.classes[p.twin[i]]}, network {m.classes[p.predicted[i]]}"
+            for i in where[:_EXAMPLES]
+        )
+        parts.append(text + _thumbnails(p.images, where[:_EXAMPLES], captions))
+    return "".join(parts)
+
+
+def _thumbnails(images: np.ndarray, where: Iterable[int], captions: Iterable[str]) -> str:
+    found = [Thumbnail(_png(images[i]), caption) for i, caption in zip(where, captions, strict=True)]
+    return thumbnails(found) if found else ""
+
+
+def _png(image: np.ndarray) -> bytes:
+    """The bytes of a PNG file of an image (H, W, C), C 1 or 3, at most 96 pixels a side."""
+    file = BytesIO()
+    picture = Image.fromarray(np.asarray(image).squeeze(-1) if image.shape[-1] == 1 else np.asarray(image))
+    picture.thumbnail((96, 96))
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _confusion(measured) -> str:
+    pictures, notes = [], []
+    for i, (network, m) in enumerate(measured.items()):
+        p, number = m.predictions, len(m.classes)
+        counts = np.zeros((number, number), int)
+        np.add.at(counts, (p.labels, p.predicted), 1)
+        wrong = counts * (1 - np.eye(number, dtype=int))
+        pairs = [divmod(int(k), number) for k in np.argsort(-wrong, axis=None, kind="stable")[:3]]
+        worst = ", ".join(f"{m.classes[a]} as {m.classes[b]} ({wrong[a, b]})" for a, b in pairs if wrong[a, b])
+        label = f"Confusion matrix of {network}: {counts.trace()} of {counts.sum()} right; {worst or 'no mistakes'}."
+        drawing = plots.confusion_figure(counts, m.classes, heading=network)
+        pictures.append(Picture(f"confusion-{i}", drawing, label))
+        notes.append(f"{network}: {worst or 'none'}")
+    caption = fill(
+        "A row for each true class, a column for each prediction, on {images} test images. Shades are shares of a "
+        "row: blue is right, orange wrong. The commonest mistakes: {notes}.",
+        images=f"{len(next(iter(measured.values())).predictions.labels):,}",
+        notes="; ".join(notes),
+    )
+    return figure(pictures, caption)
+
+
+def _inputs(measured, stages, every) -> str:
     depth = min(len(m.inputs) for m in measured.values())
     chosen = sorted({0, depth // 2, depth - 1})
-    rows = {f"block {i + 1}": {name: as_histogram(m.inputs[i]) for name, m in measured.items()} for i in chosen}
-    spread = folder / "inputs_histogram.png"
-    plots.histogram_figure(rows, spread, among=every)
-    pictures = [(spread, f"Histograms of the inputs of blocks {', '.join(str(i + 1) for i in chosen)}, in clips.")]
+    pictures = []
+    for i in chosen:
+        spread = {f"block {i + 1}": {name: as_histogram(m.inputs[i]) for name, m in measured.items()}}
+        label = f"Histogram of the inputs of block {i + 1}, in clips, its axis logarithmic."
+        pictures.append(Picture(f"inputs-{i}", plots.histogram_figure(spread, among=every), label))
     quantities = (
-        ("inputs_kurtosis", "Kurtosis", "3 is normal, more has outliers", lambda d: d.kurtosis),
-        ("inputs_outliers", "Outliers", "% beyond 4 standard deviations", lambda d: 100 * d.outliers),
-        ("inputs_saturated", "Saturation", "% beyond the clip", lambda d: 100 * d.saturated),
-        ("inputs_entropy", "Entropy of the levels", "bits", lambda d: d.entropy),
+        ("inputs-kurtosis", "Kurtosis", "3 is normal, more has outliers", lambda d: d.kurtosis),
+        ("inputs-outliers", "Outliers", "% beyond 4 standard deviations", lambda d: 100 * d.outliers),
+        ("inputs-saturated", "Saturation", "% beyond the clip", lambda d: 100 * d.saturated),
+        ("inputs-entropy", "Entropy of the levels", "bits", lambda d: d.entropy),
     )
+    numbers = []
     for file, heading, unit, value in quantities:
         curves = {name: np.asarray([value(d) for d in m.inputs]) for name, m in measured.items()}
-        path = folder / f"{file}.png"
-        plots.along_depth_figure(curves, path, heading=heading, unit=unit, stages=stages, among=every)
-        pictures.append((path, f"{heading} ({unit}) along depth: {_means(curves)}."))
-    used = "; ".join(f"{escape(name)} {min(d.used_levels for d in m.inputs)}" for name, m in measured.items())
-    lead = "<p>The activations at the entrance of each block, before they are rounded.</p>"
-    what = formula(
-        "entropy = −Σ p<sub>k</sub> log<sub>2</sub> p<sub>k</sub>, &nbsp; p<sub>k</sub> the share of level k"
+        drawing = plots.along_depth_figure(curves, heading=heading, unit=unit, stages=stages, among=every)
+        numbers.append(Picture(file, drawing, f"{heading} ({unit}) along depth: {_means(curves)}."))
+    lead = "<p>The activations at the entrance of each block before they are rounded, of some test images.</p>"
+    what = formula(name("entropy"), "=−", sub("∑", "k"), sub("p", "k"), sub(name("log"), "2"), sub("p", "k"))
+    spread_caption = (
+        "Shares of the values, on a logarithmic axis, in clips. What lies beyond the dashed line is clipped. A long "
+        "tail leaves few levels to the many small values."
     )
-    caption = (
-        "A histogram with a long tail (its axis is logarithmic) leaves few levels to the many small values: kurtosis "
-        "and outliers are high, the entropy is low. What lies beyond the dashed line is clipped. Fewest levels in use "
-        f"at any block: {used}."
+    caption = fill(
+        "In the entropy p<sub>k</sub> is the share of level k. With a long tail kurtosis and outliers are high, and "
+        "the entropy is low. Fewest levels in use at any block: {used}.",
+        used="; ".join(f"{name} {min(d.used_levels for d in m.inputs)}" for name, m in measured.items()),
     )
-    return lead + what + figure(pictures, caption)
+    return lead + figure(pictures, spread_caption) + what + figure(numbers, caption)
 
 
-def _smoothing(measured, folder) -> str:
+def _maps(measured) -> str:
     pictures, notes = [], []
-    for i, (name, m) in enumerate(measured.items()):
-        maps: Maps = m.maps
-        path = folder / f"maps_{i}.png"
-        plots.maps_figure(maps.rows, [f"block {block}" for block in maps.blocks], path, heading=name)
-        pictures.append((path, f"Feature maps of {name} through depth, before and after smoothing, and rounded."))
-        before, after = np.mean(maps.errors, axis=0)
-        notes.append(f"{escape(name)} {before:.3f} → {after:.3f}")
-    first = next(iter(measured.values())).maps
-    path = folder / "maps_histogram.png"
-    plots.histogram_figure(first.spread, path)
-    pictures.append((path, f"Histograms of the inputs of {next(iter(measured))} before and after smoothing."))
-    lead = f"<p>What total-variation smoothing makes of the inputs of blocks. {_smoothings(measured)}.</p>"
-    what = formula("S(x) = x − γ² ∇<sup>T</sup>( g ∇x ), &nbsp; g = 1 / √(|∇x|² + ε²) where the kind is isotropic")
-    caption = (
-        "One test image, in each column the channel of largest variation; colours of a column share one range. The "
-        "histograms (of the first network) show what becomes of outliers. Relative rounding error of the maps, ‖x − "
-        f"Q(x)‖ / ‖x‖, mean of the columns: {'; '.join(notes)}."
+    for i, (network, m) in enumerate(measured.items()):
+        drawing = plots.maps_figure(m.maps.rows, [f"block {block}" for block in m.maps.blocks], heading=network)
+        label = f"Feature maps of {network} through depth: {', '.join(m.maps.rows)}."
+        pictures.append(Picture(f"maps-{i}", drawing, label))
+        shown = [np.mean([errors[k] for errors in m.maps.errors]) for k in range(len(m.maps.errors[0]))]
+        notes.append(f"{network} {' → '.join(f'{error:.3f}' for error in shown)}")
+    caption = fill(
+        "One test image at the entrance of some blocks, in each column the channel of largest variation; colours of a "
+        "column share one range. Relative rounding error of the maps, |x − Q(x)| / |x|, mean of the columns{arrow}: "
+        "{notes}.",
+        arrow=", before and after smoothing" if any(m.maps.smoothing for m in measured.values()) else "",
+        notes="; ".join(notes),
     )
-    return lead + what + figure(pictures, caption)
+    body = figure(pictures, caption)
+    smoothed = {network: m for network, m in measured.items() if m.maps.smoothing is not None}
+    if not smoothed:
+        return "<p>What rounding makes of feature maps.</p>" + body
+    return _smoothing(smoothed) + body + _smoothed_spread(smoothed)
+
+
+def _smoothing(measured) -> str:
+    lead = fill(
+        "<p>What total-variation smoothing makes of the inputs of blocks. {how}.</p>", how=_smoothings(measured)
+    )
+    gradient = row("∇x")
+    what = formula(
+        "S(x)=x−", sup("γ", "2"), sup("∇", "T"), "(g", gradient, "),",
+        words("with"), "g=", over("1", root(sup(row("|∇x|"), "2"), "+", sup("ε", "2"))),
+        words("where the kind is isotropic"),
+    )  # fmt: skip
+    return lead + what
+
+
+def _smoothed_spread(measured) -> str:
+    first, m = next(iter(measured.items()))
+    pictures = [
+        Picture(
+            f"maps-spread-{i}",
+            plots.histogram_figure({heading: spread}),
+            f"Histograms of the input of {heading} of {first} before and after smoothing.",
+        )
+        for i, (heading, spread) in enumerate(m.maps.spread.items())
+    ]
+    caption = fill("What becomes of the outliers of {first}: shares of the values, in clips.", first=first)
+    return figure(pictures, caption)
 
 
 def _smoothings(measured) -> str:
-    """How each network smooths, in HTML; networks that do so alike share a clause."""
+    """How each network smooths, in plain text; networks that do so alike share a clause."""
     alike: dict[str, list[str]] = {}
-    for name, m in measured.items():
+    for network, m in measured.items():
         s = m.maps.smoothing
         origin = "as in the network" if m.maps.is_own else "added for this page"
         steps = f"{s.steps} explicit step{'s' if s.steps > 1 else ''}"
-        text = f"{steps}, γ² = {s.gamma2:.3g}, ε = {s.eps:g}, {escape(s.kind)}, {origin}"
-        alike.setdefault(text, []).append(escape(name))
+        text = f"{steps}, γ² = {s.gamma2:.3g}, ε = {s.eps:g}, {s.kind}, {origin}"
+        alike.setdefault(text, []).append(network)
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
 
 
-def _spectra(measured, folder) -> str:
-    path = folder / "spectra.png"
-    plots.spectrum_figure(
-        {name: {block: values for block, (values, _) in m.spectra.items()} for name, m in measured.items()},
-        path,
-        heading="Jacobian of each block",
-    )
+def _spectra(measured, every) -> str:
+    spectra = {name: m.spectra for name, m in measured.items() if m.spectra}
+    if not spectra:
+        return "<p>No block of these networks keeps the shape of what enters it.</p>"
+    drawing = plots.spectrum_figure(spectra, heading="Jacobian of each block", among=every)
     rows = [
-        (
-            name,
-            f"{min(v.min() for v, _ in m.spectra.values()):.3f}",
-            f"{max(v.max() for v, _ in m.spectra.values()):.3f}",
-            f"{max(gain for _, gain in m.spectra.values()):.3f}",
-        )
-        for name, m in measured.items()
+        (name, f"{min(map(np.min, blocks.values())):.3f}", f"{max(map(np.max, blocks.values())):.3f}")
+        for name, blocks in spectra.items()
     ]
     lead = (
         "<p>A step that is a gradient step on a convex energy has a symmetric Jacobian with eigenvalues between −1 and "
         "1: it carries an error along and never amplifies it.</p>"
     )
-    what = formula("J = I − h K<sup>T</sup> D K, &nbsp; 0 ≤ D ≤ 1, &nbsp; h ‖K‖² ≤ 2 &nbsp; ⇒ &nbsp; −1 ≤ λ ≤ 1")
+    what = formula(
+        "J=I−h", sup("K", "T"), "DK,", words("with"), "0≤D≤1,", "h", sup(row("‖K‖"), "2"), "≤2", "⇒", "−1≤λ≤1"
+    )
     caption = (
         "Dashes are Ritz values: they lie inside the true spectrum, the outermost first, at four test images. A "
         "network whose dashes leave the grey band amplifies some perturbations; the published blocks are no "
         "gradient steps. Blocks that change the shape, and the first, are left out."
     )
-    alt = "; ".join(f"{name}: from {low} to {high}" for name, low, high, _ in rows)
-    header = ("", "smallest eigenvalue", "largest", "largest gain")
-    return lead + what + figure([(path, f"Eigenvalues by block. {alt}.")], caption) + table(header, rows)
+    alt = "; ".join(f"{name}: from {low} to {high}" for name, low, high in rows)
+    numbers = table(("", "smallest eigenvalue", "largest"), rows)
+    return lead + what + figure([Picture("spectra", drawing, f"Eigenvalues by block. {alt}.")], caption + numbers)
 
 
-def _certificates(measured, folder, every) -> str:
+def _certificates(measured, every) -> str:
     pictures, rows = [], []
     for bits in next(iter(measured.values())).certified:
         points = {name: (m.certified[bits]["error"], m.certified[bits]["bound"]) for name, m in measured.items()}
-        for name, m in measured.items():
-            found, (error, bound) = m.certified[bits], points[name]
-            shares = (f"{found[key].mean():.1%}" for key in ("agreement", "certified", "a_priori"))
-            rows.append((f"{bits} bits, {name}", *shares, f"{tightness(bound, error):.3g}"))
-        path = folder / f"bound_{bits}.png"
-        thinned = {name: tuple(v[:: max(1, len(v) // 1500)] for v in pair) for name, pair in points.items()}
-        plots.bound_figure(thinned, path, heading=f"{bits}-bit activations", among=every)
-        pictures.append((path, f"Proven bound over measured error at {bits} bits: every point above the diagonal."))
+        for network, m in measured.items():
+            found, (error, bound) = m.certified[bits], points[network]
+            shares = (
+                _share(float(found[key].mean()), len(found[key])) for key in ("agreement", "certified", "a_priori")
+            )
+            rows.append((f"{bits} bits, {network}", *shares, f"{tightness(bound, error):.3g}"))
+        thinned = {name: tuple(v[:: max(1, len(v) // 600)] for v in pair) for name, pair in points.items()}
+        if any((error > 0).any() for error, _ in thinned.values()):
+            drawing = plots.bound_figure(thinned, heading=f"{bits}-bit activations", among=every)
+            label = f"Proven bound over measured error at {bits} bits: every point above the diagonal."
+            pictures.append(Picture(f"bound-{bits}", drawing, label))
     lead = (
         "<p>A bound on how far rounding can move the difference of two logits, proven for each image, above what it "
         "moves it in fact. An image is certified where the bound is smaller than the margin: its class provably does "
         "not change.</p>"
     )
-    what = formula(
-        "‖x<sub>j</sub> − c<sub>j</sub>‖ ≤ E<sub>j</sub> = L<sub>j</sub> E<sub>j−1</sub> + "
-        "‖c<sub>j</sub> − B<sub>j</sub>(c<sub>j−1</sub>)‖, &nbsp; "
-        "|Δ(z<sub>i</sub> − z<sub>k</sub>)| ≤ |Δ<sub>c</sub>| + ‖w<sub>i</sub> − w<sub>k</sub>‖ E / √(HW)"
-    )
+    j, before = "j", row("j−1")
+    states = formula(
+        "‖", sub("x", j), "−", sub("c", j), "‖≤", sub("E", j), "=", sub("L", j), sub("E", before), "+‖", sub("c", j),
+        "−", sub("B", j), "(", sub("c", before), ")‖",
+    )  # fmt: skip
+    logits = formula(
+        "|Δ(", sub("z", "i"), "−", sub("z", "k"), ")|≤|", sub("Δ", "c"), "|+‖", sub("w", "i"), "−", sub("w", "k"),
+        "‖", over("E", root("HW")),
+    )  # fmt: skip
     caption = (
         "Each point is one logit difference of one test image. All lie above the dashed diagonal, where the bound "
-        "would be the error; the closer the tighter. The states c are the quantized network's after two sweeps of "
+        "would be the error; the closer the tighter. The states c are the quantized network's after two steps of "
         "Newton's method towards those of its twin, x; L is 1 where the step is proven non-expansive. “A priori” "
         "counts images for which clips and bits alone suffice."
     )
     header = ("", "agree", "certified", "a priori", "bound / error")
-    return lead + what + figure(pictures, caption) + table(header, rows, "Shares of the images; median of the ratio.")
+    drawn = figure(pictures, caption) if pictures else f"<p>{caption}</p>"
+    images = len(next(iter(next(iter(measured.values())).certified.values()))["certified"])
+    return lead + states + logits + drawn + table(header, rows, f"Shares of {images} images; median of the ratio.")
 
 
-def _sizes(measured, folder) -> str:
-    costs = {name: m.cost for name, m in measured.items()}
+def _examples(measured) -> str:
+    """Of each network some images with a certificate and some without, at the fewest bits that have both."""
+    parts = []
+    for network, m in measured.items():
+        p = m.predictions
+        mixed = [bits for bits, found in m.certified.items() if 0 < found["certified"].sum() < len(found["certified"])]
+        bits = min(mixed or m.certified)
+        certified = m.certified[bits]["certified"]
+        parts.append(fill("<h3>{network}, {bits} bits</h3>", network=network, bits=bits))
+        for heading, chosen in (("Certified", certified), ("Not certified", ~certified)):
+            (where,) = np.nonzero(chosen)  # of the first images, which may be fewer than those that were predicted
+            text = "{heading}: {count} of {total} images." if len(where) else "{heading}: none of {total} images."
+            parts.append(fill(f"<p>{text}</p>", heading=heading, count=len(where), total=len(certified)))
+            where = where[:_EXAMPLES]
+            captions = (
+                m.classes[p.labels[i]] + ("" if p.is_right[i] else f", taken for {m.classes[p.predicted[i]]}")
+                for i in where
+            )
+            parts.append(_thumbnails(p.images, where, captions))
+    lead = (
+        "<p>A certificate says that the twin chooses the same class, and not that the class is right. What the network "
+        "takes an image for is at its own bits.</p>"
+    )
+    return lead + "".join(parts)
+
+
+def sizes_section(measured) -> str:
+    costs = {network: m.cost for network, m in measured.items()}
     rows = [
         (
-            name,
+            network,
             f"{cost.parameters:,}",
             f"{cost.weight_bytes / 1024:,.0f} KiB",
             f"{4 * cost.parameters / 1024:,.0f} KiB",
@@ -287,18 +491,18 @@ def _sizes(measured, folder) -> str:
             f"{cost.bit_operations / 1e9:,.2f} G",
             f"{cost.macs * 1024 / cost.bit_operations:.1f}",
         )
-        for name, cost in costs.items()
+        for network, cost in costs.items()
     ]
     header = ("", "parameters", "bytes", "in float32", "MACs", "bit-operations", "saved, times")
-    what = formula("bit-operations = Σ MACs × weight bits × activation bits, full precision counted as 32")
+    what = formula(name("bit-operations"), "=∑", name("MACs"), "×", name("weight bits"), "×", name("activation bits"))
     text = (
         "<p>What one image costs, and what the parameters take when kernels are packed at their bits. A symmetric "
-        "step stores one kernel and uses it twice.</p>"
+        "step stores one kernel and uses it twice. Full precision counts as 32 bits.</p>"
     )
     return text + what + table(header, rows)
 
 
-def _means(curves: Mapping[str, Sequence[float] | np.ndarray]) -> str:
+def _means(curves: Curves) -> str:
     return ", ".join(f"{name} {np.mean(curve):.3g} in the mean" for name, curve in curves.items())
 
 

@@ -75,7 +75,7 @@ class Checkpoints:
         return best if best and self._manager.metrics(best)["validated"] else 0
 
     def save(self, step: int, state: Tree, validation: dict[str, float] | None = None) -> None:
-        """Keeps the state after `step` as the last, and as the best if `validation` says so.
+        """Keep the state after `step` as the last, and as the best if `validation` says so.
 
         Returns once the state is copied: the caller may go on and donate it.
 
@@ -132,7 +132,7 @@ class CheckpointError(RuntimeError):
 
 
 def seal(folder: Path) -> None:
-    """Writes SHA256SUMS: the digest of every file in the folder, but for the two that orbax adds last of all."""
+    """Write SHA256SUMS: the digest of every file in the folder, but for the two that orbax adds last of all."""
     (folder / _SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _digests(folder).items()))
 
 

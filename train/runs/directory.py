@@ -43,7 +43,8 @@ class RunDirectory:
     Of several processes that train together the first one writes, and the others read what it reads.
 
     Attributes:
-      path: of the folder.   changes: what differs from the configuration that it was held under before.
+      path: Path of the folder.
+      changes: what differs from the configuration that it was held under before.
     """
 
     def __init__(self, path: Path, locks: list, changes: list[str], board: Board | None = None):
@@ -75,7 +76,7 @@ class RunDirectory:
         return from_first(lambda: [line for line in read_lines(self.path) if line["variant"] == variant])
 
     def forget_after(self, variant: str, epoch: int) -> None:
-        """Drops the lines of epochs that were logged but whose state was not saved before an interruption."""
+        """Drop the lines of epochs that were logged but whose state was not saved before an interruption."""
         kept = [line for line in read_lines(self.path) if line["variant"] != variant or line["epoch"] <= epoch]
         if is_first():
             _write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
@@ -83,7 +84,7 @@ class RunDirectory:
             self._board.restart(variant, [line for line in kept if line["variant"] == variant])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json: from now on the run is finished."""
+        """Write summary.json: from now on the run is finished."""
         _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
@@ -126,7 +127,8 @@ def unfinished(runs_dir: Path, experiments: Sequence[AnyExperiment], *, advice: 
     """Those of the experiments that have no finished run in their folders yet.
 
     Args:
-      runs_dir, experiments: as for `open_run`.   advice: what to do about a folder of another experiment.
+      runs_dir, experiments: as for `open_run`.
+      advice: what to do about a folder of another experiment.
     Raises:
       FileExistsError: there is one.
     """
@@ -209,7 +211,8 @@ def read_experiment(path: Path) -> Experiment | GraphExperiment:
     """The experiment of the run in a folder.
 
     Raises:
-      FileNotFoundError: it is no folder of a run.   ValueError: its config.json is not one of this version, or damaged.
+      FileNotFoundError: it is no folder of a run.
+      ValueError: its config.json is not one of this version, or damaged.
     """
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no folder of a run: it has no {CONFIG}")
@@ -223,7 +226,8 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """The results by variant of the finished run in a folder.
 
     Raises:
-      FileNotFoundError: no finished run is there.   ValueError: its summary.json is damaged.
+      FileNotFoundError: no finished run is there.
+      ValueError: its summary.json is damaged.
     """
     if not (path / SUMMARY).is_file():
         raise FileNotFoundError(f"{path} holds no finished run: it has no {SUMMARY}")
@@ -331,7 +335,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
+    """Write the file whole or not at all."""
     part = path.with_name(path.name + _PART)
     part.write_text(text)
     part.replace(path)

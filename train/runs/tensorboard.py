@@ -30,7 +30,7 @@ class Board:
         self._writers: dict[str, Any] = {}
 
     def restart(self, variant: str, lines: Iterable[dict[str, Any]]) -> None:
-        """Replaces what there is of a variant by these lines: of an interrupted run, those that it goes on from."""
+        """Replace what there is of a variant by these lines: of an interrupted run, those that it goes on from."""
         if variant in self._writers:
             self._writers.pop(variant).close()
         shutil.rmtree(self._folder / variant, ignore_errors=True)

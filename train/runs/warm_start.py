@@ -1,6 +1,7 @@
 """Training that starts from the networks of a finished run."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def read_start(run: Path, variant: str, options: NetworkOptions, shapes: dict[st
         raise ValueError(f"start_from (={run}) is a run on a graph: give one on images")
     _check_rounding(network.model.options, options, calibrated=calibrated)
     _check_shapes(run, network.variables, shapes)
-    return Start(network.variables, network.model.bits)
+    return Start(dict(network.variables), network.model.bits)
 
 
 def _check_rounding(there: NetworkOptions, here: NetworkOptions, *, calibrated: bool) -> None:
@@ -72,7 +73,7 @@ def _check_rounding(there: NetworkOptions, here: NetworkOptions, *, calibrated: 
         )
 
 
-def _check_shapes(run: Path, variables: dict[str, Any], shapes: dict[str, Any]) -> None:
+def _check_shapes(run: Path, variables: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     def described(tree):
         tree = {name: part for name, part in tree.items() if name != SMOOTHING}  # any network takes it and goes on
         return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}

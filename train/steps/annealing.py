@@ -131,7 +131,8 @@ def smoothing_scale_of(schedule: SmoothingSchedule, *, smooths: bool, epochs: in
 
     Args:
       schedule: rises as min(1, (epoch - 1) / schedule.epochs), falls as 1 less this.
-      smooths: whether the model does.   epochs: length of the run.
+      smooths: whether the model does.
+      epochs: length of the run.
     Raises:
       ValueError: nothing to smooth, or a schedule that is not at its end by the last epoch.
     """

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from qpde.models.protocol import QuantizedNetwork
 from train.steps.paths import path_name
 
 SMALLEST_CLIP = 1e-3
@@ -47,7 +46,8 @@ def hold(params: PyTree, ranges: Ranges) -> tuple[PyTree, Float[Array, ""]]:
     What is not finite is left as it is: that step broke down, and `all_finite` is to see it.
 
     Args:
-      params: the clips among them have to be at least `SMALLEST_CLIP`.   ranges: of others.
+      params: the clips among them have to be at least `SMALLEST_CLIP`.
+      ranges: Ranges of others.
     """
     ranges = {CLIPS: (SMALLEST_CLIP, math.inf)} | dict(ranges)
 
@@ -67,7 +67,7 @@ def clips_of(params: PyTree) -> dict[str, Array]:
 
 
 def make_explain(
-    model: QuantizedNetwork,
+    model: Any,
     loss: Callable[..., tuple[Array, Any]],
     inputs: Callable[..., Array],
     draw: Callable[..., Any],

@@ -64,7 +64,8 @@ def cross_entropy(
     """Mean of -sum_k t_k log softmax(logits)_k, with t = (1 - smoothing) targets + smoothing / classes.
 
     Args:
-      logits: before the softmax.   targets: distributions over the classes, one-hot or mixed.
+      logits: before the softmax.
+      targets: distributions over the classes, one-hot or mixed.
       smoothing: in [0, 1) (Szegedy et al., 2016).
     """
     return jnp.mean(optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)))

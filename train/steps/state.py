@@ -21,7 +21,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: () int32, training steps done.
       params: trained by gradients; of a distilled network with the twin's clips (`train.steps.twin_clips`).
       model_state: every other variable collection of the model, such as batch statistics.
-      opt_state: of the optimizer.
+      opt_state: State of the optimizer.
       averages: moving averages of {"params", "model_state"}, or None.
       key: constant; each step and each epoch derives its own from it.
     """
@@ -61,7 +61,8 @@ def create_state(
     """The state before the first step.
 
     Args:
-      variables: of `model.init`, perhaps with the twin's clips.   optimizer, key: of the run.
+      variables: Variables of `model.init`, perhaps with the twin's clips.
+      optimizer, key: of the run.
       averaging: keep moving averages.
     """
     # Copies, because the twin's clips start as the network's own and the step donates each leaf.

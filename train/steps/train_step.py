@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from qpde.bits import Bits
 from qpde.measure import confusion_matrix, intersection_over_union, mean_iou
-from qpde.models.protocol import QuantizedNetwork
 from train.config.images import Loss
 from train.host.mesh import batch_sharding, replicated
 from train.steps import twin_clips
@@ -25,7 +24,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def make_loss(
-    model: QuantizedNetwork, config: Loss, entropy: Entropy | None = None
+    model: Any, config: Loss, entropy: Entropy | None = None
 ) -> Callable[..., tuple[Float[Array, ""], tuple[Metrics, Array, dict[str, Any]]]]:
     """`loss(params, model_state, x, targets, bits) -> (value, (terms, logits, model_state))`, in training mode.
 
@@ -77,7 +76,7 @@ def make_train_step(
     """`train_step(state, batch, key, bits) -> (state, sums)`: one step down the loss.
 
     Args:
-      loss: of `make_loss`.
+      loss: Result of `make_loss`.
       optimizer: its state is `state.opt_state`.
       inputs: (key, images, labels) -> the model's input, the targets and the input's labels, as
         `train.data.resident.make_inputs` makes it.
@@ -117,7 +116,7 @@ def make_epoch_step(train_step, select, *, mesh: Mesh | None = None):
     A step that breaks down, and every one after it, changes nothing but `totals["broken"]` (see `train.steps.guards`).
 
     Args:
-      train_step: of `make_train_step`.
+      train_step: Result of `make_train_step`.
       select: (state, *data) -> (batch, key), of `make_select` or `select_given`.
       mesh: devices that share the batch and hold the state; None is the one that the arguments are on.
     """
@@ -166,9 +165,7 @@ def _in_parts(loss: Callable[..., Any], parts: int) -> Callable[..., tuple[dict[
     return whole if parts == 1 else in_parts
 
 
-def make_evaluate(
-    model: QuantizedNetwork, normalize, *, map_classes: int | None = None
-) -> Callable[..., dict[str, Any]]:
+def make_evaluate(model: Any, normalize, *, map_classes: int | None = None) -> Callable[..., dict[str, Any]]:
     """`evaluate(variables, stacks, bits=None) -> {"loss", "accuracy"}` over all that `stack_batches` gave.
 
     The bits are traced; None takes the model's own.

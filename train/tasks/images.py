@@ -91,7 +91,7 @@ class Training:
 
     @classmethod
     def create(cls, experiment: Experiment, variant: Variant, images: ImageSet, mesh: Mesh) -> "Training":
-        """Builds the variant and traces its first batch, so that unusable options are found.
+        """Build the variant and trace its first batch, so that unusable options are found.
 
         Raises:
           ValueError: the network or the optimizer refuses an option.
@@ -122,7 +122,7 @@ class Training:
 
     @property
     def fingerprint(self) -> str:
-        """Tells the data from any other."""
+        """Tell the data from any other."""
         return self.images.fingerprint
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Training:
         return reestimate_statistics(self.model, state.averaged.variables, self.statistics_batches(), self.model.bits)
 
     def _keep(self, folder: Path, variables: dict[str, Any]) -> None:
-        """Writes the network where `qpde.load` reads it without data."""
+        """Write the network where `qpde.load` reads it without data."""
         stored = self.images.stored
         about = {"variant": self.variant.name, "seed": self.experiment.seed, "data": self.experiment.data.name}
         qpde.save(

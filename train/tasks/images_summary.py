@@ -42,7 +42,8 @@ def write_report(
     """Prints the table, draws layer_error.png, and closes the run with summary.json.
 
     Args:
-      experiment: for the heading.   stages: number of blocks in each stage, for the picture.
+      experiment: for the heading.
+      stages: number of blocks in each stage, for the picture.
       run: the folder.
       results: by variant: "parameters", the fields of `qpde.measure.Faithfulness` (of a quantized
         network), and the history of its training.

@@ -81,7 +81,7 @@ class Job:
     run: RunDirectory
 
     def __call__(self, console: Console) -> None:
-        """Trains and evaluates the variants and writes the report; progress and table go to `console`.
+        """Train and evaluate the variants, and write the report; progress and table go to `console`.
 
         Raises:
           FloatingPointError: training broke down.

@@ -59,7 +59,7 @@ class Training:
 
     @classmethod
     def create(cls, experiment: GraphExperiment, variant: GraphVariant, task: Task, *, num_classes: int) -> "Training":
-        """Builds the variant and traces it, so that unusable options are found.
+        """Build the variant and trace it, so that unusable options are found.
 
         Raises:
           ValueError: the network or the optimizer refuses an option.
@@ -76,7 +76,7 @@ class Training:
         return cls(experiment, variant, task, model, optimizer, tuner)
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
-        """Trains every seed in full precision and at each pair of bits; results by part, lists over seeds."""
+        """Train every seed in full precision and at each pair of bits; results by part, lists over seeds."""
         experiment, model, task = self.experiment, self.model, self.task
         seeds = jnp.asarray(np.arange(experiment.seed, experiment.seed + experiment.seeds).astype(np.uint32))
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed, impl=RANDOM)))(seeds)
@@ -104,7 +104,7 @@ class Training:
 
     @property
     def fingerprint(self) -> str:
-        """Tells the data from any other."""
+        """Tell the data from any other."""
         return fingerprint_of(jax.tree.leaves(self.task))
 
     @property
@@ -114,7 +114,7 @@ class Training:
         return experiment.seeds_at_once or (1 if jax.default_backend() == "cpu" else experiment.seeds)
 
     def _fit(self, part: str, params, keys, bits: Bits, run: RunDirectory, console: Console) -> NodeState:
-        """Trains all seeds from `params`, or goes on with training."""
+        """Train all seeds from `params`, or go on with training."""
         experiment, name = self.experiment, f"{self.variant.name}/{part}"
         tunes = part != FULL and experiment.start == "trained"
         epochs = experiment.tune_epochs if tunes else experiment.epochs

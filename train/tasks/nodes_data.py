@@ -17,7 +17,8 @@ def load_graph(config: GraphData, data_dir: Path | None) -> NodeGraph:
     """The graph as `qpde.datasets` returns it.
 
     Args:
-      config: which one.   data_dir: root of the data; None takes the environment's.
+      config: which one.
+      data_dir: root of the data; None takes the environment's.
     Raises:
       ValueError: the graph lies in files and no folder is given.
       FileNotFoundError: the files are not in the folder.

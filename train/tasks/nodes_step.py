@@ -158,7 +158,9 @@ def train_epochs(
     Args:
       model: called as `model.apply({"params": params}, graph, train=..., bits=..., rngs=...)`.
       optimizer: its state is `state.opt_state`.
-      state: of one seed.   task: the graph.   bits: `qpde.Bits`, traced or not, or None for the model's own.
+      state: State of one seed.
+      task: the graph.
+      bits: `qpde.Bits`, traced or not, or None for the model's own.
       epochs: static.
     Returns:
       The state after them and, per epoch, "train_loss", "validation_loss" and "validation_accuracy".

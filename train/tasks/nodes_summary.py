@@ -42,7 +42,9 @@ def write_report(
     the full-precision states and the accuracy against depth.
 
     Args:
-      experiment: for the heading.   run: the folder.   console: where the table goes.
+      experiment: for the heading.
+      run: the folder.
+      console: where the table goes.
       results: by variant, its "parameters" and its parts: "full" with "accuracy", "energy" and "best_epoch", "W4A8"
         and so on with the fields of `qpde.measure.Faithfulness`; all lists over seeds.
     """

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from qpde.bits import Bits
 from qpde.certify import certify, exact_twin, step_bounds
 from qpde.models import converge_norms
-from train.trained.finished import Finished
+from train.data.batches import of_one_shape
+from train.trained.finished import Finished, traced
 
 
 def measure(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, float]:
@@ -38,14 +38,15 @@ def measure_images(finished: Finished, act_bits: int, *, images: int, newton_ste
     "bound" of every logit difference from the predicted class.
     """
     model = finished.model
-    bits = Bits(None if model.weight_bits is None else jnp.int32(model.weight_bits), jnp.int32(act_bits))
+    bits = traced(Bits(model.weight_bits, act_bits))
     variables = finished.at(bits)
     if model.clip_bits is not None:  # else the network stays as it is, for one compiled program at all bits
         model, variables = model.at_bits(variables, Bits(model.weight_bits, act_bits))
     parts: list[dict[str, Any]] = []
-    for x, labels in finished.test_images(images):
+    labels = [labels for _, labels in finished.test_images(images)]
+    for own, (x, count) in zip(labels, of_one_shape(finished.test_images(images)), strict=True):
         if not parts:
-            variables = converge_norms(model, variables, x, bits=bits)
+            variables = converge_norms(model, variables, x[:1], bits=bits)
             steps = step_bounds(model, variables, (x.shape[1], x.shape[2]), bits)
         found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
         twin = exact_twin(model, variables, x, bits)
@@ -54,12 +55,12 @@ def measure_images(finished: Finished, act_bits: int, *, images: int, newton_ste
         others = np.arange(twin.shape[1])[None] != chosen
         parts.append(
             {
-                "accuracy": found.prediction == labels,
-                "agreement": found.prediction == twin.argmax(-1),
-                "certified": found.certified,
-                "a_priori": found.certified_a_priori,
-                "error": error[others],
-                "bound": found.bound[others],
+                "accuracy": found.prediction[:count] == own,
+                "agreement": (found.prediction == twin.argmax(-1))[:count],
+                "certified": found.certified[:count],
+                "a_priori": found.certified_a_priori[:count],
+                "error": error[:count][others[:count]],
+                "bound": found.bound[:count][others[:count]],
             }
         )
     return {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}

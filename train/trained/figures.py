@@ -1,32 +1,36 @@
-"""What a page shows of a trained image network beyond its run's summary.json."""
+"""What a page shows of a trained image network beyond its run's summary.json.
+
+Most of its time is compiling. So all images come in batches of one shape, bits are traced, and one program of a network
+serves its accuracy at all bits, its predictions, and the states that spectra and feature maps are taken at.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 import qpde.models
 from qpde import stencils
 from qpde.bits import Bits
-from qpde.measure.distributions import Distribution, distributions
-from qpde.measure.faithfulness import Faithfulness, compare
+from qpde.measure.distributions import Distribution, distribution
+from qpde.measure.faithfulness import Faithfulness, compare, evaluate
 from qpde.measure.jacobians import jacobian_spectrum
 from qpde.models import Smoothing, converge_norms
 from qpde.models.layers import Mode
-from qpde.overlays import overlay
 from qpde.quantizers import quantize_activation
+from train.data.batches import of_one_shape
 from train.trained.certificates import measure_images
-from train.trained.finished import Finished
+from train.trained.finished import Finished, traced
 
-SCENE_COLUMNS = ("truth", "network", "its twin", "where they differ")
-
-_SCENES = 3  # test images of a segmentation network that are shown
 _MAPS = 4  # columns of the picture of feature maps
 _POINTS = 4  # images at which Jacobians are taken
 _RITZ = 24  # Lanczos steps of each
+_INPUTS = 64  # images whose activations are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +38,43 @@ class Maps:
     """Feature maps of one test image, at some blocks' outputs.
 
     Attributes:
-      blocks: counted from 1.
-      rows: by what was done to them, maps (H, W).
-      errors: relative rounding error of all channels and some images, without and with smoothing, by block.
-      spread: of the first and last of them, before and after smoothing, the histogram of all values / clip.
-      smoothing: what was applied, its gamma2 the mean of the blocks.   is_own: whether the network itself has it.
+      blocks: Counted from 1.
+      rows: By what was done to them, maps (H, W).
+      errors: Relative rounding error of all channels and some images, by block; with smoothing, a pair of without and
+        with.
+      spread: Of the first and last of them, before and after smoothing, the histogram of all values / clip.
+      smoothing: What was applied, its gamma2 the mean of the blocks. None where nothing was.
+      is_own: Whether the network itself has it.
     """
 
     blocks: list[int]
     rows: dict[str, list[np.ndarray]]
-    errors: list[tuple[float, float]]
+    errors: list[tuple[float, ...]]
     spread: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
-    smoothing: Smoothing
+    smoothing: Smoothing | None
     is_own: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a network and its twin take the test images for, (N,) each.
+
+    Attributes:
+      images: The images as they are stored, (N, H, W, C) bytes.
+      labels: Their classes.
+      predicted: By the network at its own bits.
+      twin: By its high-precision twin; None where no activation is quantized.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    twin: np.ndarray | None
+
+    @property
+    def is_right(self) -> np.ndarray:
+        """Whether the network is right, (N,)."""
+        return self.predicted == self.labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +82,45 @@ class Measured:
     """All of it; what needs quantized activations is empty without them.
 
     Attributes:
-      cost: of `qpde.models.summary`.   stages: blocks in each.
-      by_bits: faithfulness by bits of the activations.
-      inputs: of every block, the distribution of its input.
-      spectra: by block, from 1, eigenvalues of the Jacobian's symmetric part and the gain, at some images.
-      certified: by bits, of `train.trained.certificates.measure_images`; none of networks that are no chain of parts.
-      scenes: of a segmentation network some test images by name, as `SCENE_COLUMNS` show them, uint8 (H, W, 3).
+      cost: Result of `qpde.models.summary`.
+      stages: Number of blocks in each.
+      classes: Names of the classes.
+      data: Fingerprint of the images.
+      about: Where the network came from.
+      bits: The network's own.
+      test_count: Number of all test images, where it is known.
+      predictions: At the network's own bits.
+      spectra: By block, from 1, eigenvalues of the Jacobian's symmetric part at some images.
+      by_bits: Faithfulness by bits of the activations.
+      inputs: Of every block, the distribution of its input.
+      maps: Feature maps.
+      certified: By bits, results of `train.trained.certificates.measure_images`.
     """
 
     cost: qpde.models.Summary
     stages: list[int]
-    spectra: dict[int, tuple[np.ndarray, float]]
+    classes: tuple[str, ...]
+    data: str
+    about: dict[str, Any]
+    bits: Bits
+    test_count: int | None
+    predictions: Predictions
+    spectra: dict[int, np.ndarray]
     by_bits: dict[int, Faithfulness]
     inputs: list[Distribution]
     maps: Maps | None
     certified: dict[int, dict[str, np.ndarray]]
-    scenes: dict[str, list[np.ndarray]]
 
 
-def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[int, ...], images: int) -> Measured:
+def measure(
+    finished: Finished,
+    *,
+    act_bits: tuple[int, ...],
+    certify_at: tuple[int, ...],
+    images: int,
+    certify_images: int,
+    smoothing: bool = False,
+) -> Measured:
     """Everything about one network.
 
     Args:
@@ -80,75 +128,77 @@ def measure(finished: Finished, *, act_bits: tuple[int, ...], certify_at: tuple[
       act_bits: Bits of activations to run it at.
       certify_at: Bits of activations to certify it at.
       images: Test images to use, the first ones.
+      certify_images: Of these, the ones to certify.
+      smoothing: Whether to smooth the feature maps of a network that does not smooth, for its page.
     """
-    model = finished.model
-    x, _ = next(finished.test_images(images))
-    variables = converge_norms(model, finished.at(model.bits), x)
-    is_quantized = model.bits.activations is not None
-    is_proven = is_quantized and model.is_chain
+    model, bits = finished.model, traced(finished.model.bits)
+    batches = [x for x, _ in of_one_shape(finished.test_images(images))]
+    variables = converge_norms(model, finished.at(bits), batches[0][:1], bits=bits)
+    is_quantized, certified = model.bits.activations is not None, min(images, certify_images)
+    states = [evaluate(model, variables, batches[0], at)[1] for at in (bits.twin, bits)]
     return Measured(
         cost=qpde.models.summary(model, finished.images.shape),
         stages=[len(blocks) for blocks in model.stages],
-        spectra=_spectra(model, variables, x[:_POINTS]),
-        by_bits=_by_bits(finished, act_bits, images) if is_quantized else {},
-        inputs=_inputs(finished, variables, images) if is_quantized else [],
-        maps=_maps(model, variables, x[:_POINTS]) if is_quantized else None,
-        certified={a: measure_images(finished, a, images=images) for a in certify_at} if is_proven else {},
-        scenes=_scenes(finished, variables) if finished.network.is_segmenting else {},
+        classes=tuple(map(str, finished.images.stored.classes)),
+        data=finished.images.fingerprint,
+        about=finished.network.about,
+        bits=model.bits,
+        test_count=len(finished.images.stored.test.labels) or None,
+        predictions=_predictions(finished, variables, batches, images),
+        spectra=_spectra(model, variables, [s[:_POINTS] for s in states[0]]),
+        by_bits=faithfulness_by_bits(finished, act_bits, images) if is_quantized else {},
+        inputs=_inputs(model, variables, batches[0][:_INPUTS], states[1]) if is_quantized else [],
+        maps=_maps(model, variables, [s[:_POINTS] for s in states[1]], smoothing) if is_quantized else None,
+        certified={a: measure_images(finished, a, images=certified) for a in certify_at} if is_quantized else {},
     )
 
 
-def _scenes(finished: Finished, variables: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-    """Test images with their true classes, the predicted ones, the twin's, and where the two precisions differ."""
-    model, stored = finished.model, next(iter(finished.images.in_order("test")))
-    count, found = model.num_classes, {}
-    for i, place in enumerate(np.linspace(0, len(stored.images) - 1, _SCENES).astype(int), start=1):
-        image, truth = stored.images[place], stored.labels[place]
-        x = finished.images.normalize(image[None])
-        low, twin = (
-            np.asarray(_logits(model, variables, x, bits).argmax(-1)[0]) for bits in (model.bits, model.bits.twin)
-        )
-        row = [overlay(image, labels, count) for labels in (truth, low, twin)]
-        found[f"image {i}"] = [*row, overlay(image // 2, np.where(low == twin, -1, low), count, share=1.0)]
-    return found
+def _predictions(finished: Finished, variables, batches: Sequence[Array], images: int) -> Predictions:
+    model, bits = finished.model, traced(finished.model.bits)
+    splits, count = [], 0
+    for split in finished.images.in_order("test"):
+        splits.append(split)
+        count += len(split.labels)
+        if count >= images:
+            break
+
+    def predicted(variables, bits):
+        logits = [np.asarray(evaluate(model, variables, x, bits)[0]) for x in batches]
+        return np.concatenate(logits)[: min(images, count)].argmax(-1)
+
+    stored = (np.concatenate([np.asarray(part) for part in parts])[:images] for parts in zip(*splits, strict=True))
+    twin = None if bits.activations is None else predicted(finished.at(bits.twin), bits.twin)
+    return Predictions(*stored, predicted(variables, bits), twin)
 
 
-@partial(jax.jit, static_argnames="model")
-def _logits(model, variables, x, bits):
-    return model.apply(variables, x, bits=bits)
-
-
-def _by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
+def faithfulness_by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
     """One set of weights at several bits; batch statistics belong to each, those of the twin to all."""
     model = finished.model
-    weights = model.weight_bits if model.weight_bits is None else jnp.int32(model.weight_bits)
-    at = {a: Bits(weights, jnp.int32(a)) for a in act_bits}
+    at = {a: traced(Bits(model.weight_bits, a)) for a in act_bits}
     twin = finished.at(next(iter(at.values())).twin)
     return {
         a: compare(model, finished.at(bits), finished.test_images(images), bits, twin=twin) for a, bits in at.items()
     }
 
 
-def _inputs(finished, variables, images) -> list[Distribution]:
-    bits = finished.model.bits
-    bits = bits._replace(activations=min(bits.activations, 8))
-    batches = (x for x, _ in finished.test_images(images))
-    return [d for d in distributions(finished.model, variables, batches, bits) if d.index == 0]
+def _inputs(model, variables, x, states) -> list[Distribution]:
+    """What enters each block: what the stem makes of x, and what the blocks before it make of that."""
+    entering = [model.bound_parts(variables)[0](x, Mode()), *(state[:_INPUTS] for state in states[:-1])]
+    found = []
+    for i, (state, (block, own, *_)) in enumerate(zip(entering, model.steps(variables), strict=True)):
+        clip = block.clips_at(own["params"], model.bits)["act_clips"][0]
+        options = {"bits": min(model.bits.activations, 8), "signed": block.signed_inputs, "levels": block.levels}
+        found.append(distribution(state, clip, block=i, **options))
+    return found
 
 
-@partial(jax.jit, static_argnames="model")
-def _states(model, variables, x, bits):
-    return model.apply(variables, x, bits=bits, return_states=True)[1]
-
-
-def _spectra(model, variables, x) -> dict[int, tuple[np.ndarray, float]]:
+def _spectra(model, variables, states) -> dict[int, np.ndarray]:
     """Of every block but the first that keeps the shape, at the states that the high-precision twin runs through."""
-    bits = model.bits.twin
-    states, found = _states(model, variables, x, bits), {}
-    for i, (block, own, step_size, gamma2) in enumerate(model.steps(variables)):
-        if model.follows[i] and states[i].shape == states[i - 1].shape:
-            values, gains = _spectrum(block, own, states[i - 1], jnp.float32(step_size), bits, gamma2)
-            found[i + 1] = (np.asarray(values).ravel(), float(jnp.max(gains)))
+    bits, found = model.bits.twin, {}
+    for i, (block, own, step_size, gamma2) in enumerate(model.steps(variables)[1:], 1):
+        if states[i].shape == states[i - 1].shape:
+            values = _spectrum(block, own, states[i - 1], jnp.float32(step_size), bits, gamma2)
+            found[i + 1] = np.asarray(values).ravel()
     return found
 
 
@@ -159,48 +209,56 @@ def _spectrum(block, own, points, step_size, bits, gamma2):
 
     def at(point):
         found = jacobian_spectrum(step, point[None], method="lanczos", num=_RITZ, key=jax.random.key(0))
-        return found.eigenvalues, found.singular_values[0]
+        return found.eigenvalues  # the compiler leaves out the gain, which would double its work
 
     return jax.lax.map(at, points)
 
 
-def _maps(model, variables, x) -> Maps:
-    """Inputs of some blocks: as they are, rounded, smoothed, smoothed and then rounded."""
+def _maps(model, variables, states, smooths_all: bool) -> Maps:
+    """Inputs of some blocks: as they are and rounded, and where asked for smoothed, and smoothed and then rounded."""
     steps = model.steps(variables)
-    states = _states(model, variables, x, model.bits)
-    possible = [i for i, follows in enumerate(model.follows) if follows]
-    chosen = sorted({possible[round(k)] for k in np.linspace(0, len(possible) - 1, min(_MAPS, len(possible)))})
+    chosen = sorted({round(k) for k in np.linspace(1, len(steps) - 1, min(_MAPS, len(steps) - 1))})
     own = [float(gamma2) for *_, gamma2 in steps if gamma2 is not None]
-    smoothing = dataclasses.replace(steps[0][0].smoothing, gamma2=float(np.mean(own))) if own else Smoothing()
-    rows: dict[str, list[np.ndarray]] = {"as it is": [], "rounded": [], "smoothed": [], "then rounded": []}
+    smoothing = Smoothing() if smooths_all else None
+    if own:
+        smoothing = dataclasses.replace(steps[0][0].smoothing or Smoothing(), gamma2=float(np.mean(own)))
+    rows: dict[str, list[np.ndarray]] = {"as it is": [], "rounded": []}
+    if smoothing is not None:
+        rows |= {"smoothed": [], "then rounded": []}
     errors, spread = [], {}
     for i in chosen:
         state, block = states[i - 1], steps[i][0]
         clip = block.clips_at(steps[i][1]["params"], model.bits)["act_clips"][0]
-        levels = {"levels": block.levels, "signed": block.signed_inputs}
-
-        def rounded(v, clip=clip, levels=levels):
-            return quantize_activation(v, clip, model.bits.activations, **levels)
-
-        smoothed = stencils.smooth(
-            state, steps=smoothing.steps, gamma2=smoothing.gamma2, eps=smoothing.eps, kind=smoothing.kind
-        )
-        channel = int(jnp.argmax(state[0].std((0, 1))))
-        pictures = (state, rounded(state), smoothed, rounded(smoothed))
+        # Static, so one program serves all blocks whose maps have the same shape.
+        levels = (model.bits.activations, block.levels, block.signed_inputs)
+        pictures = _treated(state, clip, smoothing, *levels)
+        channel = int(np.argmax(np.asarray(state[0]).std((0, 1))))
         for row, picture in zip(rows.values(), pictures, strict=True):
             row.append(np.asarray(picture[0, :, :, channel]))
-        errors.append((_relative(state, rounded(state)), _relative(smoothed, rounded(smoothed))))
-        if i in (chosen[0], chosen[-1]):
-            spread[f"block {i + 1}"] = {"before": _spread(state / clip), "after smoothing": _spread(smoothed / clip)}
+        errors.append(tuple(_relative(*pair) for pair in zip(pictures[::2], pictures[1::2], strict=True)))
+        if smoothing is not None and i in (chosen[0], chosen[-1]):
+            before, after = (np.asarray(v) / float(clip) for v in pictures[::2])
+            spread[f"block {i + 1}"] = {"before": _spread(before), "after smoothing": _spread(after)}
     return Maps([i + 1 for i in chosen], rows, errors, spread, smoothing, bool(own))
 
 
+@partial(jax.jit, static_argnames=("smoothing", "bits", "levels", "signed"))
+def _treated(x, clip, smoothing, bits, levels, signed):
+    """Feature maps, each followed by itself rounded: as they are, and smoothed where there is a smoothing."""
+    maps = [x]
+    if smoothing is not None:
+        s = smoothing
+        maps.append(stencils.smooth(x, steps=s.steps, gamma2=s.gamma2, eps=s.eps, kind=s.kind))
+    return [v for m in maps for v in (m, quantize_activation(m, clip, bits, levels=levels, signed=signed))]
+
+
 def _relative(v, rounded) -> float:
-    return float(jnp.linalg.norm(jnp.ravel(v - rounded)) / jnp.maximum(jnp.linalg.norm(jnp.ravel(v)), 1e-30))
+    v, rounded = np.asarray(v, np.float64), np.asarray(rounded, np.float64)
+    return float(np.linalg.norm(v - rounded) / max(np.linalg.norm(v), 1e-30))
 
 
 def _spread(v) -> tuple[np.ndarray, np.ndarray]:
-    counts, edges = np.histogram(np.asarray(v), bins=2000)
+    counts, edges = np.histogram(v, bins=2000)
     return edges, counts
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 import qpde
@@ -19,7 +21,7 @@ from train.data.load import load_images
 from train.data.resident import ImageSet, make_vary
 from train.runs.directory import SUMMARY, read_experiment
 
-__all__ = ["Finished", "check_data", "read_finished"]
+__all__ = ["Finished", "check_data", "read_finished", "traced"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,19 @@ class Finished:
     @property
     def variables(self) -> dict[str, Any]:
         """The network's collections."""
-        return self.network.variables
+        return dict(self.network.variables)
 
     def at(self, bits: Bits) -> dict[str, Any]:
-        """The variables with the batch statistics of these bits."""
-        return reestimate_statistics(self.model, self.variables, self.statistics_batches(), bits)
+        """The variables with the batch statistics of these bits, which are estimated once."""
+        bits = traced(bits)
+        key = repr([None if part is None else np.asarray(part).tolist() for part in bits])
+        if key not in self._at:
+            self._at[key] = reestimate_statistics(self.model, self.variables, self.statistics_batches(), bits)
+        return self._at[key]
+
+    @cached_property
+    def _at(self) -> dict[str, dict[str, Any]]:
+        return {}
 
     def check_levels(self, bits: Iterable[int]) -> None:
         """ValueError for bits that the network's set of levels does not have."""
@@ -81,6 +91,11 @@ class Finished:
     @cached_property
     def _vary(self):
         return jax.jit(make_vary(self.experiment.data, self.images))
+
+
+def traced(bits: Bits) -> Bits:
+    """The bits as arrays, so that one compiled program serves all of them; None stays None."""
+    return Bits(*(None if part is None else jnp.asarray(part, jnp.int32) for part in bits))
 
 
 def read_finished(run: Path, data_dir: Path | None) -> dict[str, Finished]:

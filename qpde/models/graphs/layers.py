@@ -71,7 +71,7 @@ class GraphSmoothing:
     Attributes:
       steps: explicit steps a layer.
       gamma2: their size, at most `eps` ("normalized") or 2 `eps` ("gcn").
-      eps: of the energy, see `qpde.graphs.tv_step`.
+      eps: Width of the energy, see `qpde.graphs.tv_step`.
     """
 
     steps: int = 1
@@ -103,7 +103,7 @@ class GraphLayer(abc.ABC):
 
     Attributes:
       width: channels, in and out.
-      levels: of the quantizers.
+      levels: Level set of the quantizers.
       per_channel: a clip for each output channel of a kernel, instead of one for the kernel.
     """
 
@@ -172,8 +172,8 @@ class GraphLayer(abc.ABC):
         """One layer.
 
         Args:
-          state: of `start`.
-          params: of one layer.
+          state: State of `start`.
+          params: Parameters of one layer.
           step_size: scalar.
           bits: scalars or None.
           dropout: applied to the layer's input, or None.

@@ -232,7 +232,7 @@ def pde_gcn(
     Args:
       num_classes: at least 1.
       layers: depth, at least 1.
-      width: of the hidden fields.
+      width: Width of the hidden fields.
       dynamics: "diffusion" x' = x - h f(x); "wave" x' = 2x - x_before - h^2 f(x); "mixed", a learned mean of both.
       symmetric: K^T, instead of a second matrix, after the nonlinearity.
       nonlinearity: on edges: "identity", "tanh", "huber" (the clip to [-1, 1]) or "relu". All are odd, so the
@@ -243,13 +243,13 @@ def pde_gcn(
       gradient_kind: "normalized" (|G|^2 <= 2) or "gcn" (<= 1, as published), see `qpde.graphs.gradient`.
       rounding: "branch": the state is kept exact and rounded where it enters f; "state": it is rounded itself, as
         published, and the error grows with depth. The edges' activations are rounded in either case.
-      kernel_init: of K: "identity" or "orthogonal" (random).
+      kernel_init: Start of K: "identity" or "orthogonal" (random).
       dropout: rate, 0 <= rate < 1, before and after the stem and before the head layer; none on edges.
       smoothing: total variation, or None.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
         overrides them call by call.
       act_bits: Default bits of the activations, likewise.
-      levels: of the quantizers: "uniform", "pot" or "apot".
+      levels: Level set of the quantizers: "uniform", "pot" or "apot".
       loop: over the layers: "scan" (compiles fast), "unroll", or "auto", which scans more than 8 layers.
       remat: recompute each layer in the backward pass instead of keeping its intermediates.
     Returns:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -191,12 +192,14 @@ class Block(Part, BlockOptions):
 
     def symmetric_branch(self, xq: jax.Array, kernels: dict, variables: dict, step_size: Any, call: _Call) -> jax.Array:
         """h K^T(z) with the chosen norm: what the symmetric step subtracts."""
+        kernels = {name: kernels[name] for name in ("kernel1", "kernel2") if name in kernels}
         linear, adjoint = self.linear_pair(kernels)
         params = variables["params"]
-        hidden = linear(xq)
+        hidden = call.product(lambda k, x: self.linear_pair(k)[0](x), kernels, xq, 0)
         if self.norm == "separate":
             z = call.activation(call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden))), 1)
-            return step_size * call.batch_norm("norm2", adjoint(z))
+            back = call.product(lambda k, y: self.linear_pair(k)[1](y), kernels, z, 1, is_adjoint=True)
+            return step_size * call.batch_norm("norm2", back)
 
         mean, var = call.statistics("norm1", hidden)
         scale, step_size = self._tied_scale(linear, adjoint, var, step_size, call)
@@ -366,9 +369,9 @@ class BasicBlock(Block):
         """h y: the symmetric branch, or two convolutions with their norms and h = 1."""
         if self.symmetric:
             return self.symmetric_branch(xq, kernels, variables, step_size, call)
-        hidden = operators.conv(xq, kernels["kernel1"], stride=self.stride, dilation=self.dilation)
+        hidden = call.conv(xq, 0, kernels, "kernel1", stride=self.stride, dilation=self.dilation)
         z = call.activation(call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden))), 1)
-        return call.batch_norm("norm2", operators.conv(z, kernels["kernel2"], dilation=self.dilation_after))
+        return call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2", dilation=self.dilation_after))
 
     def step(self, x, variables, step_size, call):
         kernels = call.kernels()
@@ -376,7 +379,8 @@ class BasicBlock(Block):
         shortcut = call.shortcut(x, xq)
         y = self.residual_branch(xq, kernels, variables, step_size, call)
         if self.has_projection:
-            projected = operators.conv(shortcut, kernels["shortcut_kernel"], stride=self.stride)
+            index = 0 if shortcut is xq else None
+            projected = call.conv(shortcut, index, kernels, "shortcut_kernel", stride=self.stride)
             shortcut = call.batch_norm("shortcut_norm", projected)
         return call.smooth_output(jax.nn.relu(shortcut - y))
 
@@ -538,13 +542,12 @@ class InvertedBlock(Block):
         shortcut = call.shortcut(x, xq, signed=self.signed_inputs)
         if self.symmetric:
             return call.smooth_output(shortcut - self.symmetric_branch(xq, kernels, variables, step_size, call))
-        z = call.batch_norm("norm1", operators.conv(xq, kernels["kernel1"]))
+        z = call.batch_norm("norm1", call.conv(xq, 0, kernels, "kernel1"))
         z = call.activation(call.smooth(jax.nn.relu(z)), 1)
-        z = call.batch_norm(
-            "norm2", operators.depthwise(z, kernels["kernel2"], stride=self.stride, dilation=self.dilation)
-        )
+        options = {"stride": self.stride, "dilation": self.dilation}
+        z = call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2", operators.depthwise, **options))
         z = call.activation(call.smooth(jax.nn.relu(z)), 2)
-        y = call.batch_norm("norm3", operators.conv(z, kernels["kernel3"]))
+        y = call.batch_norm("norm3", call.conv(z, 2, kernels, "kernel3"))
         return call.smooth_output(shortcut - y if self.keeps_shape else y)
 
 
@@ -560,6 +563,7 @@ class _Call:
             "weight_clips": block.split_weight_clips(clips["weight_clips"]),
             "act_clips": list(clips["act_clips"]),
         }
+        self.steps: dict[str | int, _Step] = {}
         self.updates: dict[str, Any] = {"batch_stats": {}}
         if mode.observe is not None:
             self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
@@ -576,7 +580,57 @@ class _Call:
             self._observe("weight_clips", i, kernel, bits, signed=True)
             rounded = quantizers.quantize_weight(kernel, self.clips["weight_clips"][i], bits, levels=self.block.levels)
             quantized[name] = rounded.astype(self.mode.compute_dtype)
+            self._note_step(name, rounded, self.clips["weight_clips"][i], bits, signed=True)
         return quantized
+
+    def _note_step(self, key: str | int, rounded: jax.Array, clip: jax.Array, bits: Any, *, signed: bool) -> None:
+        """Keep what codes are made from, in evaluation and where the levels are whole multiples of a step."""
+        is_exact = bits is None or (isinstance(bits, int) and bits >= EXACT_BITS)
+        in_float32 = self.mode.compute_dtype == "float32"  # bfloat16 would round the sums
+        if not self.mode.train and in_float32 and not is_exact and self.block.levels == "uniform":
+            step = quantizers.quantization_step(clip, bits, signed=signed)
+            self.steps[key] = _Step(rounded, step, bits, signed)
+
+    def conv(
+        self,
+        x: jax.Array,
+        index: int | None,
+        kernels: dict,
+        name: str,
+        operator: Callable = operators.conv,
+        **options: Any,
+    ) -> jax.Array:
+        """K x with one kernel, see `product`; x is the activation of that index, None for other numbers."""
+        return self.product(lambda k, x: operator(x, k[name], **options), {name: kernels[name]}, x, index)
+
+    def product(
+        self, linear: Callable, kernels: dict, x: jax.Array, index: int | None, *, is_adjoint: bool = False
+    ) -> jax.Array:
+        """linear(kernels, x); in evaluation of codes, which are whole numbers, and scaled afterwards.
+
+        Sums of whole numbers below 2^24 are the same in any order: on every device, in every batch, jitted or not.
+        Where the codes at hand may pass it, and where there are none, sums are those of real numbers.
+        """
+        found = [self.steps.get(key) for key in (index, *kernels)]
+        known = [step for step in found if step is not None]
+        if len(known) < len(found):
+            return linear(kernels, x)
+        act, *weights = known
+        one_step = all(jnp.ndim(w.step) == 0 for w in weights)
+        if not one_step and (is_adjoint or len(weights) > 1):
+            return linear(kernels, x)
+        codes = [_nearest(w.values / _along(w.step, w.values.ndim)) for w in weights]
+        bound = act.largest * math.prod(_largest_sum(k, is_adjoint=is_adjoint) for k in codes)
+        fits = (bound < _EXACT_LIMIT) & act.has_codes
+        for weight in weights:
+            fits = fits & weight.has_codes
+        kernels = {
+            name: jnp.where(fits, code, weight.values)
+            for name, code, weight in zip(kernels, codes, weights, strict=True)
+        }
+        sums = linear(kernels, jnp.where(fits, _nearest(x / act.step), x))
+        scale = act.step * functools.reduce(jnp.multiply, [w.step for w in weights])
+        return sums * jnp.where(fits, _along(scale, sums.ndim), 1.0)
 
     def _observe(self, name, index, x, bits, *, signed):
         if self.mode.observe is not None:
@@ -589,7 +643,9 @@ class _Call:
         bits = self.bits.activations
         self._observe("act_clips", index, x, bits, signed=signed)
         clip = self.clips["act_clips"][index]
-        return quantizers.quantize_activation(x, clip, bits, levels=self.block.levels, signed=signed)
+        rounded = quantizers.quantize_activation(x, clip, bits, levels=self.block.levels, signed=signed)
+        self._note_step(index, rounded, clip, bits, signed=signed)
+        return rounded
 
     def shortcut(self, x: jax.Array, xq: jax.Array, *, signed: bool = False) -> jax.Array:
         """Input of the shortcut: xq (rounded), or x clipped alone (precise), so rounding enters by the branch only."""
@@ -625,6 +681,42 @@ class _Call:
         )
         self.updates["spectral"] = {"vector": vector}
         return jnp.maximum(sigma, 1e-3)
+
+
+class _Step(NamedTuple):
+    """What codes of rounded values are made from."""
+
+    values: jax.Array
+    step: jax.Array
+    bits: Any
+    signed: bool
+
+    @property
+    def largest(self) -> jax.Array:
+        return jnp.exp2(jnp.asarray(self.bits, jnp.float32) - float(self.signed)) - 1
+
+    @property
+    def has_codes(self) -> jax.Array:
+        return jnp.asarray(self.bits) < EXACT_BITS
+
+
+_EXACT_LIMIT = 2.0**24  # whole numbers below it are exact in float32
+
+
+def _nearest(v: jax.Array) -> jax.Array:
+    """Whole numbers of values that are some up to rounding, with the gradient of v."""
+    return v + jax.lax.stop_gradient(jnp.round(v) - v)
+
+
+def _along(scale: jax.Array, ndim: int) -> jax.Array:
+    """A scalar as it is, one number a channel along the last axis."""
+    return scale.reshape((1,) * (ndim - 1) + (-1,)) if scale.ndim else scale
+
+
+def _largest_sum(codes: jax.Array, *, is_adjoint: bool) -> jax.Array:
+    """The largest sum of magnitudes that one output of a convolution, or of its adjoint, adds up."""
+    summed = (0, 1, 3) if is_adjoint and not is_depthwise(codes.shape) else (0, 1, 2)
+    return jnp.abs(codes).sum(summed).max()
 
 
 def _torch_kernel(name: str) -> str:

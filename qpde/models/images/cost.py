@@ -16,8 +16,10 @@ __all__ = ["Row", "Summary", "part_row", "summary"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: its name, output (H, W, C), parameters without clips, widths, multiply-accumulates, bit-operations,
-    and the bytes of its parameters, kernels packed at their width and all else in float32.
+    """Costs of one layer.
+
+    Its output is (H, W, C). Parameters do not count clips. Bytes are those of its parameters, kernels packed at their
+    bits and all else in float32.
     """
 
     name: str
@@ -77,12 +79,13 @@ def summary(model: QuantizedNetwork, image_shape: tuple[int, ...], *, bits: Bits
     A bit-operation count is MACs * weight bits * activation bits, full precision counted as 32 (Wang et al., 2019).
 
     Args:
-      model: of `create`.   image_shape: (H, W, C) of one input.
-      bits: widths, scalars or one per block; None takes the model's own.
+      model: Network of `create`.
+      image_shape: (H, W, C) of one input.
+      bits: Widths, scalars or one per block; None takes the model's own.
     Returns:
       Summary with a row for the stem, each block, a neck if there is one, and the head.
     Raises:
-      ValueError: an image smaller than the network's strides.
+      ValueError: An image smaller than the network's strides.
     """
     if not isinstance(model, Network):
         if not hasattr(model, "summary"):

@@ -74,8 +74,10 @@ class Stage(nn.Module):
     """Blocks in a row, stacked where they are equal.
 
     Attributes:
-      blocks: their descriptions, in order.   first_block: index of the first one, counted through the network.
-      loop, remat: of `qpde.integrators.integrate`.
+      blocks: their descriptions, in order.
+      first_block: index of the first one, counted through the network.
+      loop: How blocks are chained, see `qpde.integrators.integrate`.
+      remat: Whether the backward pass computes activations again, see `qpde.integrators.integrate`.
     """
 
     blocks: tuple[Block, ...]
@@ -327,7 +329,8 @@ class Network(nn.Module):
         be negative with their sign.
 
         Args:
-          bits: whole numbers or None.   per_channel: one weight clip for each output channel.
+          bits: whole numbers or None.
+          per_channel: one weight clip for each output channel.
         """
         return self.with_options(
             standardize=False,
@@ -338,11 +341,13 @@ class Network(nn.Module):
         )
 
     def at_bits(self, variables: Mapping[str, Any], bits: Bits) -> tuple[Network, dict]:
-        """Of a network with clips for each width, the ordinary one at these widths: the same function, and its twin is
-        that function without rounding.
+        """Specialise an any-bit network, which has clips for each of its bits, to one number of bits.
+
+        The function stays the same, and its twin is that function without rounding.
 
         Args:
-          variables: of this network.   bits: whole numbers or None.
+          variables: Variables of this network.
+          bits: whole numbers or None.
         Returns:
           The network, created with these widths and one clip for all, and its variables.
         """
@@ -442,7 +447,8 @@ class Network(nn.Module):
           observe: sees what every quantizer rounds, chooses its clip for this call, and records anything, which is
             sown into the collection "observed", each block's like its parameters: lists of records in place of
             `weight_clips` and `act_clips`. See `qpde.models.layers.Observe`.
-          power_iterations: of every spectral norm, from the carried vector on, which moves when "spectral" is mutable.
+          power_iterations: Power iterations of every spectral norm, from the carried vector on. The vector moves where
+            "spectral" is mutable.
         Returns:
           logits (N, num_classes), or (logits, tuple of states).
         Raises:

@@ -242,7 +242,7 @@ class Head(Part):
         if self.kind == "scaled":
             old = variables["batch_stats"]["mean_square"]
             own = old
-            if mode.train:
+            if mode.train and pooled.size:
                 own = jnp.mean(pooled * pooled)
                 updates = {"batch_stats": {"mean_square": moved(old, jax.lax.stop_gradient(own), mode.momentum)}}
             pooled = divide_by_rms(pooled, own)

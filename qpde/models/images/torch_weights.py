@@ -22,14 +22,15 @@ def from_torch_state(name: str, state: Mapping[str, np.ndarray], **options: Any)
     """A network with published weights.
 
     Args:
-      name, options: of `qpde.models.create`; they must describe the network of the state (num_classes,
-        symmetric, ...), with `norm="separate"`.
-      state: arrays by published name (`layers.S.B.conv1_weight` in OIHW, `bn1.running_var`, ...). Clips that are
+      name: Name of the network, as for `qpde.models.create`.
+      options: Options of `qpde.models.create`. They must describe the network of the state (num_classes, symmetric,
+        ...), with `norm="separate"`.
+      state: Arrays by published name (`layers.S.B.conv1_weight` in OIHW, `bn1.running_var`, ...). Clips that are
         missing, as in full-precision nets, take their starting values.
     Returns:
       The module, and {"params", "batch_stats"}.
     Raises:
-      ValueError: an array is missing (the names may have a prefix such as "module."), left over, of another shape than
+      ValueError: An array is missing (the names may have a prefix such as "module."), left over, of another shape than
         the network's, NaN or infinite, a negative variance, or a clip that is not one positive number.
     """
     model = create(name, **options)
@@ -94,8 +95,9 @@ def tree_from_torch(model: Network, read: Read, *, collections: tuple[str, ...] 
     """Arrays under published names, laid out as the collections of `model`.
 
     Args:
-      model: of a published kind.   read: published name -> array (weights, gradients or statistics alike).
-      collections: which to build; their names alone are read.
+      model: Network of a published kind.
+      read: Published name -> array (weights, gradients or statistics alike).
+      collections: Which to build; their names alone are read.
     Returns:
       Nested dictionaries of NumPy arrays.
     """

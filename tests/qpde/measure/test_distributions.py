@@ -7,7 +7,7 @@ import pytest
 
 from qpde import graphs, models
 from qpde.bits import Bits
-from qpde.measure.distributions import distributions
+from qpde.measure.distributions import distribution, distributions
 from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from qpde.quantizers import quantize_activation
@@ -71,6 +71,18 @@ def check(found, values, bits, *, signed, deviations):
         for edge in (d.edges[np.searchsorted(d.edges, 0)], d.edges[-50], np.median(d.edges)):
             below = d.counts[: np.searchsorted(d.edges, edge)].sum()
             assert np.sum(x < edge - 1e-6) <= below <= np.sum(x <= edge + 1e-6)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_every_number_is_its_formula_on_values(signed):
+    x = RNG.normal(size=(3, 5, 7)).astype(np.float32)
+    found = distribution(jnp.asarray(x), 0.8, bits=3, signed=signed, block=0, deviations=2.0)
+    check([found], [[(np.asarray(x, np.float64), 0.8)]], 3, signed=signed, deviations=2.0)
+    for options, message in (({"bits": 9}, "2 to 8"), ({"bits": 4, "deviations": 0.0}, "must be positive")):
+        with pytest.raises(ValueError, match=message):
+            distribution(jnp.asarray(x), 0.8, **options)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        distribution(jnp.full(3, jnp.nan), 0.8, bits=4)
 
 
 def test_every_number_is_its_formula_on_images(network):

@@ -150,3 +150,9 @@ def test_bad_arguments_of_a_spectrum_are_named():
         jacobian_spectrum(lambda x: x, jnp.ones(2), method="lanczos", num=0, key=key)
     with pytest.raises(ValueError, match="use method='lanczos'"):
         jacobian_spectrum(lambda x: x, jnp.ones(5000))
+
+
+@pytest.mark.parametrize("method", ["dense", "lanczos"])
+def test_the_spectrum_of_nothing_is_empty(method):
+    found = jacobian_spectrum(lambda x: 2 * x, jnp.zeros((0, 3)), method=method, key=jax.random.key(0))
+    assert found.eigenvalues.shape == found.singular_values.shape == (0,)

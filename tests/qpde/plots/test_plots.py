@@ -14,10 +14,12 @@ from qpde.plots import (
     against_bits_figure,
     along_depth_figure,
     bound_figure,
+    confusion_figure,
     histogram_figure,
     layer_error_figure,
     maps_figure,
     over_smoothing_figure,
+    over_time_figure,
     spectrum_figure,
 )
 
@@ -186,7 +188,7 @@ def test_maps_of_a_column_share_the_range_of_the_first():
 def test_a_spectrum_holds_every_eigenvalue_near_its_block(tmp_path):
     spectra = {"symmetric": {2: [-0.5, 1.0], 5: [[0.1], [0.2]]}, "plain": {2: [1.5]}}
     axes = spectrum_figure(spectra, tmp_path / "a.png").axes[0]
-    points = np.concatenate([collection.get_offsets() for collection in axes.collections])
+    points = np.concatenate([line.get_xydata()[::3] for line in axes.lines if line.get_linestyle() == "-"])
     np.testing.assert_array_equal(np.sort(points[:, 1]), [-0.5, 0.1, 0.2, 1.0, 1.5])
     np.testing.assert_array_equal(np.round(points[:, 0]), [2, 2, 5, 5, 2])
     assert (tmp_path / "a.png").stat().st_size > 1000
@@ -228,12 +230,62 @@ def test_nothing_to_draw_is_refused(draw, message):
         draw()
 
 
+def test_numbers_of_either_sign_are_drawn_along_depth():
+    (axes,) = along_depth_figure({"a": [5.0, -2.0, 1.0]}, heading="", unit="", is_signed=True).axes
+    assert axes.get_ylim()[0] < -2
+    with pytest.raises(ValueError, match="finite numbers >= 0"):
+        along_depth_figure({"a": [5.0, -2.0, 1.0]}, heading="", unit="")
+
+
+def test_trainings_are_drawn_against_the_epoch_and_the_kept_one_is_marked():
+    curves = {"a": ([1, 2, 4], [3.0, np.nan, 1.0]), "b": ([1, 2], [2.0, 1.0])}
+    (axes,) = over_time_figure(curves, heading="loss", unit="nats", marked={"a": 4}).axes
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 2, 4])
+    assert [line.get_markevery() for line in axes.lines] == [[2], [1]]
+    with pytest.raises(ValueError, match="'a' has"):
+        over_time_figure({"a": ([1], [1.0, 2.0])}, heading="", unit="")
+
+
+def test_a_confusion_matrix_writes_what_is_not_zero():
+    (axes,) = confusion_figure([[5, 0], [2, 1]], ["cat", "dog"], heading="net").axes
+    written = {(text.get_position(), text.get_text()) for text in axes.texts}
+    assert written == {((0, 0), "5"), ((0, 1), "2"), ((1, 1), "1")}
+    shades = axes.images[0].get_array()
+    assert shades[0, 1, 3] == 0, "nothing was taken there"
+    assert tuple(shades[1, 0, :3]) != tuple(shades[1, 1, :3])
+    many = confusion_figure(np.eye(30, dtype=int), [str(i) for i in range(30)], heading="net")
+    assert not many.axes[0].texts
+    with pytest.raises(ValueError, match="no table of 3 classes"):
+        confusion_figure([[1]], ["a", "b", "c"], heading="")
+
+
+def test_bars_and_their_legend_are_where_there_are_intervals_alone():
+    points = {"2": (0.5, (0.1, 0.2)), "4": (0.7, float("nan"))}
+    (axes,) = against_bits_figure({"accuracy": {"a": points}}).axes
+    (bars,) = axes.containers
+    np.testing.assert_allclose(bars.lines[2][0].get_segments()[0][:, 1], [0.4, 0.7])
+    (axes,) = against_bits_figure({"accuracy": {"a": {"2": (0.5, float("nan"))}}}).axes
+    assert not axes.containers
+    assert len(axes.get_legend().legend_handles) == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(2e-7, 3e3), (0.03, 0.2), (0.4, 0.5)])
+def test_numbers_of_logarithmic_axes_are_plain_text(low, high):
+    figure = bound_figure({"a": ([low, high], [low, 2 * high])}, heading="")
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    texts = [t.get_text() for which in (False, True) for t in axes.get_xticklabels(minor=which) if t.get_text()]
+    assert texts
+    assert not any("$" in text for text in texts)
+
+
 DRAWN_ALONE = {
     "depth": lambda name, among: along_depth_figure({name: [1.0, 2.0, 3.0]}, heading="", unit="", among=among),
     "bits": lambda name, among: against_bits_figure({"a": {name: {"W4A4": (1.0, 1.0)}}}, among=among),
     "histogram": lambda name, among: histogram_figure({"a": {name: (EDGES, COUNTS)}}, among=among),
     "spectrum": lambda name, among: spectrum_figure({name: {2: [0.5]}}, among=among),
     "bound": lambda name, among: bound_figure({name: ([0.1], [0.5])}, heading="", among=among),
+    "time": lambda name, among: over_time_figure({name: ([1], [0.5])}, heading="", unit="", among=among),
 }
 
 
@@ -263,6 +315,7 @@ NAMED = {
     "maps": lambda a, b: maps_figure({a: [np.eye(2)], b: [np.eye(2)]}, [a], heading=b),
     "spectrum": lambda a, b: spectrum_figure({a: {1: [0.5], 2: [0.1]}, b: {1: [0.5]}}, heading=a),
     "bound": lambda a, b: bound_figure({a: ([0.1], [0.5]), b: ([0.1], [0.5])}, heading=a),
+    "time": lambda a, b: over_time_figure({a: ([1], [0.5]), b: ([1], [0.5])}, heading=a, unit=b),
 }
 
 

@@ -64,3 +64,11 @@ def test_networks_are_compared_bit_by_bit(finished, capsys):
 def test_what_cannot_be_reproduced_is_refused(finished, capsys, arguments, message):
     assert main(["reproduce", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_damaged_network_is_found_before_the_repetition_begins(finished, capsys):
+    (weights,) = finished.rglob("weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["reproduce", str(finished)]) == 2
+    assert "was cut short or altered" in capsys.readouterr().err
+    assert not Path("reproduced").exists()

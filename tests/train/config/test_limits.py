@@ -63,6 +63,13 @@ def test_a_name_that_a_file_system_may_refuse_is_refused_by_our_own_rule(name):
             build()
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "report", "tensorboard", "summary.json", "metrics.jsonl", "error.png"])
+def test_a_variant_cannot_have_the_name_of_what_a_run_holds(name):
+    """The folder of its network stands beside these."""
+    with pytest.raises(ValueError, match="choose another name"):
+        Variant(name)
+
+
 def test_json_that_is_nested_deeper_than_python_reads_is_refused():
     deep = "[" * 100_000 + "]" * 100_000
     for text in (deep, to_json(IMAGES).replace('"changes": {}', f'"changes": {{"symmetric": {deep}}}')):

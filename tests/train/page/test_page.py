@@ -5,24 +5,26 @@ import json
 import re
 import shutil
 import subprocess
-from base64 import b64decode
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from qpde.models import Architecture, Smoothing, registry
 from qpde.models.images.blocks import StableBlock
+from qpde.plots import along_depth_figure
 from train.commands import report
 from train.commands.cli import main
 from train.config.graphs import GraphExperiment, GraphVariant
 from train.config.images import Data, Experiment, Model, Variant
 from train.config.serialize import to_json
 from train.page import image_sections, published_curves
-from train.page.html import figure, page, table
+from train.page.html import Picture, Thumbnail, facts, figure, fill, page, table, thumbnails
 from train.tasks import images
+from train.trained import figures
 from train.trained.figures import Maps
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -72,7 +74,8 @@ def shown(tmp_path_factory, compiled_once):
         (folder / "tiny.py").write_text(CONFIG)
         assert main(["run", "tiny.py"]) == 0
         # All 320 test images, so that the run's own numbers must come out again.
-        assert main(["report", "runs/tiny", "--bits", "2", "4", "--certify", "4", "--images", "320"]) == 0
+        options = ["--bits", "2", "4", "--certify", "4", "--images", "320", "--certify-images", "48"]
+        assert main(["report", "runs/tiny", *options]) == 0
     return folder, measured
 
 
@@ -99,21 +102,28 @@ def read(folder):
 
 def test_the_page_holds_its_figures_and_asks_for_nothing_else(shown):
     path, text, elements = read(shown[0])
-    images = elements.of("img")
-    files = {file.read_bytes() for file in path.glob("*.png")}
-    assert {b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images} == files
-    assert len(images) == len(files) > 12
+    assert [file.name for file in path.iterdir()] == ["report.html"]
+    assert len(elements.of("svg")) > 16
     assert not elements.of("script", "iframe", "object", "embed")
     for element in (attributes for _, attributes in elements.found):
         for key in ("src", "href"):
             assert element.get(key, "#").startswith(("#", "data:"))
-    assert "url(" not in text
+    assert set(re.findall(r"url\((.)", text)) == {"#"}
     assert "@import" not in text
+    assert len(text) < 1.5e6
+
+
+def test_ids_are_unique_and_every_reference_is_answered(shown):
+    _, text, elements = read(shown[0])
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
 
 
 def test_every_figure_says_what_it_shows_and_how_to_read_it(shown):
     _, text, elements = read(shown[0])
-    assert all(len(image["alt"]) > 20 for image in elements.of("img"))
+    assert all(len(drawing["aria-label"]) > 20 for drawing in elements.of("svg"))
+    assert all(image["alt"] for image in elements.of("img"))
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.S)
     assert len(captions) == len(elements.of("figure"))
     assert all(len(caption) > 60 for caption in captions)
@@ -124,43 +134,79 @@ def test_every_figure_says_what_it_shows_and_how_to_read_it(shown):
     ]
 
 
+def test_colours_of_figures_are_the_page_s_and_rows_are_full(shown):
+    _, text, elements = read(shown[0])
+    assert not re.search(r"(?:fill|stroke): ?(?:#|rgb|white|black)", text)
+    for number, row in {"two": 2, "three": 3}.items():
+        rows = re.findall(rf'<div class="panels {number}">(.*?)</div>', text, re.S)
+        assert rows
+        assert {drawn.count("<svg") for drawn in rows} == {row}
+    assert len(elements.of("math")) >= 6
+
+
+def test_the_run_s_origin_and_training_are_shown(shown):
+    folder, measured = shown
+    _, text, _ = read(folder)
+    about = measured["symmetric"].about
+    for value in (about["command"], about["date"], f"jax {about['versions']['jax']}", "training time"):
+        assert value in text
+    assert 'aria-label="Validation accuracy by epoch: symmetric 10 to 10' in text
+
+
 def test_the_numbers_are_those_of_the_run(shown):
     folder, measured = shown
     results = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())["variants"]
     _, text, _ = read(folder)
-    for result in results.values():
+    for name, result in results.items():
         assert f"{result['accuracy']:.2%}" in text
         assert f"{result['parameters']:,}" in text
-    found, own = measured["symmetric"].by_width[4], results["symmetric"]
+        assert measured[name].predictions.is_right.mean() == pytest.approx(result["accuracy"], abs=1.01 / 320)
+    found, own = measured["symmetric"].by_bits[4], results["symmetric"]
+    predictions = measured["symmetric"].predictions
+    assert np.mean(predictions.predicted == predictions.twin) == pytest.approx(own["agreement"], abs=2.01 / 320)
+    assert len(predictions.images) == 320
     assert found.samples == own["samples"] == 320
     # One image's weight: statistics of traced and of static widths differ by rounding.
     assert found.accuracy == pytest.approx(own["accuracy"], abs=1.01 / 320)
     np.testing.assert_allclose(found.layer_error, own["layer_error"], rtol=0.02)
-    assert measured["symmetric"].by_width[2].mean_relative_layer_error > found.mean_relative_layer_error
+    assert measured["symmetric"].by_bits[2].mean_relative_layer_error > found.mean_relative_layer_error
 
 
 def test_what_is_measured_is_true_to_its_name(shown):
     symmetric, plain = shown[1]["symmetric"], shown[1]["full_plain"]
     error, bound = (symmetric.certified[4][key] for key in ("error", "bound"))
-    assert error.shape == bound.shape == (320 * 9,)
+    assert error.shape == bound.shape == (48 * 9,)
     assert (bound >= error - 1e-5).all()
     assert [d.block for d in symmetric.inputs] == [0, 1, 2]
     assert all(d.index == 0 for d in symmetric.inputs)
     assert list(symmetric.spectra) == list(plain.spectra) == [2, 3]
-    for values, gain in symmetric.spectra.values():
-        assert np.abs(values).max() <= gain * (1 + 1e-4)
+    assert all(len(values) == 4 * 24 for values in symmetric.spectra.values())
     maps = symmetric.maps
     assert maps.blocks == [2, 3]
-    for raw, rounded, smoothed in zip(maps.rows["as it is"], maps.rows["rounded"], maps.rows["smoothed"], strict=True):
-        assert len(np.unique(rounded)) <= 16
+    assert list(maps.rows) == ["as it is", "rounded"], "smoothing is added where it is asked for alone"
+    assert all(len(np.unique(rounded)) <= 16 for rounded in maps.rows["rounded"])
+
+
+def test_smoothing_is_added_where_it_is_asked_for():
+    model = registry.image_network(TINY, num_classes=10, weight_bits=4, act_bits=4)
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
+    variables = model.init(jax.random.key(1), x)
+    states = [jax.nn.relu(jax.random.normal(jax.random.key(i), (2, 8, 8, 8))) for i in range(3)]
+    maps = figures._maps(model, variables, states, True)
+    assert not maps.is_own
+    assert list(maps.rows) == ["as it is", "rounded", "smoothed", "then rounded"]
+    for raw, smoothed in zip(maps.rows["as it is"], maps.rows["smoothed"], strict=True):
         assert smoothed.min() >= raw.min() - 1e-6
         assert smoothed.max() <= raw.max() + 1e-6
         assert not np.array_equal(raw, smoothed)
+    text = image_sections._maps({"net": SimpleNamespace(maps=maps)})
+    assert "added for this page" in text
+    assert text.count("<svg") == 3
 
 
 def test_a_full_precision_network_has_no_twin_and_still_a_place(shown):
     plain = shown[1]["full_plain"]
-    assert (plain.by_width, plain.inputs, plain.maps, plain.certified) == ({}, [], None, {})
+    assert (plain.by_bits, plain.inputs, plain.maps, plain.certified) == ({}, [], None, {})
     assert plain.cost.weight_bytes == 4 * plain.cost.parameters
 
 
@@ -175,7 +221,7 @@ def test_networks_of_several_runs_are_told_apart_by_the_run(shown, monkeypatch):
     for name in ("tiny/symmetric", "tiny/full_plain", "again/symmetric", "again/full_plain"):
         assert f'<th scope="row">{name}</th>' in text
     assert "<title>tiny, again: tiny on digits</title>" in text
-    assert "from the runs tiny, again." in text
+    assert "from the runs tiny, again on" in text
 
 
 def test_the_title_names_every_run_and_what_it_trained(tmp_path):
@@ -184,15 +230,12 @@ def test_the_title_names_every_run_and_what_it_trained(tmp_path):
     report._work(experiments, ["a/plain", "b/plain"], tmp_path, lambda _: [])(Console(quiet=True))
     text = (tmp_path / "report.html").read_text()
     assert "<title>a: resnet20 on digits; b: resnet56 on cifar10</title>" in text
-    assert "from the runs a, b." in text
+    assert "from the runs a, b on" in text
 
 
-def test_each_network_is_said_to_smooth_as_it_was_smoothed(tmp_path):
-    image = np.arange(16.0).reshape(4, 4)
-    spread = {"block 2": {"before": (np.arange(3.0), np.ones(2)), "after smoothing": (np.arange(3.0), np.ones(2))}}
-
+def test_each_network_is_said_to_smooth_as_it_was_smoothed():
     def maps(smoothing, is_own):
-        return SimpleNamespace(maps=Maps([2], {"as it is": [image]}, [(0.2, 0.1)], spread, smoothing, is_own))
+        return SimpleNamespace(maps=Maps([2], {}, [], {}, smoothing, is_own))
 
     strong = Smoothing(gamma2=0.125, eps=0.5, output=True)
     measured = {
@@ -201,7 +244,7 @@ def test_each_network_is_said_to_smooth_as_it_was_smoothed(tmp_path):
         "huber": maps(dataclasses.replace(strong, kind="huber", steps=2), True),
         "behind": maps(strong, True),
     }
-    text = image_sections._smoothing(measured, tmp_path)
+    text = image_sections._smoothing(measured)
     for clause in (
         "none: 1 explicit step, γ² = 0.025, ε = 0.1, isotropic, added for this page; ",
         "inside, behind: 1 explicit step, γ² = 0.125, ε = 0.5, isotropic, as in the network; ",
@@ -215,10 +258,13 @@ PROBE = """
 var errors = [];
 window.addEventListener("error", function (event) { errors.push(String(event.message)) }, true);
 window.addEventListener("load", function () {
-  var widths = Array.from(document.images, function (image) { return image.naturalWidth });
-  parent.postMessage({images: widths, errors: errors, inner: innerWidth,
-    content: document.documentElement.scrollWidth,
-    widest: Math.max.apply(null, Array.from(document.images, function (i) { return i.getBoundingClientRect().right }))
+  var drawings = Array.from(document.querySelectorAll("img, svg"));
+  function all(what) { return drawings.map(function (drawing) { return what(drawing.getBoundingClientRect()) }) }
+  var formulas = Array.from(document.querySelectorAll("math"));
+  parent.postMessage({errors: errors, inner: innerWidth, content: document.documentElement.scrollWidth,
+    drawings: all(function (box) { return box.width * box.height }),
+    widest: Math.max.apply(null, all(function (box) { return box.right })),
+    formulas: formulas.map(function (formula) { return formula.getBoundingClientRect().height })
   }, "*");
 });
 </script>
@@ -255,21 +301,43 @@ def test_a_browser_shows_all_figures_without_errors_or_overflow(shown, tmp_path,
     report = json.loads(re.search(r"<title>(.*?)</title>", run.stdout).group(1))
     assert report["errors"] == []
     assert "CONSOLE" not in run.stderr
-    assert len(report["images"]) == len(elements.of("img"))
-    assert min(report["images"]) > 0
+    assert len(report["drawings"]) == len(elements.of("img", "svg"))
+    assert min(report["drawings"]) > 2000
+    assert min(report["formulas"]) > 10
     assert report["inner"] == width
     assert report["content"] <= width
     assert report["widest"] <= width
 
 
-def test_text_from_runs_cannot_break_the_page(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"picture")
-    nasty = '<b>"&'
-    body = figure([(tmp_path / "a.png", nasty)], "caption") + table((nasty,), [(nasty, nasty)], nasty)
-    text = page(nasty, "<p>lead</p>", [(nasty, body)], nasty)
-    assert nasty not in text
-    assert not Elements(text).of("b")
-    assert Elements(text).of("img")[0]["alt"] == nasty
+NASTY = """<img src=x onerror="alert('&')">"""
+
+
+def test_text_from_runs_cannot_break_the_page():
+    drawing = along_depth_figure({NASTY: [1.0, 2.0]}, heading=NASTY, unit=NASTY)
+    body = figure([Picture("a", drawing, NASTY)], fill("<p>{name}</p>", name=NASTY))
+    body += table((NASTY,), [(NASTY, NASTY, (NASTY, NASTY))], NASTY) + facts([(NASTY, NASTY)])
+    text = page(NASTY, fill("{name}", name=NASTY), [(NASTY, body + thumbnails([Thumbnail(b"", NASTY)]))], NASTY)
+    found = Elements(text)
+    assert NASTY not in text
+    assert [image["alt"] for image in found.of("img")] == [NASTY]
+    assert found.of("svg")[0]["aria-label"] == NASTY
+    assert not any("onerror" in attributes for _, attributes in found.found)
+
+
+def test_names_of_networks_classes_and_origins_are_text(shown):
+    """A page of what `shown` measured, with markup wherever a name or a file can put it."""
+    folder, measured = shown
+    found, name = measured["symmetric"], f"{NASTY}$a$_"
+    nasty = dataclasses.replace(found, classes=(NASTY,) * 10, about=dict.fromkeys(("seed", "command", "date"), NASTY))
+    results = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())["variants"]["symmetric"]
+    results |= {"kl": NASTY, "samples": NASTY, "training_seconds": NASTY, "best_epoch": NASTY}
+    lines = [{"variant": name, "epoch": 1, "train_loss": NASTY, "validation_accuracy": 0.5}]
+    sections = image_sections.sections(
+        Experiment("e", (Variant("plain"),)), {name: results}, {name: nasty}, {name: lines}
+    )
+    elements = Elements(page(NASTY, "", sections, NASTY))
+    assert not any("onerror" in attributes for _, attributes in elements.found)
+    assert all(image["src"].startswith("data:image/png;base64,") for image in elements.of("img"))
 
 
 @pytest.fixture
@@ -288,7 +356,12 @@ def graph_run(tmp_path):
     full = {"accuracy": [0.9, 0.92], "energy": [[0.3, 0.2, 0.1]] * 2}
     variant = {"parameters": 1234, "full": full, "W4A8": quantized, "W4A4": quantized}
     run = tmp_path / "nodes"
-    run.mkdir()
+    for name in ("a", "b"):
+        (run / name / "full").mkdir(parents=True)
+        about = {"seed": 1, "command": NASTY, "versions": {NASTY: NASTY}}
+        (run / name / "full" / "network.json").write_text(json.dumps({"about": about}))
+    line = {"variant": "a/full", "epoch": 10, "train_loss": [1.0, 2.0], "validation_accuracy": [0.5, NASTY]}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     (run / "config.json").write_text(to_json(experiment))
     (run / "summary.json").write_text(json.dumps({"name": "nodes", "variants": {"a": variant, "b": variant}}))
     return run
@@ -303,10 +376,29 @@ def test_a_run_on_a_graph_is_shown_with_the_sections_that_apply(graph_run, tmp_p
         "Layer-wise error",
         "Accuracy and agreement against bits",
         "Over-smoothing",
+        "Training in full precision",
         "Sizes",
+        "Where it comes from",
     ]
     assert "85.0 ± 7.1" in text
-    assert len(Elements(text).of("img")) == len(list((tmp_path / "out").glob("*.png"))) == 5
+    assert "14.0" in text, "SQNR of a relative error of 0.2"
+    assert len(Elements(text).of("svg")) == 6
+
+
+def test_names_of_a_run_are_text(graph_run, tmp_path):
+    """Of its folder, its variants and everything that its files say."""
+    run = tmp_path / NASTY.replace("/", "")
+    graph_run.rename(run)
+    for file in ("summary.json", "config.json"):
+        text = (run / file).read_text()
+        (run / file).write_text(text.replace('"a"', json.dumps("<b>a")))
+    assert main(["report", str(run), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    found = Elements(text)
+    assert not found.of("img", "b")
+    assert not any("onerror" in attributes for _, attributes in found.found)
+    assert "&lt;b&gt;a" in text
+    assert "&lt;img src=x onerror=" in text
 
 
 @pytest.mark.parametrize(
@@ -317,6 +409,7 @@ def test_a_run_on_a_graph_is_shown_with_the_sections_that_apply(graph_run, tmp_p
         (["RUN", "--bits", "4", "33"], "--bits holds 33: give bits from 2 to 32"),
         (["RUN", "--certify", "16"], "--certify holds 16: give bits from 2 to 15"),
         (["RUN", "--images", "0"], r"images (=0) must be at least 1"),
+        (["RUN", "--certify-images", "0"], r"certify_images (=0) must be at least 1"),
         (["RUN", "RUN"], "two runs have the same name"),
         (["RUN", "OTHER"], "give it a page of its own"),
     ],

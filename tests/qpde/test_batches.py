@@ -1,14 +1,16 @@
 """Batches as people have them: every function reads the same forms, and says the same of others."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import freeze
 
+import qpde
 from qpde import Bits, certify, graphs, measure, models, ptq
+from qpde.batches import read_batches
 from qpde.bits import stack_bits
-from qpde.measure.batches import read_batches
 from qpde.measure.bit_widths import Elastic
 from qpde.models import registry
 from qpde.models.images.blocks import BasicBlock
@@ -96,6 +98,67 @@ def test_every_function_says_the_same_of_other_forms(networks, name, wrong):
     batches, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         read_by(networks)[name](batches, same)
+
+
+def read_once_by(networks, folder):
+    """Every function of one batch alike."""
+    _, (model, variables) = networks
+    own = qpde.quantized(nn.Dense(2), [qpde.Rule("", weights=4, activations=4)])
+    of_own = nn.Dense(2).init(jax.random.key(0), IMAGES)
+    saved = qpde.load(qpde.save(folder, model, variables))
+    return {
+        "calibrate_clips": lambda x: models.calibrate_clips(model, variables, x),
+        "converge_norms": lambda x: models.converge_norms(model, variables, x),
+        "certify": lambda x: vars(certify.certify(model, variables, x, BITS)),
+        "exact_twin": lambda x: certify.exact_twin(model, variables, x, BITS),
+        "logits": lambda x: saved.logits(x),
+        "adopt": lambda x: own.adopt(of_own, x),
+        "with_signs": lambda x: np.array([sign for _, sign in own.with_signs(of_own, [x]).signs]),
+    }
+
+
+ONCE = ["calibrate_clips", "converge_norms", "certify", "exact_twin", "logits", "adopt", "with_signs"]
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_every_function_of_one_batch_reads_it_alike(networks, name, tmp_path):
+    run = read_once_by(networks, tmp_path)[name]
+    jax.tree.map(np.testing.assert_array_equal, run((IMAGES, LABELS)), run(IMAGES))
+    for wrong, message in (
+        ({"image": IMAGES}, "batch.* is a dictionary of 'image'.*pair"),
+        ((IMAGES, LABELS, LABELS), "batch.* is a tuple of 3: give images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(wrong)
+    if name not in ("adopt", "with_signs", "logits"):  # any layout may be right there, or it is normalised first
+        with pytest.raises(ValueError, match=r"the batch is of shape.*put the channels last"):
+            run(IMAGES.transpose(0, 3, 1, 2))
+
+
+def test_a_batch_of_nothing_is_refused_where_something_is_read_off_it():
+    own = qpde.quantized(nn.Dense(2), [qpde.Rule("", weights=4, activations=4)])
+    variables = nn.Dense(2).init(jax.random.key(0), IMAGES)
+    with pytest.raises(ValueError, match="batch 0 holds no images"):
+        own.with_signs(variables, [IMAGES[:0]])
+    with pytest.raises(ValueError, match="`batches` is one array"):
+        own.with_signs(variables, IMAGES)
+
+
+def test_a_batch_of_nothing_is_computed_where_nothing_is_the_answer(networks):
+    _, (model, variables) = networks
+    nothing = IMAGES[:0]
+    found = certify.certify(model, variables, nothing, BITS)
+    assert found.logits.shape == (0, 3)
+    assert np.isnan(found.certified_fraction)
+
+    def loss(params, train):
+        return model.apply(variables | {"params": params}, nothing, train=train, mutable=["batch_stats"])[0].sum()
+
+    for train in (False, True):
+        for gradient in jax.tree.leaves(jax.jit(jax.grad(loss), static_argnums=1)(variables["params"], train)):
+            np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+    _, updates = model.apply(variables, nothing, train=True, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
 
 
 def test_a_graph_is_a_batch_and_not_a_set_of_them():
