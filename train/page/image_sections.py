@@ -1,7 +1,7 @@
 """The sections for runs on images."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -63,7 +63,7 @@ def sections(
         ]
     found.append(("What is taken for what", _confusion(measured)))
     if low:
-        smoothed = any(m.maps.smoothing is not None for m in low.values())
+        smoothed = any(m.maps is not None and m.maps.smoothing is not None for m in low.values())
         found += [
             ("What is rounded", _inputs(low, stages, every)),
             ("Smoothing" if smoothed else "Feature maps", _maps(low)),
@@ -84,7 +84,9 @@ def _results(results, measured) -> str:
         return any(_number(result.get(key)) is not None for result in results.values())
 
     counts = {n: _count(results[n].get("samples")) or m.test_count for n, m in measured.items()}
-    rows = [("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values()))]
+    rows: list[tuple[Any, ...]] = [
+        ("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values()))
+    ]
     rows += [
         (label, *(_share(_number(result.get(key)), counts[n]) for n, result in results.items()))
         for label, key in _SHARES
@@ -155,7 +157,7 @@ def _comparison(measured: Mapping[str, Measured]) -> str:
 
 
 def layer_error_section(experiment, results, stages, every) -> str:
-    drawn = [
+    drawn: list[tuple[str, str, str, str, Callable]] = [
         ("layer-error", "Absolute error", "rms difference from the twin", "layer_error", np.asarray),
         ("layer-error-relative", "Relative error", "divided by the twin's rms", "relative_layer_error", np.asarray),
         ("sqnr", "SQNR", "dB, more is better", "relative_layer_error", _decibels),
