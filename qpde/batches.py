@@ -12,9 +12,12 @@ from typing import Any
 import jraph
 import numpy as np
 
-__all__ = ["Batch", "read_batch", "read_batches", "size_of"]
+__all__ = ["IGNORED", "Batch", "read_batch", "read_batches", "size_of"]
 
 Batch = Any
+
+IGNORED = -1
+"""The label of a pixel, a node or an image that counts neither in losses nor in metrics."""
 
 
 def read_batches(batches: Iterable[Batch], variables: Mapping[str, Any]) -> Iterator[tuple[Any, np.ndarray | None]]:

@@ -24,7 +24,7 @@ FLOORS = {
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
         measure certify nn trained
-        ptq testing predictions description overlays deploy
+        ptq testing predictions description deploy overlays
         cli
     """,
     "train": """

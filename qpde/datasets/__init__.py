@@ -5,11 +5,12 @@ arguments give the same images in the same order. Nothing is downloaded and noth
 `download_planetoid`.
 """
 
+from qpde.batches import IGNORED
 from qpde.datasets.arrays import load_npz
 from qpde.datasets.camvid import load_camvid
 from qpde.datasets.cifar10 import load_cifar10
 from qpde.datasets.cityscapes import load_cityscapes
-from qpde.datasets.containers import IGNORED, Images, NodeGraph, SparseRows, Split, random_split
+from qpde.datasets.containers import Images, NodeGraph, SparseRows, Split, random_split
 from qpde.datasets.digits import load_digits, load_digits_graph
 from qpde.datasets.download import download_planetoid
 from qpde.datasets.folders import load_folder

@@ -3,7 +3,8 @@
 from os import PathLike
 from pathlib import Path
 
-from qpde.datasets.containers import IGNORED, Images, find_folder
+from qpde.batches import IGNORED
+from qpde.datasets.containers import Images, find_folder
 from qpde.datasets.label_maps import as_images, find_pairs, read_pairs
 
 CLASSES = (

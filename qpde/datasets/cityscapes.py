@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qpde.datasets.containers import IGNORED, Images, Split, find_folder
+from qpde.batches import IGNORED
+from qpde.datasets.containers import Images, Split, find_folder
 from qpde.datasets.label_maps import as_images, find_pairs, read_pairs
 
 CLASSES = (

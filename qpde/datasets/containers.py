@@ -15,9 +15,6 @@ from jaxtyping import Array, Float, Float32, Int32, Integer, UInt8
 
 from qpde.graphs import from_edges
 
-IGNORED = -1
-"""The label of a pixel, a node or an image that counts neither in losses nor in metrics."""
-
 
 class Split(NamedTuple):
     """Images with their labels: a pytree, so `jax.device_put(split)` keeps it on the device.

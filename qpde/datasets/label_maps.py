@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qpde.datasets.containers import IGNORED, Images, Split, channel_statistics
+from qpde.batches import IGNORED
+from qpde.datasets.containers import Images, Split, channel_statistics
 from qpde.datasets.folders import PARTS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

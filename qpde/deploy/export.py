@@ -66,9 +66,8 @@ def export(
     if image_size is None and getattr(network, "input_shape", None) is not None:
         image_size = tuple(network.input_shape[:2])
     _check(formats, isinstance(network.model, GraphNetwork), image_size, graph_size)
-    if not isinstance(network.model, GraphNetwork) and not network.model.is_chain:
-        _check_plain(network.model, list(formats), settle=settle, outer_bits=outer_bits)
-        assert image_size is not None, "`_check` asks for it"
+    if not getattr(network.model, "is_chain", True):
+        _check_plain(network.model, formats, settle=settle, outer_bits=outer_bits)
         program = export_network(network.model, network.variables, image_size, bits=bits)
         return [write_whole(Path(folder) / FORMATS["stablehlo"], bytes(program.serialize()))]
     folded = fold_network(network, bits=bits, settle=settle, outer_bits=outer_bits, image_size=image_size)

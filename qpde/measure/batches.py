@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 
-from qpde.batches import Batch, read_batches, size_of
-from qpde.datasets.containers import IGNORED
+from qpde.batches import IGNORED, Batch, read_batches, size_of
 
 __all__ = ["Batch", "mean_over", "read_batches"]
 

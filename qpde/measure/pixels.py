@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qpde.datasets.containers import IGNORED
+from qpde.batches import IGNORED
 
 __all__ = ["confusion_matrix", "intersection_over_union", "mean_iou"]
 

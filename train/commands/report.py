@@ -10,8 +10,9 @@ from rich.console import Console
 
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment, check_at_least
+from train.config.segmentation import SegmentationExperiment
 from train.host.provenance import provenance
-from train.page import graph_sections, image_sections
+from train.page import graph_sections, image_sections, map_sections
 from train.page.html import fill, page
 from train.page.provenance import read_about
 from train.runs.directory import read_experiment, read_lines, read_results
@@ -19,6 +20,7 @@ from train.tasks.images_summary import check_drawable
 from train.tasks.nodes_summary import FULL
 from train.trained.figures import measure
 from train.trained.finished import read_finished
+from train.trained.scenes import measure_scenes
 
 PAGE = "report.html"
 
@@ -92,8 +94,17 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
         if finished.model.act_bits is not None:
             finished.check_levels(options.bits + options.certify)
 
+    of_maps = [run for run, experiment in experiments.items() if isinstance(experiment, SegmentationExperiment)]
+    if of_maps and len(of_maps) < len(experiments):
+        raise ValueError(f"{of_maps[0]} has a class for every pixel, other runs one for an image: give each its page")
+
     def sections(console: Console) -> list[tuple[str, str]]:
-        measured = {}
+        measured: dict[str, Any] = {}
+        if isinstance(first, SegmentationExperiment):
+            for name, finished in found.items():
+                console.print(f"measuring {name}", markup=False, highlight=False)
+                measured[name] = measure_scenes(finished, act_bits=options.bits, images=options.images)
+            return map_sections.sections(first, named, measured, lines)
         for name, finished in found.items():
             console.print(f"measuring {name}", markup=False, highlight=False)
             measured[name] = measure(

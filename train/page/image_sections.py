@@ -15,7 +15,7 @@ from train.page.html import Picture, Thumbnail, figure, fill, table, thumbnails
 from train.page.mathml import formula, name, over, root, row, sub, sup, words
 from train.page.statistics import decibels, mcnemar, wilson
 from train.trained.certificates import tightness
-from train.trained.figures import SCENE_COLUMNS, Measured, as_histogram
+from train.trained.figures import Measured, as_histogram
 
 _SHARES = (
     ("accuracy", "accuracy"),
@@ -23,8 +23,6 @@ _SHARES = (
     ("agreement with the twin", "agreement"),
 )
 _NUMBERS = (
-    ("mean intersection over union", "mean_iou", "{:.2%}"),
-    ("the same, high-precision twin", "mean_iou_twin", "{:.2%}"),
     ("Kullback-Leibler divergence", "kl", "{:.4f}"),
     ("best validation accuracy", "validation_accuracy", "{:.2%}"),
 )
@@ -59,32 +57,24 @@ def sections(
         found.append(("Faithfulness", "<p>No activation of these networks is quantized: there is no twin.</p>"))
     else:
         found += [
-            ("Layer-wise error", _layer_error(experiment, {n: results[n] for n in low}, stages, every)),
-            ("Accuracy and agreement against bits", _bits(low, every)),
+            ("Layer-wise error", layer_error_section(experiment, {n: results[n] for n in low}, stages, every)),
+            ("Accuracy and agreement against bits", bits_section(low, every)),
+            ("Where network and twin disagree", _disagreements(low)),
         ]
-    if scenes := {name: m for name, m in measured.items() if m.scenes}:
-        found.insert(1, ("Scenes", _scenes(results, scenes)))
-    # What is said of whole images, and of blocks one after the other.
-    low = {name: m for name, m in low.items() if m.predictions is not None}
-    whole = {name: m for name, m in measured.items() if m.predictions is not None}
-    if low:
-        found.append(("Where network and twin disagree", _disagreements(low)))
-    if whole:
-        found.append(("What is taken for what", _confusion(whole)))
+    found.append(("What is taken for what", _confusion(measured)))
     if low:
         smoothed = any(m.maps is not None and m.maps.smoothing is not None for m in low.values())
         found += [
             ("What is rounded", _inputs(low, stages, every)),
             ("Smoothing" if smoothed else "Feature maps", _maps(low)),
         ]
-    if whole:
-        found.append(("Does a step amplify?", _spectra(whole, every)))
+    found.append(("Does a step amplify?", _spectra(measured, every)))
     if any(m.certified for m in low.values()):
         found.append(("Errors and what is proven about them", _certificates(low, every)))
         found.append(("Certified and uncertified images", _examples(low)))
     if curves := training.section(lines, best, every):
         found.append(("Training", curves))
-    found.append(("Sizes", _sizes(measured)))
+    found.append(("Sizes", sizes_section(measured)))
     found.append(("Where it comes from", provenance.section({name: m.about for name, m in measured.items()}, seconds)))
     return found
 
@@ -169,26 +159,7 @@ def _comparison(measured: Mapping[str, Measured]) -> str:
     return text + table(("", "only the first right", "only the second", "p"), rows, f"On {images:,} test images.")
 
 
-def _scenes(results, measured) -> str:
-    pictures = []
-    for i, (network, m) in enumerate(measured.items()):
-        drawing = plots.maps_figure(m.scenes, SCENE_COLUMNS, heading=network)
-        label = f"Test images with the true classes, those of {network}, and those of its twin."
-        pictures.append(Picture(f"scenes-{i}", drawing, label))
-    classes = next(iter(results.values()))["iou"]
-    rows = [
-        (label, *("–" if (v := r["iou"].get(label)) is None else f"{v:.2%}" for r in results.values()))
-        for label in classes
-    ]
-    lead = "<p>The class of every pixel, as a colour over the image. Accuracy and agreement are shares of pixels.</p>"
-    caption = fill(
-        "The last column shows in colour the pixels to which rounding of the activations gives another class. IoU is "
-        "the share of pixels that are rightly of a class, among those that are or are said to be of it."
-    )
-    return lead + figure(pictures, caption) + table(("", *results), rows, "Intersection over union by class.")
-
-
-def _layer_error(experiment, results, stages, every) -> str:
+def layer_error_section(experiment, results, stages, every) -> str:
     drawn: list[tuple[str, str, str, str, Callable]] = [
         ("layer-error", "Absolute error", "rms difference from the twin", "layer_error", np.asarray),
         ("layer-error-relative", "Relative error", "divided by the twin's rms", "relative_layer_error", np.asarray),
@@ -232,7 +203,7 @@ def _decibels(errors: Sequence[float]) -> np.ndarray:
     return np.array([min(decibels(error), 144.0) for error in errors])
 
 
-def _bits(measured, every) -> str:
+def bits_section(measured, every) -> str:
     quantities = (
         ("bits-accuracy", "accuracy, %", lambda f: f.accuracy, True),
         ("bits-agreement", "agreement, %", lambda f: f.agreement, True),
@@ -513,7 +484,7 @@ def _examples(measured) -> str:
     return lead + "".join(parts)
 
 
-def _sizes(measured) -> str:
+def sizes_section(measured) -> str:
     costs = {network: m.cost for network, m in measured.items()}
     rows = [
         (

@@ -22,15 +22,11 @@ from qpde.measure.faithfulness import Faithfulness, compare, evaluate
 from qpde.measure.jacobians import jacobian_spectrum
 from qpde.models import Smoothing, converge_norms
 from qpde.models.layers import Mode
-from qpde.overlays import overlay
 from qpde.quantizers import quantize_activation
 from train.data.batches import of_one_shape
 from train.trained.certificates import measure_images
 from train.trained.finished import Finished, traced
 
-SCENE_COLUMNS = ("truth", "network", "its twin", "where they differ")
-
-_SCENES = 3  # test images of a segmentation network that are shown
 _MAPS = 4  # columns of the picture of feature maps
 _POINTS = 4  # images at which Jacobians are taken
 _RITZ = 24  # Lanczos steps of each
@@ -99,8 +95,6 @@ class Measured:
       inputs: Of every block, the distribution of its input.
       maps: Feature maps.
       certified: By bits, results of `train.trained.certificates.measure_images`.
-      scenes: Of a segmentation network, which has nothing of what is said of whole images: by the name of a test image,
-        what `SCENE_COLUMNS` says, uint8 (H, W, 3) each.
     """
 
     cost: qpde.models.Summary
@@ -116,7 +110,6 @@ class Measured:
     inputs: list[Distribution]
     maps: Maps | None
     certified: dict[int, dict[str, np.ndarray]]
-    scenes: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def measure(
@@ -160,23 +153,11 @@ def measure(
         **common,
         predictions=_predictions(finished, variables, batches, images),
         spectra=_spectra(model, variables, [s[:_POINTS] for s in states[0]]),
+        by_bits=faithfulness_by_bits(finished, act_bits, images) if is_quantized else {},
         inputs=_inputs(model, variables, batches[0][:_INPUTS], states[1]) if is_quantized else [],
         maps=_maps(model, variables, [s[:_POINTS] for s in states[1]], smoothing) if is_quantized else None,
         certified={a: measure_images(finished, a, images=certified) for a in certify_at} if is_quantized else {},
     )
-
-
-def _scenes(finished: Finished, variables: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-    """Test images with their true classes, the predicted ones, the twin's, and where the two precisions differ."""
-    model, stored = finished.model, next(iter(finished.images.in_order("test")))
-    bits, count, found = traced(model.bits), model.num_classes, {}
-    for i, place in enumerate(np.linspace(0, len(stored.images) - 1, _SCENES).astype(int), start=1):
-        image, truth = stored.images[place], stored.labels[place]
-        x = finished.images.normalize(image[None])
-        low, twin = (np.asarray(evaluate(model, variables, x, at)[0].argmax(-1)[0]) for at in (bits, bits.twin))
-        row = [overlay(image, labels, count) for labels in (truth, low, twin)]
-        found[f"image {i}"] = [*row, overlay(image // 2, np.where(low == twin, -1, low), count, share=1.0)]
-    return found
 
 
 def _predictions(finished: Finished, variables, batches: Sequence[Array], images: int) -> Predictions:
@@ -198,7 +179,7 @@ def _predictions(finished: Finished, variables, batches: Sequence[Array], images
     return Predictions(pixels, labels, predicted(variables, bits), twin)
 
 
-def _by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
+def faithfulness_by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
     """One set of weights at several bits; batch statistics belong to each, those of the twin to all."""
     model = finished.model
     at = {a: traced(Bits(model.weight_bits, a)) for a in act_bits}

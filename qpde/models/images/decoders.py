@@ -77,7 +77,7 @@ class ConvBlock(_DecoderBlock):
 
     def step(self, x, variables, step_size, call):
         xq = call.activation(x, 0, signed=self.signed_inputs)
-        hidden = operators.conv(xq, call.kernels()["kernel1"], dilation=self.dilation)
+        hidden = call.conv(xq, 0, call.kernels(), "kernel1", dilation=self.dilation)
         return call.smooth(jax.nn.relu(call.batch_norm("norm1", hidden)))
 
 
@@ -109,9 +109,10 @@ class SeparableBlock(_DecoderBlock):
     def step(self, x, variables, step_size, call):
         kernels = call.kernels()
         xq = call.activation(x, 0, signed=self.signed_inputs)
-        z = call.batch_norm("norm1", operators.depthwise(xq, kernels["kernel1"], dilation=self.dilation))
+        hidden = call.conv(xq, 0, kernels, "kernel1", operators.depthwise, dilation=self.dilation)
+        z = call.batch_norm("norm1", hidden)
         z = call.activation(call.smooth(jax.nn.relu(z)), 1)
-        return call.smooth(jax.nn.relu(call.batch_norm("norm2", operators.conv(z, kernels["kernel2"]))))
+        return call.smooth(jax.nn.relu(call.batch_norm("norm2", call.conv(z, 1, kernels, "kernel2"))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,4 +145,4 @@ class PooledBlock(_DecoderBlock):
 
     def step(self, x, variables, step_size, call):
         xq = call.activation(x.mean((1, 2), keepdims=True), 0, signed=self.signed_inputs)
-        return jax.nn.relu(call.batch_norm("norm1", operators.conv(xq, call.kernels()["kernel1"])))
+        return jax.nn.relu(call.batch_norm("norm1", call.conv(xq, 0, call.kernels(), "kernel1")))
