@@ -68,6 +68,7 @@ def export(
     _check(formats, isinstance(network.model, GraphNetwork), image_size, graph_size)
     if not getattr(network.model, "is_chain", True):
         _check_plain(network.model, formats, settle=settle, outer_bits=outer_bits)
+        assert image_size is not None, "`_check` asks for it"
         program = export_network(network.model, network.variables, image_size, bits=bits)
         return [write_whole(Path(folder) / FORMATS["stablehlo"], bytes(program.serialize()))]
     folded = fold_network(network, bits=bits, settle=settle, outer_bits=outer_bits, image_size=image_size)

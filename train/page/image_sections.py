@@ -140,16 +140,13 @@ def _sqnr(result: Mapping[str, Any]) -> str:
 def _comparison(measured: Mapping[str, Measured]) -> str:
     """McNemar's test of all pairs of networks that were tested on the same images."""
     rows = []
-    images = 0
     for (first, a), (second, b) in itertools.combinations(measured.items(), 2):
-        if a.predictions is None or b.predictions is None or a.data != b.data:
-            continue
-        images = len(a.predictions.labels)
-        if images == len(b.predictions.labels):
+        if a.data == b.data and len(a.predictions.labels) == len(b.predictions.labels):
             mine, theirs, p = mcnemar(a.predictions.is_right, b.predictions.is_right)
             rows.append((f"{first} and {second}", f"{mine}", f"{theirs}", f"{p:.2g}"))
     if not rows:
         return ""
+    images = len(next(iter(measured.values())).predictions.labels)
     text = (
         "<h3>Is one more accurate than the other?</h3>"
         "<p>Of the same images only those tell that one network gets right and the other wrong. McNemar's exact test "

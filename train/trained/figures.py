@@ -104,7 +104,7 @@ class Measured:
     about: dict[str, Any]
     bits: Bits
     test_count: int | None
-    predictions: Predictions | None
+    predictions: Predictions
     spectra: dict[int, np.ndarray]
     by_bits: dict[int, Faithfulness]
     inputs: list[Distribution]
@@ -135,22 +135,15 @@ def measure(
     batches = [x for x, _ in of_one_shape(finished.test_images(images))]
     variables = converge_norms(model, finished.at(bits), batches[0][:1], bits=bits)
     is_quantized, certified = model.bits.activations is not None, min(images, certify_images)
-    common: dict[str, Any] = {
-        "cost": qpde.models.summary(model, finished.images.shape),
-        "stages": [len(blocks) for blocks in model.stages],
-        "classes": tuple(map(str, finished.images.stored.classes)),
-        "data": finished.images.fingerprint,
-        "about": finished.network.about,
-        "bits": model.bits,
-        "test_count": len(finished.images.stored.test.labels) or None,
-        "by_bits": _by_bits(finished, act_bits, images) if is_quantized else {},
-    }
-    if finished.network.is_segmenting:
-        scenes = _scenes(finished, variables)
-        return Measured(**common, predictions=None, spectra={}, inputs=[], maps=None, certified={}, scenes=scenes)
     states = [evaluate(model, variables, batches[0], at)[1] for at in (bits.twin, bits)]
     return Measured(
-        **common,
+        cost=qpde.models.summary(model, finished.images.shape),
+        stages=[len(blocks) for blocks in model.stages],
+        classes=tuple(map(str, finished.images.stored.classes)),
+        data=finished.images.fingerprint,
+        about=finished.network.about,
+        bits=model.bits,
+        test_count=len(finished.images.stored.test.labels) or None,
         predictions=_predictions(finished, variables, batches, images),
         spectra=_spectra(model, variables, [s[:_POINTS] for s in states[0]]),
         by_bits=faithfulness_by_bits(finished, act_bits, images) if is_quantized else {},
