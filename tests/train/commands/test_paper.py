@@ -1,7 +1,6 @@
 """The paper's experiments, as far as the time reaches."""
 
 import dataclasses
-import os
 import signal
 import threading
 import time
@@ -43,10 +42,11 @@ def started(tmp_path, monkeypatch):
             with open_run(runs_dir, experiment) as run:
                 run.log(variant="symmetric-2", epoch=1)
                 if experiment.name == "two" and slow:
+                    if slow[0] == "outside":
+                        waits.set()
+                        raise Interrupted("saved", signal.SIGTERM)
                     with StopRequest() as stop:
                         waits.set()
-                        if slow[0] == "outside":
-                            os.kill(os.getpid(), signal.SIGTERM)
                         while not stop.signal_number:
                             time.sleep(0.01)
                     raise Interrupted("saved", stop.signal_number)
@@ -81,7 +81,7 @@ def test_what_is_finished_is_not_repeated_and_what_did_not_fit_is_listed(started
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_from_outside_is_no_end_of_the_time(started, capsys):
+def test_an_interruption_from_outside_is_no_end_of_the_time(started, capsys):
     started[1][:] = ["outside"]
     assert main(["paper", "paper.py"]) == 143
     assert "saved" in capsys.readouterr().err
