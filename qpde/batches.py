@@ -86,5 +86,9 @@ def _name(batch):
 
 
 def size_of(x: Any) -> int:
-    """The number of images, or of nodes."""
+    """The number of inputs.
+
+    Args:
+      x: Images (N, ...), or a graph, whose nodes count.
+    """
     return x.nodes.shape[0] if isinstance(x, jraph.GraphsTuple) else len(x)

@@ -195,7 +195,9 @@ def _complete() -> None:
     parser = Parser(prog="qpde")
     commands = parser.add_subparsers()
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name))
+        own = commands.add_parser(name)
+        if name in os.environ["COMP_LINE"].split():  # `export` imports JAX for its arguments
+            command.add_arguments(own)
     argcomplete.autocomplete(parser)
 
 

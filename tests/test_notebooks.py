@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, open with their installation, and are kept with what they print."""
 
+import itertools
 from pathlib import Path
 
 import nbformat
@@ -14,8 +15,9 @@ def test_there_are_notebooks():
 
 
 def kinds_of(cell) -> list[str]:
-    """What kinds of output a cell has, in order; text and pictures differ from machine to machine."""
-    return ["image" if "image/png" in output.get("data", {}) else output.output_type for output in cell.outputs]
+    """What kinds of output a cell has, in order; text and its pieces, and pictures, differ from machine to machine."""
+    kinds = ("image" if "image/png" in output.get("data", {}) else output.output_type for output in cell.outputs)
+    return [kind for kind, _ in itertools.groupby(kinds)]
 
 
 @pytest.mark.filterwarnings("default")  # Jupyter's own are no concern of ours

@@ -126,11 +126,13 @@ def make_formats(
     """
     formats = list(dict.fromkeys(formats))
     _check(formats, isinstance(folded, FoldedGraph), image_size, graph_size)
+    images: Any = folded  # `_check` refuses formats of images for graphs
+    size: Any = image_size
     makers: dict[str, Callable[[], bytes]] = {
         "packed": lambda: packed_bytes(folded),
-        "onnx": lambda: onnx_model(folded, image_size=image_size).SerializeToString(),
+        "onnx": lambda: onnx_model(images, image_size=size).SerializeToString(),
         "stablehlo": lambda: stablehlo_bytes(folded, image_size=image_size, graph_size=graph_size),
-        "c": lambda: c_source(folded, image_size=image_size).encode(),
+        "c": lambda: c_source(images, image_size=size).encode(),
     }
     return {FORMATS[name]: makers[name]() for name in formats}
 

@@ -136,8 +136,8 @@ def _read(tensors):
         raise ValueError(f"the program is cut, or longer than {_LARGEST_PROGRAM} bytes")
     description = json.loads(text)
     arrays = _Arrays({name: array for name, array in tensors.items() if name != "program"})
-    kinds = {"Folded": Folded, "FoldedGraph": FoldedGraph}
-    folded = _restored(description["network"], arrays)
+    kinds: dict[str, Any] = {"Folded": Folded, "FoldedGraph": FoldedGraph}
+    folded: Any = _restored(description["network"], arrays)
     if not isinstance(folded, kinds[description["kind"]]):
         raise ValueError(f"kind {description['kind']} holds {type(folded).__name__}")
     arrays.check_exhausted()
@@ -184,7 +184,7 @@ _RECORDS: dict[str, Any] = {
 
 def _described(value: Any, arrays: _Arrays) -> Any:
     """JSON of a tree of records; its arrays go to the streams."""
-    if isinstance(value, program.Kernel) and value.is_whole:
+    if isinstance(value, program.Kernel) and value.bits is not None:
         arrays.add(f"codes{value.bits}", pack(value.values, value.bits))
         return {"codes": [value.bits, value.depthwise, *value.values.shape]}
     if isinstance(value, np.ndarray):

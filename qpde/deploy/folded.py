@@ -174,7 +174,7 @@ def fold(
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
     check_variables(variables, "variables")
-    variables, bits = unfreeze(variables), model.checked_bits(model.bits if bits is None else bits)
+    variables, bits = unfreeze(dict(variables)), model.checked_bits(model.bits if bits is None else bits)
     steps = model.steps(variables)
     widths = [Bits(*(_own_bits(part, i) for part in bits)) for i in range(len(steps))]
     parts = [
@@ -288,7 +288,8 @@ def _table(levels: str, bits: int) -> np.ndarray:
     """The levels of a magnitude of some bits, ascending: whole multiples where they are small, else within [0, 1]."""
     # Every level is a fixed point of the rounding, and none lies closer to 0 than the powers of two below.
     level_set = LEVEL_SETS[levels]
-    fine = np.concatenate([np.linspace(0, 1, 4097, dtype=np.float32), 2.0 ** -np.arange(0, 126, dtype=np.float32)])
+    powers = 2.0 ** -np.arange(0, 126, dtype=np.float32)
+    fine: Any = np.concatenate([np.linspace(0, 1, 4097, dtype=np.float32), powers])
     table = np.unique(np.asarray(level_set.snap(fine, bits)))
     if levels == "uniform":
         return table
@@ -394,9 +395,10 @@ class _Builder:
 
     def smooth(self, part: _Part, x: str, unit: float) -> str:
         """Smoothing in units of one code: that of TV kinds scales gamma2 with eps."""
-        if part.gamma2 is None:
+        s = part.block.smoothing
+        if part.gamma2 is None or s is None:
             return x
-        s, gamma2 = part.block.smoothing, float(np.asarray(part.gamma2).reshape(()))
+        gamma2 = float(np.asarray(part.gamma2).reshape(()))
         self.in_float(f"{s.kind} smoothing")
         bound = (0.25 if ENERGIES[s.kind].slope_is_one else s.eps / 4) / unit
         gamma2 = gamma2 if ENERGIES[s.kind].slope_is_one else gamma2 / unit
@@ -440,7 +442,9 @@ def _branch(build: _Builder, part: _Part, q: str, stride: int) -> tuple[str, Any
 
 def _symmetric_branch(build: _Builder, part: _Part, q: str, unit: float, hidden_unit: float, names: list[str]):
     """h K^T N1(K x): K is one convolution, or a chain of them whose last ones have no padding."""
-    block, scale = part.block, np.float64(1)
+    block = part.block
+    scale: Any = np.float64(1)
+    d: Any
     sums = q
     for name in names:
         sums, own = build.conv(part, sums, name, padding=None if name == "kernel1" else 0)
@@ -471,8 +475,9 @@ def _basic(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
     q = build.quantize(part, x, 0)
     shortcut = build.shortcut(part, x, q)
     sums, a, b = _branch(build, part, q, block.stride)
-    r, shift = np.float64(unit), np.float64(0)
-    if block.has_projection:
+    r: Any = np.float64(unit)
+    shift: Any = np.float64(0)
+    if isinstance(block, BasicBlock) and block.has_projection:
         shortcut, scale = build.conv(part, shortcut, "shortcut_kernel", stride=block.stride, padding=0)
         r, shift = part.norm("shortcut_norm")
         r = r * scale * unit
@@ -584,7 +589,8 @@ def _simplified(ops: list[Op]) -> tuple[tuple[Op, ...], dict[str, str]]:
     def clips_again(op):
         return (isinstance(op, (Clip, Quantize)) and op.low >= 0) or (isinstance(op, Snap) and not op.signed)
 
-    readers, renamed, kept = consumers(ops), {}, []
+    readers, kept = consumers(ops), []
+    renamed: dict[str, str] = {}
     for op in ops:
         own = readers.get(op.out, [])
         if isinstance(op, Clip) and (op.low, op.high) == (0, math.inf) and own and all(map(clips_again, own)):
@@ -602,5 +608,5 @@ def _simplified(ops: list[Op]) -> tuple[tuple[Op, ...], dict[str, str]]:
 def _renamed(op: Op, names: dict[str, str]) -> Op:
     if isinstance(op, Affine):
         return dataclasses.replace(op, inputs=tuple(names.get(x, x) for x in op.inputs))
-    changed = {f: names[v] for f in ("x", "y") if (v := getattr(op, f, None)) in names}
+    changed: dict[str, Any] = {f: names[v] for f in ("x", "y") if (v := getattr(op, f, None)) in names}
     return dataclasses.replace(op, **changed) if changed else op

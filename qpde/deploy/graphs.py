@@ -65,7 +65,9 @@ class FoldedGraph:
     @property
     def model(self) -> GraphNetwork:
         """The network, whose weights are exact: they are rounded already."""
-        options = {k: _NESTED[k](**v) if k in _NESTED and v is not None else v for k, v in self.options.items()}
+        options: dict[str, Any] = {
+            k: _NESTED[k](**v) if k in _NESTED and v is not None else v for k, v in self.options.items()
+        }
         return GraphNetwork(
             layer=_LAYERS[self.layer](**options),
             depth=self.depth,
@@ -99,7 +101,8 @@ class FoldedGraph:
     def __call__(self, graph: Any, values: dict[str, Any] | None = None) -> jax.Array:
         """Logits of all nodes of a graph."""
         act_bits = jnp.asarray(self.act_bits) if isinstance(self.act_bits, tuple) else self.act_bits
-        return self.model.apply(self.variables(values), graph, bits=Bits(None, act_bits))
+        model: Any = self.model
+        return model.apply(self.variables(values), graph, bits=Bits(None, act_bits))
 
 
 def fold_graph(model: GraphNetwork, variables: Mapping[str, Any], *, bits: Bits | None = None) -> FoldedGraph:
@@ -121,7 +124,7 @@ def fold_graph(model: GraphNetwork, variables: Mapping[str, Any], *, bits: Bits 
         raise ValueError(f"weights of {bits.weights} bits have no code: give one number from 2 to 8, or None")
     if bits.weights is not None and model.layer.levels != "uniform":
         raise ValueError(f"levels={model.layer.levels!r} have no code here: use levels='uniform', or weight_bits=None")
-    params = dict(unfreeze(variables)["params"])
+    params = dict(unfreeze(dict(variables))["params"])
     layer = dict(params["layers"])
     kernels, scales = {}, {}
     clips = np.asarray(layer["weight_clips"]).reshape(model.depth, len(model.layer.kernel_names), -1)
@@ -140,7 +143,7 @@ def fold_graph(model: GraphNetwork, variables: Mapping[str, Any], *, bits: Bits 
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return FoldedGraph(
         layer=type(model.layer).__name__,
-        options={k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()},
+        options={k: dataclasses.asdict(v) if k in _NESTED and v is not None else v for k, v in options.items()},
         depth=model.depth,
         num_classes=model.num_classes,
         act_bits=act_bits,

@@ -145,7 +145,7 @@ def _numpy_conv(op: Conv, kernel: Kernel, x: np.ndarray) -> np.ndarray:
     kh, kw = values.shape[:2]
     x = np.pad(x.astype(np.float64), [(0, 0), (op.padding,) * 2, (op.padding,) * 2, (0, 0)])
     height, width = ((n - k) // op.stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True))
-    out = 0.0
+    out: Any = 0.0
     for i in range(kh):
         for j in range(kw):
             window = x[:, i : i + op.stride * (height - 1) + 1 : op.stride]

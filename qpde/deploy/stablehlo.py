@@ -120,7 +120,7 @@ def _unpacked(folded: Program | FoldedGraph) -> dict[str, Array | np.ndarray]:
     """Kernel values by name: packed constants and the operations that unpack them."""
     return {
         name: unpack_traced(pack(kernel.values, kernel.bits), kernel.bits, kernel.values.shape)
-        if kernel.is_whole
+        if kernel.bits is not None
         else kernel.values
         for name, kernel in folded.kernels.items()
     }

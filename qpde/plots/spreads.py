@@ -233,8 +233,8 @@ def confusion_figure(
     axes.grid(visible=False)
     if number <= NAMED_CLASSES:
         names = [plain(name if len(name) <= 10 else f"{name[:9]}…") for name in classes]
-        slant = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
-        axes.set_xticks(range(number), labels=names, **slant)
+        slanted = max(map(len, names)) > 2
+        axes.set_xticks(range(number), labels=names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
         axes.set_yticks(range(number), labels=names)
         for row, column in np.argwhere(counts):
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=9, color=INK)

@@ -51,7 +51,7 @@ def inline_svg(figure: matplotlib.figure.Figure, *, name: str, label: str) -> st
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", dpi=110, transparent=True, metadata=metadata)
     root = ElementTree.fromstring(buffer.getvalue())
-    ids = {}
+    ids: dict[str, str] = {}
     for element in root.iter():
         _simplify(element)
         for value in element.attrib.values():
@@ -64,8 +64,7 @@ def inline_svg(figure: matplotlib.figure.Figure, *, name: str, label: str) -> st
             element.set("id", ids[own])
         for child in [child for child in element if child.tag == "style"]:
             element.remove(child)
-    box = root.get("viewBox")
-    root.attrib = {"viewBox": box, "role": "img", "aria-label": label, "stroke-linejoin": "round"}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label, "stroke-linejoin": "round"}
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -170,7 +170,10 @@ def test_files_that_cannot_be_read_are_named_and_the_others_predicted(folder, pi
         (["predict", "NET"], "the following arguments are required: FILE: `qpde predict --help` lists the options"),
         (["predict", "NET", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
         (["predict", "NET", "a.png", "--bit", "4"], "unrecognized arguments: --bit 4"),
-        (["predcit", "NET"], "there is no command 'predcit': did you mean 'predict'? choose from ['predict', 'show'"),
+        (
+            ["predcit", "NET"],
+            "there is no command 'predcit': did you mean 'predict'? choose from ['predict',",
+        ),
         (["show", "absent"], "absent holds no trained network"),
     ],
 )
@@ -248,7 +251,7 @@ def test_a_reader_that_has_seen_enough_ends_the_output_silently(folder, pictures
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("qpde ", {"predict", "show"}),
+        ("qpde ", {"predict", "export", "show"}),
         ("qpde predict --for", {"--format"}),
         ("qpde predict --format ", {"table", "csv", "jsonl"}),
     ],

@@ -104,7 +104,7 @@ def _time_limit(seconds: float) -> Iterator[Callable[[], bool]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def watch():
-        if not done.wait(seconds):
+        if _passes(seconds, done):
             over.set()
             while not done.wait(_AGAIN):
                 signal.raise_signal(signal.SIGTERM)
@@ -120,6 +120,11 @@ def _time_limit(seconds: float) -> Iterator[Callable[[], bool]]:
         done.set()
         watcher.join()
         signal.signal(signal.SIGTERM, before)
+
+
+def _passes(seconds: float, done: threading.Event) -> bool:
+    """Wait; whether so many seconds passed before all was done."""
+    return not done.wait(seconds)
 
 
 def document(options: Paper, recipes: Recipes) -> str:

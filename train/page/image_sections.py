@@ -1,7 +1,7 @@
 """The sections for runs on images."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -63,7 +63,7 @@ def sections(
         ]
     found.append(("What is taken for what", _confusion(measured)))
     if low:
-        smoothed = any(m.maps.smoothing is not None for m in low.values())
+        smoothed = any(m.maps is not None and m.maps.smoothing is not None for m in low.values())
         found += [
             ("What is rounded", _inputs(low, stages, every)),
             ("Smoothing" if smoothed else "Feature maps", _maps(low)),
@@ -83,8 +83,10 @@ def _results(results, measured) -> str:
     def has(key):
         return any(_number(result.get(key)) is not None for result in results.values())
 
-    counts = {n: results[n].get("samples") or m.test_count for n, m in measured.items()}
-    rows = [("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values()))]
+    counts = {n: _count(results[n].get("samples")) or m.test_count for n, m in measured.items()}
+    rows: list[tuple[Any, ...]] = [
+        ("parameters, without clips", *(f"{m.cost.parameters:,}" for m in measured.values()))
+    ]
     rows += [
         (label, *(_share(_number(result.get(key)), counts[n]) for n, result in results.items()))
         for label, key in _SHARES
@@ -112,12 +114,16 @@ def _number(value: Any) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value) else None
 
 
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def _share(value: float | None, count: int | None) -> str | tuple[str, str]:
     if value is None:
         return "–"
     if not count:
         return f"{value:.2%}"
-    low, high = wilson(round(value * count), count)
+    low, high = wilson(min(max(round(value * count), 0), count), count)
     return f"{value:.2%}", f"{100 * low:.1f}–{100 * high:.1f}"
 
 
@@ -151,7 +157,7 @@ def _comparison(measured: Mapping[str, Measured]) -> str:
 
 
 def _layer_error(experiment, results, stages, every) -> str:
-    drawn = [
+    drawn: list[tuple[str, str, str, str, Callable]] = [
         ("layer-error", "Absolute error", "rms difference from the twin", "layer_error", np.asarray),
         ("layer-error-relative", "Relative error", "divided by the twin's rms", "relative_layer_error", np.asarray),
         ("sqnr", "SQNR", "dB, more is better", "relative_layer_error", _decibels),

@@ -1,6 +1,7 @@
 """The section that says where the networks of a page come from."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ def section(networks: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, Any
     """HTML: seed, command, commit, device, versions, date and duration; what all networks share stands once.
 
     Args:
-      networks: By name, where it came from: `about` of a `qpde.TrainedNetwork`. It may lack anything.
+      networks: By name, where it came from: `about` of a `qpde.TrainedNetwork`. It may lack or hold anything.
       seconds: By name, how long its training took, or None.
     """
-    rows = [(field, {name: _text(about.get(field)) for name, about in networks.items()}) for field in _FIELDS]
+    known = {name: about if isinstance(about, Mapping) else {} for name, about in networks.items()}
+    rows = [(field, {name: _text(about.get(field)) for name, about in known.items()}) for field in _FIELDS]
     rows.append(("training time", {name: _duration(seconds.get(name)) for name in networks}))
     return facts([(field, _shared(values)) for field, values in rows])
 
@@ -51,7 +53,7 @@ def _text(value: Any) -> str:
 
 
 def _duration(seconds: Any) -> str:
-    if not isinstance(seconds, int | float):
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -166,9 +166,10 @@ def _predictions(finished: Finished, variables, batches: Sequence[Array], images
         logits = [np.asarray(evaluate(model, variables, x, bits)[0]) for x in batches]
         return np.concatenate(logits)[: min(images, count)].argmax(-1)
 
-    stored = (np.concatenate([np.asarray(part) for part in parts])[:images] for parts in zip(*splits, strict=True))
+    pixels = np.concatenate([np.asarray(split.images) for split in splits])[:images]
+    labels = np.concatenate([np.asarray(split.labels) for split in splits])[:images]
     twin = None if bits.activations is None else predicted(finished.at(bits.twin), bits.twin)
-    return Predictions(*stored, predicted(variables, bits), twin)
+    return Predictions(pixels, labels, predicted(variables, bits), twin)
 
 
 def _by_bits(finished, act_bits, images) -> dict[int, Faithfulness]:
@@ -254,7 +255,7 @@ def _treated(x, clip, smoothing, bits, levels, signed):
 
 def _relative(v, rounded) -> float:
     v, rounded = np.asarray(v, np.float64), np.asarray(rounded, np.float64)
-    return float(np.linalg.norm(v - rounded) / max(np.linalg.norm(v), 1e-30))
+    return float(np.linalg.norm(v - rounded) / max(float(np.linalg.norm(v)), 1e-30))
 
 
 def _spread(v) -> tuple[np.ndarray, np.ndarray]:

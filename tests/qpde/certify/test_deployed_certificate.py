@@ -11,7 +11,7 @@ from test_certificate import SEEDS, both, images, network
 from qpde import Bits, deploy
 from qpde.certify import certify, exact_twin
 
-KINDS = ["separate", "plain", "spectral, precise", "mobile, plain"]
+KINDS = ["separate", "plain", "spectral, precise"]
 
 
 def deployed(model, variables, x, bits, *, outer_bits=None, settle=False):

@@ -537,9 +537,10 @@ def test_compare_and_any_bits_measure_what_calls_of_the_network_give(cnn):
     labels = np.arange(6) % 5
     found = measure.compare(model, variables, [(IMAGES, labels)], Bits(3, 3), statistics_batches=[IMAGES])
     assert found.layer_error.shape == (2,)
+    bits = (Bits(3, 32), Bits(3, 3))
     (_, exact), (_, rounded) = (
         model.apply(measure.reestimate_statistics(model, variables, [IMAGES], b), IMAGES, bits=b, return_states=True)
-        for b in (Bits(3, 32), Bits(3, 3))
+        for b in bits
     )
     errors = [np.sqrt(np.mean(np.square(a - b))) for a, b in zip(exact, rounded, strict=True)]
     np.testing.assert_allclose(found.layer_error, errors, rtol=1e-4)

@@ -15,7 +15,7 @@ from train.commands.cli import main
 
 ROOT = Path(__file__).parents[3]
 TINY = registry.Architecture("tiny", BasicBlock, ((8, 8, 2, 1, 1),))
-OPTIONS = ["--epochs", "2", "--batch-size", "16", "--data.size", "12", "--model.name", "resnet20"]
+OPTIONS = ["--only", "plain", "--epochs", "1", "--batch-size", "16", "--data.size", "12"]
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -34,7 +34,6 @@ def home(tmp_path_factory, compiled_once):
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.ARCHITECTURES, "resnet20", TINY)
-        patch.delenv("QPDE_DATA_DIR", raising=False)
         patch.chdir(home)
         config = str(ROOT / "configs/own_pictures.py")  # whose pictures are in the folder of this name
         bits = ["--model.weight-bits", "None", "--model.act-bits", "None"]
@@ -109,10 +108,10 @@ def test_a_folder_whose_pictures_changed_is_noticed(home, tmp_path, capsys):
 
 
 def test_crops_of_road_scenes_go_from_run_to_predict(data_dir, tmp_path, monkeypatch, capsys):
-    runpy.run_path(ROOT / "docs/camvid_crops.py")["cut"](data_dir / "camvid", tmp_path / "crops", most=40)
+    runpy.run_path(ROOT / "docs/camvid_crops.py")["cut"](data_dir / "camvid", tmp_path / "crops", most=60)
     monkeypatch.setitem(registry.ARCHITECTURES, "resnet20", TINY)
     monkeypatch.chdir(tmp_path)
-    options = ["--only", "symmetric", "--epochs", "6", "--batch-size", "32", "--data.name", "folder/crops"]
+    options = ["--only", "symmetric", "--epochs", "15", "--batch-size", "32", "--data.name", "folder/crops"]
     assert main(["run", str(ROOT / "configs/own_pictures.py"), *options]) == 0
     result = json.loads(Path("runs/own_pictures/summary.json").read_text())["variants"]["symmetric"]
     capsys.readouterr()
@@ -121,5 +120,5 @@ def test_crops_of_road_scenes_go_from_run_to_predict(data_dir, tmp_path, monkeyp
     right = np.mean([Path(line["file"]).parent.name == line["class"] for line in lines])
     alike = np.mean([line["class"] == line["twin"] for line in lines])
     assert len(lines) == result["samples"]
-    assert right > 0.4  # six classes
+    assert right > 0.35  # six classes
     np.testing.assert_allclose((right, alike), (result["accuracy"], result["agreement"]), atol=0.01)

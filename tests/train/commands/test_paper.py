@@ -30,7 +30,12 @@ def started(tmp_path, monkeypatch):
     texts = [to_json(dataclasses.replace(EXPERIMENT, name=name)) for name in ("one", "two", "three")]
     lines = ["from train.config.serialize import from_json", f"found = map(from_json, {texts!r})"]
     Path("paper.py").write_text("\n".join([*lines, "recipes = {found.name + '_recipe': found for found in found}", ""]))
-    begun = []
+    begun, waits = [], threading.Event()
+
+    def passes(seconds, done):
+        while not (waits.is_set() or done.wait(0.01)):
+            pass
+        return seconds < 1 and not done.is_set()
 
     def prepare(experiment, *, data_dir, runs_dir):
         def job(console):
@@ -39,6 +44,9 @@ def started(tmp_path, monkeypatch):
                 run.log(variant="symmetric-2", epoch=1)
                 if experiment.name == "two" and slow:
                     with StopRequest() as stop:
+                        waits.set()
+                        if slow[0] == "outside":
+                            os.kill(os.getpid(), signal.SIGTERM)
                         while not stop.signal_number:
                             time.sleep(0.01)
                     raise Interrupted("saved", stop.signal_number)
@@ -46,8 +54,9 @@ def started(tmp_path, monkeypatch):
 
         return job
 
-    slow = [True]
+    slow = ["time"]
     monkeypatch.setattr(paper, "prepare_job", prepare)
+    monkeypatch.setattr(paper, "_passes", passes)
     monkeypatch.setattr(paper, "_AGAIN", 0.05)
     return begun, slow
 
@@ -73,8 +82,7 @@ def test_what_is_finished_is_not_repeated_and_what_did_not_fit_is_listed(started
 
 
 def test_a_signal_from_outside_is_no_end_of_the_time(started, capsys):
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    started[1][:] = ["outside"]
     assert main(["paper", "paper.py"]) == 143
     assert "saved" in capsys.readouterr().err
     assert not Path("runs/paper/results.md").exists()

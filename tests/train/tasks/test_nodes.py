@@ -182,7 +182,7 @@ def test_no_training_on_images_starts_from_a_run_on_a_graph(tmp_path):
     model = qpde.models.pde_gcn(num_classes=3, layers=1, width=2)
     graph = make_task(small_graph()).graph
     shapes = jax.eval_shape(model.init, jax.random.key(0), graph)
-    qpde.save(tmp_path / "symmetric", model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    qpde.save(tmp_path / "symmetric", model, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
     with pytest.raises(ValueError, match="is a run on a graph: give one on images"):
         read_start(tmp_path, "symmetric", Model(), {}, calibrated=False)
 
