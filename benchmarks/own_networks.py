@@ -214,7 +214,6 @@ def run_brevitas(net, data, options):
     from brevitas.graph.calibrate import quantization_status_manager
 
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     unet, vit = brevitas_networks()
     size, channels = data["train"][0].shape[2:]
     model = unet(channels) if isinstance(net, UNet) else vit(channels, size, net.patch)

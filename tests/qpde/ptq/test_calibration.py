@@ -230,7 +230,7 @@ def test_scales_that_are_not_free_are_left_alone():
     assert activations(norm="tied") == set()
     assert activations(norm="spectral") == set()
     assert activations(symmetric=False, smoothing=models.Smoothing()) == set()
-    with pytest.raises(ValueError, match="GraphNetwork has no norms"):
+    with pytest.raises(ValueError, match="of GraphNetwork it is not known which norm"):
         equalize(models.create("gcn", num_classes=3), {}, [])
     with pytest.raises(ValueError, match="empty"):
         equalize(*trained(symmetric=False), [])
