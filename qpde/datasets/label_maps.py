@@ -163,7 +163,7 @@ def _read(path: Path, mode: str, size: tuple[int, int] | None) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError("images are decoded by pillow: pip install 'qpde[train]'") from error
+        raise ImportError("images are decoded by pillow, which is missing: pip install pillow") from error
     try:
         with Image.open(path) as file:
             image: Image.Image = file
