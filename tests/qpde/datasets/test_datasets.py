@@ -710,7 +710,7 @@ def test_camvid_maps_must_have_the_size_of_their_images(camvid_folder):
 
 def test_missing_pillow_is_explained(camvid_folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match="pip install pillow"):
         load_camvid(camvid_folder)
 
 

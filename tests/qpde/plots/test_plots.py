@@ -106,9 +106,9 @@ def test_bad_curves_are_named_and_nothing_is_written(tmp_path, curves, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_matplotlib_names_the_extra(monkeypatch):
+def test_missing_matplotlib_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"qpde\[train\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         layer_error_figure(ABSOLUTE)
 
 
