@@ -124,7 +124,7 @@ class TrainedNetwork:
         if len(inputs) == 0:
             return np.zeros((0, *self._pixels(inputs), len(self.classes)), np.float32)
         # Batches of a power of two, so that few programs serve every number of images.
-        of_image = math.prod(self._pixels(inputs)) * self.model.num_classes
+        of_image = math.prod(self._pixels(inputs)) * len(self.classes)
         fits = 1 << max(0, (_LARGEST_LOGITS // of_image).bit_length() - 1)
         size = min(_LARGEST_BATCH, fits, 1 << (len(inputs) - 1).bit_length())
         found = []
