@@ -5,9 +5,7 @@ or not at all, so there is nothing to clean up, and an exception in the midst of
 leave by pages of traceback.
 """
 
-import os
 import signal
-import socket
 import threading
 from typing import Self
 
@@ -41,9 +39,6 @@ class StopRequest:
     A signal that the process ignores, as a background job of a shell ignores SIGINT, stays ignored.  Outside the main
     thread, where Python receives no signals, nothing is noted.
 
-    While the main thread is in a compiler, Python hears of no signal until that returns, which can take minutes. The
-    system writes each one to a socket meanwhile, and a thread ends the process at the second.
-
     Attributes:
       signal_number: Number of the signal, None before it.
     """
@@ -51,14 +46,12 @@ class StopRequest:
     def __init__(self):
         self.signal_number: int | None = None
         self._before = {}
-        self._told: socket.socket | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
-            self._listen([number for number, before in self._before.items() if before is signal.SIG_DFL])
         return self
 
     def __exit__(self, *_) -> None:
@@ -68,32 +61,6 @@ class StopRequest:
         self.signal_number = number
         self._restore()
 
-    def _listen(self, deadly: list[int]) -> None:
-        """Starts the thread that ends the process at the second of these signals, unless another one listens."""
-        told, heard = socket.socketpair()
-        told.setblocking(False)
-        if (other := signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)) != -1:
-            signal.set_wakeup_fd(other)
-            told.close()
-            heard.close()
-            return
-        self._told = told
-        threading.Thread(target=_end_at_the_second, args=(heard, deadly), daemon=True).start()
-
     def _restore(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
-        if self._told is not None:
-            signal.set_wakeup_fd(-1)
-            self._told.close()  # which ends the thread
-            self._told = None
-
-
-def _end_at_the_second(heard: socket.socket, deadly: list[int]) -> None:
-    """Ends the process quietly when two of these signals have come and Python has not answered the first."""
-    with heard:
-        count = 0
-        while number := heard.recv(1):
-            count += number[0] in deadly
-            if count == 2:
-                os._exit(128 + number[0])
