@@ -67,7 +67,7 @@ def export(
         image_size = tuple(network.input_shape[:2])
     _check(formats, isinstance(network.model, GraphNetwork), image_size, graph_size)
     if not getattr(network.model, "is_chain", True):
-        _check_plain(network.model, formats, settle=settle, outer_bits=outer_bits)
+        _check_plain(network.model, list(formats), settle=settle, outer_bits=outer_bits)
         assert image_size is not None, "`_check` asks for it"
         program = export_network(network.model, network.variables, image_size, bits=bits)
         return [write_whole(Path(folder) / FORMATS["stablehlo"], bytes(program.serialize()))]

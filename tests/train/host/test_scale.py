@@ -97,7 +97,7 @@ def _trained(model, *, devices=1, accumulate=1):
 
     def prepare(key, images, labels):
         noise = jax.random.normal(key, images.shape)
-        return images.astype(jnp.float32) / 128 - 1 + 0.1 * noise, jax.nn.one_hot(labels, 3)
+        return images.astype(jnp.float32) / 128 - 1 + 0.1 * noise, jax.nn.one_hot(labels, 3), labels
 
     optimizer = optax.sgd(0.1, momentum=0.9)
     variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
