@@ -45,7 +45,7 @@ FAULTS = {
     "a null byte": ("x = 1\0\n", "tiny.py"),
     "no recipes": (
         "x = 1\n",
-        "tiny.py must define `recipes`, a dictionary from names to Experiment or GraphExperiment",
+        "tiny.py must define `recipes`, a dictionary from names to Experiment or ",
     ),
     "a type": (GOOD.replace('"a", ', '"a", epochs=3.5, variants='), "tiny.py, recipe 'fast': not an experiment of "),
     "a choice": (
