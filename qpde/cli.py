@@ -7,12 +7,13 @@ Each command imports what it needs when it runs, so that help and completion ans
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from qpde.suggestions import did_you_mean
 
 WIDTH = 80
 """Columns of a plain terminal."""
@@ -197,9 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        return _fail(f"there is no command {name!r}: {meant}choose from {list(COMMANDS)}")
+        return _fail(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose from {list(COMMANDS)}")
     parser = Parser(prog=f"qpde {name}", description=COMMANDS[name].summary)
     try:
         COMMANDS[name].add_arguments(parser)

@@ -28,6 +28,7 @@ from jaxtyping import Array
 from qpde.batches import read_batch
 from qpde.bits import Bits
 from qpde.checks import check_variables
+from qpde.files import write_whole
 from qpde.graphs import from_edges
 from qpde.models.graphs.layers import (
     AttentionLayer,
@@ -218,8 +219,8 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)  # never a description beside weights that are not its own
-    _write(folder / WEIGHTS, weights)
-    _write(folder / DESCRIPTION, text.encode())
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / DESCRIPTION, text.encode())
     return folder
 
 
@@ -434,10 +435,3 @@ def _shapes_of(model: Any, x: Any) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     leaves = jax.tree_util.tree_leaves_with_path({"params": shapes})
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)

@@ -36,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every annotated function of qpde checks its arguments' shapes and dtypes while the tests run, and only then.
 install_import_hook("qpde", "beartype.beartype")
 
-settings.register_profile("qpde", deadline=None, max_examples=10, derandomize=True)
+settings.register_profile("qpde", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("qpde")
 
 

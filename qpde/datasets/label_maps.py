@@ -20,8 +20,8 @@ _OUTSIDE = np.iinfo(np.int16).min
 def load_label_maps(root: str | PathLike[str], *, size: tuple[int, int] | None = None) -> Images:
     """Read a folder of one's own images and label maps.
 
-    It holds classes.txt, a name a line, and train, validation and test with images and labels each; or images and
-    labels alone, of which every tenth pair is for validation and every tenth for testing:
+    It holds classes.txt, a name a line, and train, validation (or val, valid) and test with images and labels each; or
+    images and labels alone, of which every tenth pair is for validation and every tenth for testing:
 
         classes.txt
         train/images/a.jpg    train/labels/a.png    validation/...    test/...
@@ -54,9 +54,7 @@ def load_label_maps(root: str | PathLike[str], *, size: tuple[int, int] | None =
         if not all(chosen):
             raise ValueError(f"{root / 'images'} has {len(pairs)} images: give at least 10, or train, validation, test")
     else:
-        chosen = [
-            find_pairs(root / part / "images", root / part / "labels") for part in ("train", "validation", "test")
-        ]
+        chosen = [find_pairs(folder / "images", folder / "labels") for folder in _parts(root)]
     return as_images([read_pairs(pairs, table, size=size) for pairs in chosen], classes, where=root)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qpde.deploy.files import write_whole
 from qpde.deploy.folded import Folded
 from qpde.deploy.packing import pack
 from qpde.deploy.program import (
@@ -36,6 +35,7 @@ from qpde.deploy.program import (
     consumers,
     whole_bounds,
 )
+from qpde.files import write_whole
 
 __all__ = ["c_source", "save_c"]
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from qpde.bits import Bits, parse_bits
 from qpde.deploy.export import FORMATS, fold_network, make_formats
-from qpde.deploy.files import theoretical_bytes, write_whole
+from qpde.deploy.files import theoretical_bytes
 from qpde.deploy.folded import Folded
 from qpde.deploy.graphs import FoldedGraph
 from qpde.deploy.settle import margins
+from qpde.files import write_whole
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.trained import TrainedNetwork, load
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from qpde.bits import Bits
 from qpde.deploy.c import c_source
-from qpde.deploy.files import packed_bytes, write_whole
+from qpde.deploy.files import packed_bytes
 from qpde.deploy.folded import Folded, fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.onnx import onnx_model, require
 from qpde.deploy.settle import settle as settled
 from qpde.deploy.stablehlo import export_network, stablehlo_bytes
+from qpde.files import write_whole
 from qpde.models.clips import converge_norms
 from qpde.models.graphs.networks import GraphNetwork
 

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import typing
 import zlib
 from pathlib import Path
@@ -29,32 +28,13 @@ from qpde.deploy import program
 from qpde.deploy.folded import Folded, Note, State
 from qpde.deploy.graphs import FoldedGraph
 from qpde.deploy.packing import PACKED_BITS, pack, packed_size, unpack
+from qpde.files import write_whole
 
-__all__ = ["load_packed", "packed_bytes", "save_packed", "theoretical_bytes", "write_whole"]
+__all__ = ["load_packed", "packed_bytes", "save_packed", "seal", "theoretical_bytes", "unseal"]
 
 FORMAT = "qpde packed network 1"
 _LARGEST_PROGRAM = 2**26  # bytes, inflated
 _OPS = {op.__name__: op for op in typing.get_args(program.Op)}
-
-
-def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write a file whole or not at all.
-
-    Args:
-      path: Of the file. Its folder is made if there is none.
-      data: Its content.
-    Returns:
-      The path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def save_packed(path: str | Path, folded: Folded | FoldedGraph) -> Path:
@@ -86,8 +66,7 @@ def packed_bytes(folded: Folded | FoldedGraph) -> bytes:
     description = {"kind": type(folded).__name__, "network": _described(folded, arrays)}
     text = json.dumps(description, separators=(",", ":")).encode()
     tensors = {"program": np.frombuffer(zlib.compress(text, 9), np.uint8), **arrays.tensors()}
-    metadata = {"format": FORMAT, "sha256": _digest(tensors)}
-    return safetensors.numpy.save(tensors, metadata)
+    return seal(tensors, FORMAT)
 
 
 def load_packed(path: str | Path) -> Folded | FoldedGraph:
@@ -101,6 +80,38 @@ def load_packed(path: str | Path) -> Folded | FoldedGraph:
       ValueError: The file is no packed network, or was cut, altered or padded; the message names it.
       FileNotFoundError: There is no such file.
     """
+    tensors, _ = unseal(path, FORMAT, "packed network")
+    try:
+        return _read(tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a network: {error}") from None
+
+
+def seal(tensors: dict[str, np.ndarray], form: str, network: str | None = None) -> bytes:
+    """Content of a safetensors file that holds the digest of its tensors.
+
+    Args:
+      tensors: The tensors.
+      form: Name of the format.
+      network: Description of the network, where it is no tensor.
+    """
+    metadata = {"format": form} if network is None else {"format": form, "network": network}
+    return safetensors.numpy.save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
+
+
+def unseal(path: str | Path, form: str, what: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a file with content of `seal`.
+
+    Args:
+      path: Path of the file.
+      form: Name of its format.
+      what: What a file of this format is, for messages.
+    Returns:
+      Tensors and metadata.
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: The file is of another format, or was cut, altered or padded; the message names it.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -110,18 +121,16 @@ def load_packed(path: str | Path) -> Folded | FoldedGraph:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or was cut or padded: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no packed network of qpde: format {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("sha256") != _digest(tensors):
+    if metadata.get("format") != form:
+        raise ValueError(f"{path} is no {what} of qpde: format {metadata.get('format')!r}, not {form!r}")
+    if metadata.get("sha256") != _digest(tensors, metadata):
         raise ValueError(f"{path} was altered: its content does not have the digest that it states")
-    try:
-        return _read(tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a network: {error}") from None
+    return tensors, metadata
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(FORMAT.encode())
+def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """SHA-256 of the tensors behind the description, or the format where that is a tensor."""
+    digest = hashlib.sha256(metadata.get("network", metadata["format"]).encode())
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(f"{name} {array.dtype} {array.shape};".encode())

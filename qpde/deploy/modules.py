@@ -12,7 +12,6 @@ in float32, as they are in training: a user's module may do anything between its
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax import export
 
 from qpde.bits import Bits
-from qpde.deploy.files import write_whole
+from qpde.deploy.files import seal, unseal
 from qpde.deploy.packing import PACKED_BITS, pack, packed_size, unpack, unpack_traced
 from qpde.deploy.stablehlo import PLATFORMS
+from qpde.files import write_whole
 
 __all__ = ["PackedKernel", "PackedModule", "export_module", "load_module", "pack_module", "save_module"]
 
@@ -149,9 +147,7 @@ def save_module(path: str | Path, packed: PackedModule) -> Path:
         "act_bits": packed.act_bits,
         "signs": packed.signs,
     }
-    text = json.dumps(described)
-    metadata = {"format": FORMAT, "network": text, "sha256": _digest(text, tensors)}
-    return write_whole(path, safetensors.numpy.save(tensors, metadata))
+    return write_whole(path, seal(tensors, FORMAT, json.dumps(described)))
 
 
 def load_module(path: str | Path) -> PackedModule:
@@ -165,19 +161,7 @@ def load_module(path: str | Path) -> PackedModule:
       FileNotFoundError: There is no such file.
       ValueError: The file is no packed module, or was cut, altered or padded; the message names it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or was cut or padded: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no packed module of qpde: format {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("sha256") != _digest(metadata.get("network", ""), tensors):
-        raise ValueError(f"{path} was altered: its content does not have the digest that it states")
+    tensors, metadata = unseal(path, FORMAT, "packed module")
     try:
         return _read(json.loads(metadata["network"]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -229,14 +213,6 @@ def _read(described, tensors):
         tuple(act_bits) if isinstance(act_bits, list) else act_bits,
         tuple((str(path), bool(sign)) for path, sign in described["signs"]),
     )
-
-
-def _digest(text: str, tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape};".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return digest.hexdigest()
 
 
 def _flat(variables: Any) -> dict[str, Any]:

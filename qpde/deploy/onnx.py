@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from qpde.deploy.files import write_whole
 from qpde.deploy.folded import Folded
 from qpde.deploy.packing import pack
 from qpde.deploy.program import (
@@ -43,6 +42,7 @@ from qpde.deploy.program import (
     accumulator_bound,
     consumers,
 )
+from qpde.files import write_whole
 
 __all__ = ["OPENVINO_OPTIONS", "onnx_model", "require", "save_onnx"]
 

@@ -20,12 +20,12 @@ from jax import export
 from jaxtyping import Array
 
 from qpde.bits import Bits
-from qpde.deploy.files import write_whole
 from qpde.deploy.folded import Folded
 from qpde.deploy.graphs import FoldedGraph
 from qpde.deploy.integer import evaluate
 from qpde.deploy.packing import pack, unpack_traced
 from qpde.deploy.program import Program
+from qpde.files import write_whole
 from qpde.models.images.network import Network
 
 __all__ = ["PLATFORMS", "export_graph", "export_images", "export_network", "save_stablehlo", "stablehlo_bytes"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from qpde import stencils
 from qpde.bits import LARGEST_BITS, SMALLEST_BITS
 from qpde.quantizers import LEVEL_SETS, Levels
+from qpde.suggestions import did_you_mean
 
 __all__ = ["BlockOptions", "NetworkOptions", "Smoothing"]
 
@@ -155,9 +155,7 @@ def check_choices(options: dict[str, Any]) -> None:
 def check_known(what: str, value: Any, valid: Any) -> None:
     """ValueError for a value that is none of the valid ones; lists them."""
     if value not in valid:
-        near = difflib.get_close_matches(str(value), list(valid), n=1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {what} {value!r}; {meant}valid: {', '.join(valid)}")
+        raise ValueError(f"unknown {what} {value!r}; {did_you_mean(str(value), valid)}valid: {', '.join(valid)}")
 
 
 def _checked_clip_bits(bits, weight_bits, act_bits):

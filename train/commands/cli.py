@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 from rich.console import Console
 
+from qpde.suggestions import did_you_mean
 from train.commands.budget import Budget, prepare_budget
 from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
@@ -25,7 +26,6 @@ from train.commands.sweep import Sweep, prepare_sweep
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.recipe_files import load_recipes
-from train.config.suggestions import did_you_mean
 from train.data.records import DataError
 from train.host.console import quiet_libraries
 from train.host.distributed import is_first, join

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from qpde.suggestions import did_you_mean
 from train.commands.options import parse
-from train.config.suggestions import did_you_mean
 from train.data.resident import data_root
 from train.data.tfds_records import PREFIX, find_builder
 

@@ -19,7 +19,7 @@ import qpde
 from qpde import deploy
 from qpde.bits import Bits, parse_bits
 from qpde.deploy.command import make_files, shown_margins, write_files
-from qpde.deploy.files import write_whole
+from qpde.files import write_whole
 from train.config.images import Experiment, check_at_least
 from train.data.fingerprint import fingerprint_of
 from train.host.console import print_table

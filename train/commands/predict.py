@@ -9,7 +9,7 @@ from rich.console import Console
 import qpde
 from qpde.cli import Parser, add_prediction_arguments, maps_of, predictors_of
 from qpde.predictions import predict_files
-from train.config.suggestions import did_you_mean
+from qpde.suggestions import did_you_mean
 from train.runs.directory import read_experiment, read_results
 
 _DESCRIPTION = "Predict the classes of pictures with the networks of a finished run, one beside the other."

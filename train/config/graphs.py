@@ -8,8 +8,8 @@ import tyro
 
 from qpde.models import GraphSmoothing
 from qpde.quantizers import Levels
+from qpde.suggestions import did_you_mean
 from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
-from train.config.suggestions import did_you_mean
 
 GRAPHS = ("digits", "cora", "citeseer", "pubmed")
 

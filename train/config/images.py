@@ -15,7 +15,7 @@ import tyro
 
 from qpde.models import NetworkOptions, Smoothing
 from qpde.pictures import CENTRE
-from train.config.suggestions import did_you_mean
+from qpde.suggestions import did_you_mean
 
 _LARGEST = 2**31 - 1
 """Of an int32, which is what counts on the device."""

@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+from qpde.suggestions import did_you_mean
 from train.config import graphs, images, segmentation
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.serialize import EXPERIMENTS, from_json, to_json
-from train.config.suggestions import did_you_mean
 
 
 def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperiment]:

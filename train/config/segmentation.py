@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qpde.suggestions import did_you_mean
 from train.config.images import FOLDER, Experiment, Loss, Model, check_at_least
-from train.config.suggestions import did_you_mean
 
 SETS = ("camvid", "cityscapes", "tfds/cityscapes/semantic_segmentation")
 
@@ -22,7 +22,8 @@ class SegmentationData:
     size: tuple[int, int] | None = None
     """Height and width that images and label maps are resized to as they are read. None: as they are."""
     crop: tuple[int, int] | None = None
-    """Height and width of the part that training sees of each image. None: the whole."""
+    """Height and width of the part that training sees of each image. None: the whole. In parts that are small for the
+    dilation of the network, its outer taps meet only the border and stay untrained."""
     smallest_scale: float = 0.75
     """Each training image is enlarged by a random factor, from this one on."""
     largest_scale: float = 1.5

@@ -6,10 +6,10 @@ import json
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from qpde.suggestions import did_you_mean
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.segmentation import SegmentationExperiment
-from train.config.suggestions import did_you_mean
 
 EXPERIMENTS = {"images": Experiment, "segmentation": SegmentationExperiment, "graph": GraphExperiment}
 """Every kind of experiment, by the name that its JSON text carries."""

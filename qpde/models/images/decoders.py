@@ -116,26 +116,16 @@ class SeparableBlock(_DecoderBlock):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PooledBlock(_DecoderBlock):
+class PooledBlock(ConvBlock):
     """The mean over all pixels, a 1x1 convolution, norm and ReLU: the context of the whole image, as one pixel."""
 
-    act_count = 1
+    taps: int = 1
 
     def output_size(self, height, width):
         return 1, 1
 
-    def kernel_shapes(self):
-        return {"kernel1": (1, 1, self.width_in, self.width_out)}
-
-    def norm_widths(self):
-        return {"norm1": self.width_out}
-
-    @property
-    def scalings(self):
-        return self._activation_scalings(Scaling("norm1", "kernel1"))
-
     def macs(self, height, width):
-        return {"kernel1": self.width_in * self.width_out}
+        return super().macs(1, 1)
 
     def _plain_bound(self, factors, first, radii, size):
         norm = conv_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])

@@ -226,11 +226,6 @@ class Network(nn.Module):
         return tuple(itertools.chain(*self.stages))
 
     @property
-    def follows(self) -> list[bool]:
-        """Whether a block takes the output of the block before it, for every block in order."""
-        return [i > 0 for i in range(len(self.blocks))]
-
-    @property
     def stacks(self) -> list[tuple[str, str, Block, int]]:
         """All blocks in order, as their parameters are stacked: (stage, name, block, count)."""
         firsts = itertools.accumulate(map(len, self.stages), initial=0)

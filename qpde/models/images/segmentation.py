@@ -226,14 +226,6 @@ class SegmentationNetwork(Network):
     def stage_names(self) -> list[str]:
         return [layer.name for layer in self.layers]
 
-    @property
-    def follows(self) -> list[bool]:
-        found, before = [], None
-        for name, sources, blocks in self.layers:
-            found += [list(sources) == [before], *[True] * (len(blocks) - 1)]
-            before = name
-        return found
-
     def stem_parts(self, channels: int = 3) -> list[tuple[str, ExactConv]]:
         width, stride = self.architecture.stages[0][0], self.architecture.stem_stride
         first = ("stem", ExactConv(channels, width, 3, "conv1", "bn1", min(stride, 2)))

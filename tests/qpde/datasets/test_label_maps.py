@@ -90,8 +90,9 @@ def own_folder(root, parts=("train", "validation", "test"), count=2):
     return root
 
 
-def test_a_folder_of_ones_own_has_classes_by_name_and_255_for_no_class(tmp_path):
-    data = load_label_maps(own_folder(tmp_path))
+@pytest.mark.parametrize("validation", ["validation", "val", "valid"])
+def test_a_folder_of_ones_own_has_classes_by_name_and_255_for_no_class(tmp_path, validation):
+    data = load_label_maps(own_folder(tmp_path, parts=("train", validation, "test")))
     assert data.classes == ("ground", "plant")
     assert [len(part.images) for part in (data.train, data.validation, data.test)] == [2, 2, 2]
     np.testing.assert_array_equal(data.test.labels[:, 1, 1], [0, 1])

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from qpde.suggestions import did_you_mean
 from train.commands.sweep import Sweep, prepare_sweep
 from train.config.graphs import GraphData, GraphExperiment, GraphVariant
 from train.config.images import Experiment, Model, Variant
 from train.config.serialize import from_json, to_json
-from train.config.suggestions import did_you_mean
 from train.steps.state import RANDOM
 
 IMAGES = Experiment("a", (Variant("plain"),))

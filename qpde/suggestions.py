@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+__all__ = ["did_you_mean"]
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "did you mean 'KNOWN'? ", ready to be followed by the whole list, or nothing where no name is near.
