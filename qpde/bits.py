@@ -1,4 +1,4 @@
-"""The widths a network runs at."""
+"""Bits that a network runs at."""
 
 import re
 from collections.abc import Sequence
@@ -8,18 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["EXACT_BITS", "LARGEST_BITS", "SMALLEST_BITS", "Bits", "distinct_bits", "parse_bits", "stack_bits"]
+__all__ = [
+    "EXACT_BITS",
+    "EXACT_LIMIT",
+    "LARGEST_BITS",
+    "SMALLEST_BITS",
+    "Bits",
+    "distinct_bits",
+    "parse_bits",
+    "stack_bits",
+]
 
 SMALLEST_BITS, LARGEST_BITS = 2, 32
 EXACT_BITS = 16
 """From here on a quantizer clips and rounds nothing."""
 
+EXACT_LIMIT = 2**24
+"""Whole numbers below it are exact in float32, and so are their sums in any order."""
+
 
 class Bits(NamedTuple):
-    """Widths of a network's quantizers; a pytree, so its values may be traced and changing them never recompiles.
+    """Bits of a network's quantizers: a pytree, whose values may be traced, so that changing them never recompiles.
 
     `None` takes a quantizer out (exact weights, unclipped activations). A scalar holds for every block; an
-    array with one value per block gives each block its own. Widths are 2 to 32; from 16 on a quantizer
+    array with one value per block gives each block its own. Bits are 2 to 32; from 16 on a quantizer
     clips and does not round, which makes the `twin` of a network.
 
     Attributes:
@@ -56,7 +68,7 @@ def stack_bits(rows: Sequence[Bits]) -> Bits:
         values for different numbers of blocks.
     """
     if not rows:
-        raise ValueError("there are no widths: give at least one qpde.Bits")
+        raise ValueError("there are no bits: give at least one qpde.Bits")
     return Bits(*(_stack_part(name, [getattr(row, name) for row in rows]) for name in Bits._fields))
 
 
@@ -86,11 +98,11 @@ def parse_bits(text: str) -> Bits:
     """
     found = re.fullmatch(r"W(\d+)A(\d+)|(\d+)", text)
     if not found:
-        raise ValueError(f"widths {text!r} are neither like W4A8 nor a number of bits")
+        raise ValueError(f"bits {text!r} are neither like W4A8 nor a number of bits")
     weights, activations, both = found.groups()
     bits = Bits(*(int(width) for width in ((both, both) if both else (weights, activations))))
     if not all(2 <= width <= 32 for width in bits):
-        raise ValueError(f"widths {text!r} must lie in 2 to 32 bits")
+        raise ValueError(f"bits {text!r} must lie in 2 to 32 bits")
     return bits
 
 

@@ -154,7 +154,8 @@ def _lines(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{name}: {', '.join(_lines(inner))}" for name, inner in value.items()] or ["-"]
     if not isinstance(value, list | tuple):
-        return ["-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)]
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        return ["-" if value is None else f"{value:,}" if is_count else str(value)]
     lines = [""]
     for word in map(str, value):
         longer = f"{lines[-1]}, {word}" if lines[-1] else word

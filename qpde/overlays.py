@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qpde.bits import Bits
-from qpde.pictures import find_files, open_picture, resized, seen_size
+from qpde.pictures import list_pictures, open_picture, resized, seen_size, shown
 from qpde.trained import TrainedNetwork
 
 __all__ = ["class_colours", "overlay", "write_maps"]
@@ -83,19 +83,21 @@ def write_maps(
     if shape is None or shape[2] != 3:
         raise ValueError(f"this network takes inputs of shape {shape}: save it with input_shape=(height, width, 3)")
     out, errors, folder = out or sys.stdout, errors or sys.stderr, Path(folder)
-    paths = [found for path in map(Path, files) for found in (find_files(path) if path.is_dir() else [path])]
+    paths, empty = list_pictures(files)
+    for path in empty:
+        print(f"error: {shown(path)} has no pictures below it", file=errors)
     folder.mkdir(parents=True, exist_ok=True)
-    status = 0
+    status = 1 if empty else 0
     for number, name in enumerate(_distinct(paths)):
         try:
             seen, pixels = _read(paths[number], shape)
         except OSError as error:
-            print(f"error: {paths[number]} cannot be read: {error.strerror or error}", file=errors)
+            print(f"error: {shown(paths[number])} cannot be read: {error.strerror or error}", file=errors)
             status = 1
             continue
         labels = network.predict(pixels[None], bits=bits)[0]
         _write(folder / name, seen, labels, len(network.classes))
-        print(f"{paths[number]}  {_shares(labels, network.classes)}", file=out)
+        print(f"{shown(paths[number])}  {_shares(labels, network.classes)}", file=out)
     return status
 
 
@@ -127,9 +129,13 @@ def _shares(labels: np.ndarray, classes: Sequence[str]) -> str:
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
     """A name for each picture: its own, with a number where two have the same."""
-    seen: dict[str, int] = {}
-    names = []
+    names: list[str] = []
+    taken: set[str] = set()
     for path in paths:
-        count = seen[path.stem] = seen.get(path.stem, 0) + 1
-        names.append(path.stem if count == 1 else f"{path.stem}_{count}")
+        name, count = path.stem, 1
+        while name in taken:
+            count += 1
+            name = f"{path.stem}_{count}"
+        taken.add(name)
+        names.append(name)
     return names

@@ -6,14 +6,25 @@ colours, transparent parts on white, 16 bits of grey with 65535 as white, the fi
 
 import io
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CENTRE", "SUFFIXES", "centre_crop", "find_files", "open_picture", "read_picture", "resized"]
+__all__ = [
+    "CENTRE",
+    "SUFFIXES",
+    "centre_crop",
+    "find_files",
+    "list_pictures",
+    "open_picture",
+    "read_picture",
+    "resized",
+    "shown",
+]
 
 CENTRE = 224 / 256
 """Share of a photograph's short side that the usual evaluation looks at."""
@@ -38,6 +49,29 @@ def find_files(folder: str | PathLike[str]) -> list[Path]:
     folder = Path(folder)
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
     return sorted(path for path in found if not is_hidden(path.relative_to(folder)) and not path.is_dir())
+
+
+def list_pictures(files: Sequence[str | PathLike[str]]) -> tuple[list[Path], list[Path]]:
+    """List all pictures, and the folders without any.
+
+    Args:
+      files: Pictures, and folders, of which all pictures below are taken.
+    """
+    paths, empty = [], []
+    for path in map(Path, files):
+        below = find_files(path) if path.is_dir() else [path]
+        paths += below
+        empty += [] if below else [path]
+    return paths, empty
+
+
+def shown(path: Path) -> str:
+    """Return the path as text that every terminal and encoding takes.
+
+    Args:
+      path: Path of a file.
+    """
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def is_hidden(path: Path) -> bool:
@@ -139,7 +173,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("pictures are read by Pillow: install the extra [pictures]") from error
+        raise ImportError("pictures are read by pillow, which is missing: pip install pillow") from error
     return Image
 
 

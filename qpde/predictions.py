@@ -23,7 +23,7 @@ from qpde.certify import certify, exact_twin, step_bounds
 from qpde.certify.step_bounds import check_model
 from qpde.models import converge_norms
 from qpde.models.images.network import Network
-from qpde.pictures import find_files, read_picture
+from qpde.pictures import list_pictures, read_picture, shown
 from qpde.trained import TrainedNetwork
 
 __all__ = ["FORMATS", "Prediction", "Predictor", "predict_files"]
@@ -200,10 +200,10 @@ def predict_files(
         raise ValueError("the networks take inputs of different shapes: predict with one at a time")
     ((shape, centre),) = seen
     out, errors = out or sys.stdout, errors or sys.stderr
-    paths, failed = _pictures(files)
+    paths, failed = list_pictures(files)
     for path in failed:
-        print(f"error: {_shown(path)} has no pictures below it", file=errors)
-    write = _Writer(form, predictors, [_shown(path) for path in paths], out)
+        print(f"error: {shown(path)} has no pictures below it", file=errors)
+    write = _Writer(form, predictors, [shown(path) for path in paths], out)
     status = 1 if failed else 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for start in range(0, len(paths), _BATCH):
@@ -212,25 +212,15 @@ def predict_files(
             for path, pixels in zip(batch, read, strict=True):
                 if isinstance(pixels, OSError):
                     status = 1
-                    print(f"error: {_shown(path)} cannot be read: {pixels.strerror or pixels}", file=errors)
+                    print(f"error: {shown(path)} cannot be read: {pixels.strerror or pixels}", file=errors)
             good = [(path, pixels) for path, pixels in zip(batch, read, strict=True) if not isinstance(pixels, OSError)]
             if good:
                 images = np.stack([pixels for _, pixels in good])
                 found = {name: predictor(images) for name, predictor in predictors.items()}
                 for i, (path, _) in enumerate(good):
-                    write.line(_shown(path), {name: own[i] for name, own in found.items()})
+                    write.line(shown(path), {name: own[i] for name, own in found.items()})
             out.flush()
     return status
-
-
-def _pictures(files: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[Path]]:
-    """All pictures, and the folders without any."""
-    paths, failed = [], []
-    for path in map(Path, files):
-        below = find_files(path) if path.is_dir() else [path]
-        paths += below
-        failed += [] if below else [path]
-    return paths, failed
 
 
 def _read(path: Path, shape: tuple[int, int, int], centre: float) -> np.ndarray | OSError:
@@ -238,11 +228,6 @@ def _read(path: Path, shape: tuple[int, int, int], centre: float) -> np.ndarray 
         return read_picture(path, shape, centre=centre)
     except OSError as error:
         return error
-
-
-def _shown(path: Path) -> str:
-    """The path as text that every terminal and encoder takes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 class _Writer:

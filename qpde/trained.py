@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.core import unfreeze
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from qpde.batches import read_batch
@@ -271,10 +272,11 @@ def load(folder: str | Path, *, model: QuantizedNetwork | None = None) -> Traine
         raise ValueError(f"{path} describes no network that this qpde knows: {error}") from None
     _check_shapes(model, tensors, str(weights), shape)
     check_variables(tensors, str(weights))
-    count = _num_classes(model, _nested(tensors), shape)
+    variables = _nested(tensors)
+    count = _num_classes(model, variables, shape)
     if len(classes) != count:
         raise ValueError(f"{path} names {len(classes)} classes of a network that has {count}")
-    return TrainedNetwork(model, _nested(tensors), classes, shape, mean, std, centre, about)
+    return TrainedNetwork(model, variables, classes, shape, mean, std, centre, about)
 
 
 def weights_digest(folder: str | Path) -> str | None:
@@ -303,12 +305,17 @@ def _moments(name: str, values: Any, model: Any, tensors: dict[str, np.ndarray])
     return found.tolist()
 
 
+def _one_input(model: Any, input_shape: Sequence[int] | None) -> jax.ShapeDtypeStruct:
+    """A batch of one input of a network of `qpde.quantized`, by its shape."""
+    if input_shape is None:
+        raise ValueError(f"{type(model).__name__} does not say what it takes: give `input_shape`, that of one input")
+    return jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+
+
 def _num_classes(model: Any, variables: Mapping[str, Any], input_shape: Sequence[int] | None) -> int:
     if hasattr(model, "num_classes"):
         return model.num_classes
-    if input_shape is None:
-        raise ValueError(f"{type(model).__name__} does not say what it takes: give `input_shape`, that of one input")
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    x = _one_input(model, input_shape)
     return jax.eval_shape(lambda variables, x: model.apply(variables, x, bits=Bits()), variables, x).shape[-1]
 
 
@@ -388,14 +395,7 @@ def _flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _nested(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in tensors.items():
-        *folders, last = name.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = jnp.asarray(value)
-    return tree
+    return unflatten_dict({name: jnp.asarray(value) for name, value in tensors.items()}, sep="/")
 
 
 def _check_shapes(
@@ -413,11 +413,7 @@ def _parameter_shapes(
     model: Any, tensors: dict[str, np.ndarray], input_shape: Sequence[int] | None
 ) -> dict[str, tuple[int, ...]]:
     if not isinstance(model, Network | GraphNetwork):
-        if input_shape is None:
-            raise ValueError(
-                f"{type(model).__name__} does not say what it takes: give `input_shape`, that of one input"
-            )
-        return _shapes_of(model, jnp.zeros((1, *input_shape)))
+        return _shapes_of(model, _one_input(model, input_shape))
     stem = "params/stem/kernel" if isinstance(model, Network) else "params/stem_kernel"
     if stem not in tensors or tensors[stem].ndim < 2:
         raise ValueError(f"there is no {stem}, so these are no weights of {type(model).__name__}")

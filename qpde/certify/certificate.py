@@ -23,7 +23,7 @@ its defects, is computed in float64, since the constants magnify rounding too: b
 spoil a bound at 8 bits, and prove nothing. What is left, some 1e-16 of the states times the constants, is not counted.
 Where an accelerator has no float64, certify under `jax.default_device` of a CPU.
 
-The constants are proven, not estimated (`qpde.conv_norms`). They are those of the network as it runs, so its spectral
+The constants are proven, not estimated (`qpde.kernel_norms`). They are those of the network as it runs, so its spectral
 norms should have converged, see `qpde.models.converge_norms`:
 
     tied, spectral      max(1, h |A|^2 - 1), A = D K: the step is a gradient step on a convex energy, so 1 up to 2
@@ -102,7 +102,7 @@ def certify(
         that is not convex.
     """
     if bits.activations is None:
-        raise ValueError("`bits.activations` (=None) rounds nothing: give a width, for instance qpde.Bits(4, 8)")
+        raise ValueError("`bits.activations` (=None) rounds nothing: give some, for instance qpde.Bits(4, 8)")
     if newton_steps < 0:
         raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0")
     x = jnp.asarray(read_batch(x, variables))

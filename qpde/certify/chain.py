@@ -35,7 +35,7 @@ def certify_chain(
     with jax.default_matmul_precision("highest"):
         states = _run(links, own, x, scalars)
         rounded = [rounded_link(*bound) for bound in zip(links, own, scalars, strict=True)]
-    _check_logits(model, states[-1])
+    _check_logits(states[-1])
     bounds, extra = list(steps.bounds), 0.0
     has_head = links[-1].class_kernel(rounded[-1]) is not None
     if has_head:  # its constant is that of pairs of logits, and only its quantizer counts here
@@ -92,7 +92,7 @@ def _proof(links, rounded, states, lipschitz, a_priori, newton_steps, *, has_hea
     return proof(twin, to_float64(list(states)), logits, head, lipschitz, pair, a_priori, newton_steps)
 
 
-def _check_logits(model, logits):
+def _check_logits(logits):
     if logits.ndim != 2:
         raise ValueError(
             f"the chain ends with {logits.shape}, and a certificate is about one prediction for each input: let it end "

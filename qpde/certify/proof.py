@@ -17,18 +17,22 @@ __all__ = ["Certificate", "pair_norms", "proof"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
-    """What `certify` found, for N inputs, L steps and C classes; i is the quantized network's prediction. NumPy arrays,
-    of float64 but for the logits.
+    """What `certify` found, for N inputs, L steps and C classes.
+
+    Below i is the quantized network's prediction. Arrays are of NumPy, in float64 but for the logits.
 
     Attributes:
-      logits: (N, C) of the quantized network. Where an activation lies between two levels to the last digit, another
-        compiled program may round it the other way: what is certified is this evaluation.
-      certified: (N,) whether the twin provably predicts the same, a posteriori or a priori.
-      bound: (N, C) of |(z_i - z_k) - (z_i - z_k of the twin)|, 0 at k = i.
-      certified_a_priori, bound_a_priori: the same from the clips and bits alone. Never and infinite for what is
-        deployed, whose arithmetic they do not cover.
-      state_bound: (N, L) of |y_j - x_j|.   defect: (N, L) d_j.   lipschitz: (L,) L_j.
-      estimate: (N, C) of the twin's logits, those of the candidate c. They are not a bound.
+      logits: Logits of the quantized network, (N, C). Where an activation lies between two levels to the last digit,
+        another compiled program may round it the other way: what is certified is this evaluation.
+      certified: Whether the twin provably predicts the same, a posteriori or a priori, (N,).
+      bound: Bound of |(z_i - z_k) - (z_i - z_k of the twin)|, (N, C), 0 at k = i.
+      certified_a_priori: Whether that follows from the clips and bits alone, (N,). Never for what is deployed.
+      bound_a_priori: The bound from the clips and bits alone, (N, C). Infinite for what is deployed, whose arithmetic
+        it does not cover.
+      state_bound: Bound of |y_j - x_j|, (N, L).
+      defect: Defect d_j, (N, L).
+      lipschitz: Lipschitz constant L_j, (L,).
+      estimate: The twin's logits at the candidate c, (N, C). They are not a bound.
     """
 
     logits: Float[Array | np.ndarray, "n c"]

@@ -45,8 +45,10 @@ def load_cityscapes(
     )
 
     def pairs(part):
-        ending = ("_leftImg8bit", "_gtFine_labelIds")
-        return find_pairs(folder / "leftImg8bit" / part, _with_ids(folder / "gtFine" / part), ending=ending)
+        labels = folder / "gtFine" / part
+        if not labels.is_dir():
+            raise FileNotFoundError(f"{labels} is missing: it holds the label maps, NAME_gtFine_labelIds.png")
+        return find_pairs(folder / "leftImg8bit" / part, labels, ending=("_leftImg8bit", "_gtFine_labelIds"))
 
     train, held_out = split_train(read_pairs(pairs("train"), LABELS, size=size), validation, where=folder)
     return as_images([train, held_out, read_pairs(pairs("val"), LABELS, size=size)], CLASSES, where=folder)
@@ -74,9 +76,3 @@ def classes_of_ids(label_ids: np.ndarray, *, where: str) -> np.ndarray:
     if label_ids.max() > max(LABELS):
         raise ValueError(f"{where} has label {label_ids.max()}, outside 0..{max(LABELS)}")
     return np.array([LABELS[value] for value in sorted(LABELS)], np.int8)[label_ids]
-
-
-def _with_ids(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing: it holds the label maps, NAME_gtFine_labelIds.png")
-    return folder

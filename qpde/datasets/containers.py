@@ -133,7 +133,7 @@ class NodeGraph:
           test: Test nodes, likewise. None of the three: 60, 20 and 20% of the labelled nodes, stratified by class.
           classes: Names of the classes.
           edge_weight: Weights (edges,) that a file came with. They must all be 1.
-          seed: Of the split that is drawn.
+          seed: Seed of the split that is drawn.
         Raises:
           ValueError: Arrays that do not fit together, an end outside the nodes, features that are not finite, weights,
             one or two parts of three, parts that overlap, or a node without a label in one of them.
@@ -191,7 +191,7 @@ class NodeGraph:
           features: Attribute with a node's features, a number or a sequence of numbers.
           label: Attribute with its class, of any kind that can be sorted. A node without one is unknown.
           split: Attribute that says "train", "validation" or "test". No node has it: see `from_arrays`.
-          seed: Of the split that is drawn.
+          seed: Seed of the split that is drawn.
         Raises:
           ValueError: A node without features, no node with a label, or as `from_arrays`.
         """

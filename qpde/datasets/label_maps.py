@@ -20,8 +20,8 @@ _OUTSIDE = np.iinfo(np.int16).min
 def load_label_maps(root: str | PathLike[str], *, size: tuple[int, int] | None = None) -> Images:
     """Read a folder of one's own images and label maps.
 
-    It holds classes.txt, a name a line, and train, validation (or val, valid) and test with images and labels each; or
-    images and labels alone, of which every tenth pair is for validation and every tenth for testing:
+    It holds classes.txt, a name a line, and train, validation and test with images and labels each. validation may be
+    called val or valid. Or it holds images and labels alone: every tenth pair is for validation, another for testing.
 
         classes.txt
         train/images/a.jpg    train/labels/a.png    validation/...    test/...

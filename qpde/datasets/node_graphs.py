@@ -22,8 +22,8 @@ def load_node_graph(path: str | PathLike[str], *, seed: int = 0) -> NodeGraph:
     "train", "validation" and "test", or "train_mask", "val_mask" and "test_mask".
 
     Args:
-      path: Of the file.
-      seed: Of the split, where the file has none.
+      path: Path of the file.
+      seed: Seed of the split, where the file has none.
     Raises:
       FileNotFoundError: There is no such file.
       ValueError: It is no such file, lacks an array or has an unknown one, or the arrays do not fit together.

@@ -44,7 +44,7 @@ def save_c(path: str | Path, folded: Folded, *, image_size: tuple[int, int], nam
     """Write a folded network as a C99 source file.
 
     Args:
-      path: Of the file.
+      path: Path of the file.
       folded: Folded network, see `c_source`.
       image_size: Height and width, see `c_source`.
       name: Prefix of the functions, see `c_source`.
@@ -60,7 +60,7 @@ def c_source(folded: Folded, *, image_size: tuple[int, int], name: str = "networ
     Args:
       folded: Result of `fold` or `settle`.
       image_size: Height and width, fixed.
-      name: Of the function and prefix of the constants, a C identifier.
+      name: Name of the function and prefix of the constants, a C identifier.
       codes: Call `void NAME_codes(const char *quantizer, const float *codes, int count)`, which the caller defines, for
         every pixel of every quantizer: for tests.
     Returns:

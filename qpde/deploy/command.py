@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `qpde export`.
 
     Args:
-      parser: Of the command.
+      parser: Parser of the command.
     """
     parser.add_argument("network", type=Path, help="folder with network.json, as qpde.save or a finished run writes it")
     parser.add_argument(

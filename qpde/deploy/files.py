@@ -41,7 +41,7 @@ def save_packed(path: str | Path, folded: Folded | FoldedGraph) -> Path:
     """Write a folded network into one packed file.
 
     Args:
-      path: Of the file, "network.safetensors" for instance.
+      path: Path of the file, "network.safetensors" for instance.
       folded: Result of `fold`, `settle` or `fold_graph`.
     Returns:
       The path.
@@ -73,7 +73,7 @@ def load_packed(path: str | Path) -> Folded | FoldedGraph:
     """Read what `save_packed` wrote.
 
     Args:
-      path: Of the file.
+      path: Path of the file.
     Returns:
       The folded network, equal to the one that was written, number for number.
     Raises:

@@ -98,7 +98,7 @@ class Folded(Program):
 
     Attributes:
       ops, kernels: See `qpde.deploy.program`.
-      name: Of the architecture.
+      name: Name of the architecture.
       channels, num_classes: Of the images and of the logits.
       smallest_image: Smallest side of an image that the network takes.
       notes: What each part became, in order.
@@ -174,7 +174,7 @@ def fold(
     if not model.is_chain:
         raise ValueError(
             f"{model.architecture.name} has maps that several parts take, which integer programs here cannot hold: "
-            "export it in format 'stablehlo'"
+            "use qpde.deploy.export(network, folder, ['stablehlo'])"
         )
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")

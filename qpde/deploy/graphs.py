@@ -42,7 +42,7 @@ class FoldedGraph:
       depth, num_classes: Of the network.
       act_bits: Bit-width of activations, one for all or one for each layer; None is exact.
       kernels: Codes of the hidden layers' kernels by name, (depth, 1, width, width).
-      scales: Of the codes, (depth,) or (depth, width).
+      scales: Scales of the codes, (depth,) or (depth, width).
       params: All other parameters by their path, float32.
     """
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax import export
 
 from qpde.bits import Bits
@@ -40,7 +41,7 @@ class PackedKernel:
     Attributes:
       data: uint8, as `qpde.deploy.packing.pack` makes it.
       bits: 2, 3, 4 or 8.
-      shape: Of the kernel.
+      shape: Shape of the kernel.
       scale: float32, broadcasts to the kernel.
     """
 
@@ -83,7 +84,7 @@ class PackedModule:
             path: jnp.asarray(unpack(kernel.data, kernel.bits, kernel.shape), jnp.float32) * kernel.scale
             for path, kernel in self.kernels.items()
         }
-        return _nested(kernels | {path: jnp.asarray(value) for path, value in self.rest.items()})
+        return unflatten_dict(kernels | {path: jnp.asarray(value) for path, value in self.rest.items()}, sep="/")
 
     def apply(self, model: Any, x: Any, **arguments: Any) -> Any:
         """Outputs of the network.
@@ -134,7 +135,7 @@ def save_module(path: str | Path, packed: PackedModule) -> Path:
     """Write a packed network into one safetensors file.
 
     Args:
-      path: Of the file.
+      path: Path of the file.
       packed: Result of `pack_module`.
     Returns:
       The path.
@@ -154,7 +155,7 @@ def load_module(path: str | Path) -> PackedModule:
     """Read what `save_module` wrote.
 
     Args:
-      path: Of the file.
+      path: Path of the file.
     Returns:
       The packed network, equal to the one that was written, number for number.
     Raises:
@@ -179,7 +180,7 @@ def export_module(
       model: The network of `qpde.quantized`.
       packed: Result of `pack_module`.
       input_shape: Shape of one input.
-      dtype: Of the input.
+      dtype: Dtype of the input.
     Returns:
       Program of inputs (batch, *input_shape) with the outputs.
     """
@@ -190,7 +191,7 @@ def export_module(
             path: unpack_traced(kernel.data, kernel.bits, kernel.shape) * kernel.scale
             for path, kernel in packed.kernels.items()
         }
-        return network.apply(_nested(kernels | packed.rest), x, bits=packed.bits)
+        return network.apply(unflatten_dict(kernels | packed.rest, sep="/"), x, bits=packed.bits)
 
     (batch,) = export.symbolic_shape("batch")
     return export.export(jax.jit(outputs), platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, *input_shape), dtype))
@@ -218,14 +219,3 @@ def _read(described, tensors):
 def _flat(variables: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, name = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
-    return tree

@@ -73,9 +73,9 @@ def save_onnx(path: str | Path, folded: Folded, **options: Any) -> Path:
     """Write a folded network as an ONNX file.
 
     Args:
-      path: Of the file.
+      path: Path of the file.
       folded: Result of `fold` or `settle`.
-      **options: Of `onnx_model`.
+      **options: Options of `onnx_model`.
     Returns:
       The path.
     """

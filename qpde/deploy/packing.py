@@ -49,7 +49,7 @@ def unpack(data: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     Args:
       data: uint8 (bytes,), as `pack` makes it.
       bits: 2, 3, 4 or 8.
-      shape: Of the codes.
+      shape: Shape of the codes.
     Returns:
       int8 array.
     Raises:

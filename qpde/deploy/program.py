@@ -22,6 +22,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from qpde.bits import EXACT_LIMIT
+
 __all__ = [
     "EXACT_LIMIT",
     "Affine",
@@ -40,9 +42,6 @@ __all__ = [
     "consumers",
     "whole_bounds",
 ]
-
-EXACT_LIMIT = 2**24
-"""Whole numbers below it are exact in float32, and so are their sums in any order."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Margin:
     """How far a quantizer's thresholds are from every reachable sum.
 
     Attributes:
-      name: Of the quantizer, "block0.q0" and so on.
+      name: Name of the quantizer, "block0.q0" and so on.
       margin: Distance of the nearest channel, in units of one code. 0 where it cannot be told.
       float_error: Bound of float32's error at that channel's thresholds.
       reason: Why the distance cannot be told, or "".

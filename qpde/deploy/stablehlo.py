@@ -43,7 +43,7 @@ def save_stablehlo(
     """Write a folded network as a serialized `jax.export` artefact.
 
     Args:
-      path: Of the file.
+      path: Path of the file.
       folded: Result of `fold`, `settle` or `fold_graph`.
       image_size: Height and width, for an image network.
       graph_size: Nodes and edges, for a graph network.

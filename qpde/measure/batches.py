@@ -15,7 +15,7 @@ import numpy as np
 
 from qpde.batches import IGNORED, Batch, read_batches, size_of
 
-__all__ = ["Batch", "mean_over", "read_batches"]
+__all__ = ["mean_over"]
 
 Measured = tuple[dict[str, Any], int]
 

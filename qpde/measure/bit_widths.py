@@ -15,8 +15,9 @@ import numpy as np
 from flax.core import unfreeze
 from jaxtyping import Float
 
+from qpde.batches import Batch
 from qpde.bits import Bits, stack_bits
-from qpde.measure.batches import Batch, mean_over
+from qpde.measure.batches import mean_over
 from qpde.measure.faithfulness import logit_difference, reestimate_statistics
 
 __all__ = ["BitsComparison", "Elastic", "compare_bits"]
@@ -119,7 +120,7 @@ def compare_bits(
     Returns:
       `BitsComparison`.
     Raises:
-      ValueError: no widths, widths that are not supported, not as many references, no width for activations, an
+      ValueError: No bits, bits that are not supported, not as many references, no bits of activations, an
         empty set, bad labels, or NaN or infinite logits.
     """
     if any(row.activations is None for row in bits):

@@ -135,8 +135,8 @@ def distribution(
 
     Args:
       x: The values.
-      clip: Of the quantizer.
-      bits: Of the quantizer, 2 to 8.
+      clip: Clip of the quantizer.
+      bits: Bits of the quantizer, 2 to 8.
       signed: Whether its range is [-clip, clip].
       levels: Its set of levels, as for `qpde.quantizers.quantize_activation`.
       block: What the result names as its block.

@@ -16,7 +16,8 @@ import numpy as np
 from flax.core import unfreeze
 from jaxtyping import Array, Float
 
-from qpde.measure.batches import Batch, mean_over, read_batches
+from qpde.batches import Batch, read_batches
+from qpde.measure.batches import mean_over
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ def intersection_over_union(confusion: Float[Array | np.ndarray, "classes classe
     """Pixels of a class that are found, over those that are of it or taken for it: one number a class.
 
     Args:
-      confusion: Of `confusion_matrix`, or a sum of several.
+      confusion: Result of `confusion_matrix`, or a sum of several.
     Returns:
       Numbers from 0 to 1; NaN for a class that neither labels nor predictions hold.
     """
@@ -48,7 +48,7 @@ def mean_iou(confusion: Float[Array | np.ndarray, "classes classes"]) -> float:
     """Mean of `intersection_over_union` over the classes that occur; NaN where none does.
 
     Args:
-      confusion: Of `confusion_matrix`, or a sum of several.
+      confusion: Result of `confusion_matrix`, or a sum of several.
     """
     found = intersection_over_union(confusion)
     present = found[~np.isnan(found)]

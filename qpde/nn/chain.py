@@ -146,7 +146,7 @@ class Link(Protocol):
         Args:
           factors: NumPy arrays of float64.
           bits: Scalars.
-          shape: Of one input.
+          shape: Shape of one input.
         """
 
     def class_kernel(self, rounded: Any) -> Any:

@@ -55,7 +55,7 @@ def stored_kernels(layer: Layer, params: Any, bits: int) -> dict[str, StoredKern
 
     Args:
       layer: One that rounds.
-      params: Of the network.
+      params: Parameters of the network.
       bits: 2 to 15.
     """
     own, path = params, [key for key in layer.path.split("/") if key]

@@ -647,12 +647,11 @@ def _summary(model, layers, params, bits) -> Summary:
         kernels = sum(n for p, n in own.items() if "kernel" in p[-1])
         # Inside nn.scan a layer has as many kernels as iterations.
         times = 1 if layer.kernel_shape is None else max(1, kernels // math.prod(layer.kernel_shape))
-        widths = Bits()
+        own_bits = Bits()
         if layer.settings is not None:
-            widths = _own_bits(model, layer.settings) if bits is None else bits
-            widths = Bits(*(v if v is None or np.ndim(v) == 0 else v[index] for v in widths))
+            own_bits = bits_of_layer(_own_bits(model, layer.settings) if bits is None else bits, index)
             index += 1
-        weights, activations = (LARGEST_BITS if v is None else int(v) for v in widths)
+        weights, activations = (LARGEST_BITS if v is None else int(v) for v in own_bits)
         macs, parameters = times * layer.macs, sum(own.values())
         rows.append(
             Row(

@@ -53,7 +53,7 @@ def sensitivity(
       ValueError: As `compare_bits`; choices that are no scalars, or None.
     """
     if any(np.ndim(width) for choice in choices for width in choice):
-        raise ValueError("choices are widths of one block, two numbers each")
+        raise ValueError("choices are bits of one block, two numbers each")
     batches = read_batches(batches, variables)
     if (first := next(batches, None)) is None:
         raise ValueError("`batches` is empty: there is nothing to measure")
@@ -77,8 +77,8 @@ def block_bits(widths: Sequence[Bits]) -> Bits:
     Raises:
       ValueError: Bits that are None.
     """
-    if any(width is None for both in widths for width in both):
-        raise ValueError("a block's width is None: give 32, which rounds nothing, in place of None")
+    if any(part is None for both in widths for part in both):
+        raise ValueError("a block's bits are None: give 32, which rounds nothing, in place of None")
     weights, activations = zip(*widths, strict=True)
     return Bits(jnp.asarray(weights, jnp.int32), jnp.asarray(activations, jnp.int32))
 
@@ -132,7 +132,7 @@ def allocate(
     # What the blocks from each on cost at least: a partial allocation that leaves less is of no use.
     least = np.append(np.cumsum(costs.min(axis=0)[::-1])[::-1], 0)
     if least[0] > budget:
-        raise ValueError(f"budget (={budget:,}) is below what the cheapest widths cost, {least[0]:,}")
+        raise ValueError(f"budget (={budget:,}) is below what the cheapest bits cost, {least[0]:,}")
     error, cost, steps = np.zeros(1), np.zeros(1, np.int64), []
     for j in range(errors.shape[1]):
         new_error = (error[:, None] + errors[:, j]).ravel()

@@ -1,6 +1,6 @@
 """Post-training quantization: a network trained in full precision, in few bits, from unlabelled data.
 
-`quantize` does all of it: equalization if asked for (`qpde.equalization`), clips of weights from the weights, clips of
+`quantize` does all of it: equalization if asked for (`qpde.ptq.equalize`), clips of weights from the weights, clips of
 activations from a stream of batches, and a correction of the moments that rounding changes.
 
 The stream is read once for all clips together: every activation of the exact network is sorted into a histogram of
@@ -129,7 +129,7 @@ def quantize(
         "mse" or "entropy".
       activations: Method that chooses the clips of activations.
       per_channel: A clip for each output channel of a kernel.
-      equalize: Rescale channels first, see `qpde.equalization.equalize`; image networks only.
+      equalize: Rescale channels first, see `qpde.ptq.equalize`; image networks only.
       bias_correction: See `correct_bias`.
     Returns:
       The network with these widths, whose weights are rounded as they are (`standardize=False`) and, for MobileNets,

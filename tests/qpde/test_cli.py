@@ -160,8 +160,8 @@ def test_files_that_cannot_be_read_are_named_and_the_others_predicted(folder, pi
     ("arguments", "message"),
     [
         (["predict", "absent", "a.png"], "absent holds no trained network: it has no network.json"),
-        (["predict", "NET", "a.png", "--bits", "W1A4"], "widths 'W1A4' must lie in 2 to 32 bits"),
-        (["predict", "NET", "a.png", "--bits", "four"], "widths 'four' are neither like W4A8 nor a number of bits"),
+        (["predict", "NET", "a.png", "--bits", "W1A4"], "bits 'W1A4' must lie in 2 to 32"),
+        (["predict", "NET", "a.png", "--bits", "four"], "bits 'four' are neither like W4A8 nor a number of bits"),
         (
             ["predict", "NET", "a.png", "--bits", "32", "--certify"],
             "nothing is rounded, so there is nothing to certify",

@@ -3,7 +3,7 @@
     stem dense, ReLU  ->  hidden layers, integrated step by step  ->  head dense
 
 with dropout around the dense layers in training. Stem and head layers are exact, the weights and inputs of the
-hidden ones are quantized (`qpde.models.graph_layers` holds their formulas). So a baseline of depth L has L graph
+hidden ones are quantized (`qpde.models.graphs.layers` holds their formulas). So a baseline of depth L has L graph
 convolutions between the two dense layers, as in GCNII; Kipf and Welling's GCN of two layers has no dense ones.
 """
 

@@ -14,7 +14,7 @@ with xq = Q1(x), quantizers Q, smoothing S, ReLU s and norms N (Ben-Yair et al.,
 
 c, the `lipschitz_target`, is what h |D K|^2 is held at where steps find their own size: non-expansive up to 2.
 
-Blocks know nothing of Flax; `qpde.models.network` owns their variables and chains them.
+Blocks know nothing of Flax; `qpde.models.images.network` owns their variables and chains them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qpde import norms, operators, quantizers, stencils
-from qpde.bits import EXACT_BITS, Bits
+from qpde.bits import EXACT_BITS, EXACT_LIMIT, Bits
 from qpde.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.models.images.parts import Factors, Part, Read, StepBound, check_convex, norm_scale, rounding_radius
 from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
@@ -43,7 +43,7 @@ __all__ = ["BasicBlock", "Block", "InvertedBlock", "Scaling", "StableBlock"]
 
 
 class Scaling(NamedTuple):
-    """A scale, one number a channel, that a block's function does not depend on; see `qpde.equalization`.
+    """A scale, one number a channel, that a block's function does not depend on; see `qpde.ptq.equalize`.
 
     Attributes:
       norm, kernel: the two that share it.
@@ -617,7 +617,7 @@ class _Call:
             return linear(kernels, x)
         codes = [_nearest(w.values / _along(w.step, w.values.ndim)) for w in weights]
         bound = act.largest * math.prod(_largest_sum(k, is_adjoint=is_adjoint) for k in codes)
-        fits = (bound < _EXACT_LIMIT) & act.has_codes
+        fits = (bound < EXACT_LIMIT) & act.has_codes
         for weight in weights:
             fits = fits & weight.has_codes
         kernels = {
@@ -694,9 +694,6 @@ class _Step(NamedTuple):
     @property
     def has_codes(self) -> jax.Array:
         return jnp.asarray(self.bits) < EXACT_BITS
-
-
-_EXACT_LIMIT = 2.0**24  # whole numbers below it are exact in float32
 
 
 def _nearest(v: jax.Array) -> jax.Array:

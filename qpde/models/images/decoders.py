@@ -17,9 +17,7 @@ import math
 import jax
 
 from qpde import operators
-from qpde.kernel_norms import conv_norm_bound, depthwise_norm_bound
 from qpde.models.images.blocks import Block, Scaling
-from qpde.models.images.parts import StepBound
 
 __all__ = ["ConvBlock", "PooledBlock", "SeparableBlock"]
 
@@ -36,14 +34,8 @@ class _DecoderBlock(Block):
 
     composed_kernel = linear_pair
 
-    def _own_bound(self, factors, first, norms, radii, pixels):
-        """Of convolutions of these norms one after the other; `first` bounds the error of their input."""
-        error = first
-        for index, norm in enumerate(norms):
-            error = norm * error
-            if index < len(radii):
-                error += radii[index] * math.sqrt(pixels * self.width_in)
-        return StepBound(math.prod(norms), error)
+    def _plain_bound(self, factors, first, radii, size):
+        raise TypeError(f"no bound of {type(self).__name__} is proven: networks with decoders are no chains")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +63,6 @@ class ConvBlock(_DecoderBlock):
     def macs(self, height, width):
         return {"kernel1": height * width * math.prod(self.kernel_shapes()["kernel1"])}
 
-    def _plain_bound(self, factors, first, radii, size):
-        norm = conv_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])
-        return self._own_bound(factors, first, [norm], [], math.prod(size))
-
     def step(self, x, variables, step_size, call):
         xq = call.activation(x, 0, signed=self.signed_inputs)
         hidden = call.conv(xq, 0, call.kernels(), "kernel1", dilation=self.dilation)
@@ -99,13 +87,6 @@ class SeparableBlock(_DecoderBlock):
     def macs(self, height, width):
         return {name: height * width * math.prod(shape) for name, shape in self.kernel_shapes().items()}
 
-    def _plain_bound(self, factors, first, radii, size):
-        norms = [
-            bound(factors.kernels[f"kernel{i}"] * factors.scales[f"norm{i}"])
-            for i, bound in enumerate((depthwise_norm_bound, conv_norm_bound), start=1)
-        ]
-        return self._own_bound(factors, first, norms, radii, math.prod(size))
-
     def step(self, x, variables, step_size, call):
         kernels = call.kernels()
         xq = call.activation(x, 0, signed=self.signed_inputs)
@@ -126,12 +107,6 @@ class PooledBlock(ConvBlock):
 
     def macs(self, height, width):
         return super().macs(1, 1)
-
-    def _plain_bound(self, factors, first, radii, size):
-        norm = conv_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])
-        pixels = math.prod(size)
-        # The mean has norm 1 / sqrt(pixels), and its single pixel is what is rounded.
-        return StepBound(norm / math.sqrt(pixels), norm * first / math.sqrt(pixels))
 
     def step(self, x, variables, step_size, call):
         xq = call.activation(x.mean((1, 2), keepdims=True), 0, signed=self.signed_inputs)

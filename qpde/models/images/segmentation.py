@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from qpde.models.images.blocks import BasicBlock, Block
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
 from qpde.models.images.network import Architecture, Network, Pooled, Stage, blocks_of_stage
-from qpde.models.images.parts import ExactConv, Head, StepBound
+from qpde.models.images.parts import ExactConv, Head
 from qpde.models.layers import Mode, row
 
 __all__ = [
@@ -154,13 +154,6 @@ class PixelHead(Head):
         params = variables["params"]
         return x @ params["kernel"] + row(params["bias"]), {}
 
-    def feature_gain(self, factors, size):
-        return 1.0
-
-    def step_bound(self, factors, bits, size):
-        gain = super().step_bound(factors, bits, size).lipschitz
-        return StepBound(gain, 0.0)
-
 
 class SegmentationNetwork(Network):
     """Network with a class for every pixel. Make one with `qpde.models.create("unet", ...)` or "deeplabv3plus".
@@ -183,7 +176,8 @@ class SegmentationNetwork(Network):
     def _encoder(self) -> tuple[Layer, ...]:
         stride, dilation = self.architecture.stem_stride, 1
         source, found = self.stem_parts()[-1][0], []
-        padded = {"padded": True} if "padded" in self._fields_of_blocks else {}
+        fields = {field.name for field in dataclasses.fields(self.architecture.block)}
+        padded = {"padded": True} if "padded" in fields else {}
         for i, stage in enumerate(self.architecture.stages):
             before, own = dilation, stage[3]
             if stride * own > self.architecture.output_stride:
@@ -201,10 +195,6 @@ class SegmentationNetwork(Network):
             found.append(Layer(f"stage{i}", (source,), blocks))
             source = f"stage{i}"
         return tuple(found)
-
-    @property
-    def _fields_of_blocks(self) -> set[str]:
-        return {field.name for field in dataclasses.fields(self.architecture.block)}
 
     @functools.cached_property
     def maps(self) -> tuple[_Map, ...]:
@@ -265,12 +255,12 @@ class SegmentationNetwork(Network):
 
         Args:
           x: (N, H, W, C) float32, H and W at least 32.
-          train: As of `Network`.
-          bits: As of `Network`; one value for each block counts those of the decoder too.
+          train: As for `Network`.
+          bits: As for `Network`; one value for each block counts those of the decoder too.
           return_states: Also return the blocks' outputs, in order.
-          momentum: As of `Network`.
-          observe: As of `Network`.
-          power_iterations: As of `Network`.
+          momentum: As for `Network`.
+          observe: As for `Network`.
+          power_iterations: As for `Network`.
         Returns:
           logits (N, H, W, num_classes), or (logits, tuple of states).
         Raises:

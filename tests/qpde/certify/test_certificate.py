@@ -430,7 +430,7 @@ def test_jacobians_of_plain_steps_and_of_separate_norms_do_not(kind):
 def test_bad_input_is_refused_with_the_way_out():
     model, init = network("plain")
     variables, x = init(jax.random.key(0)), images(1, jax.random.key(1))
-    with pytest.raises(ValueError, match=r"bits.activations.*give a width"):
+    with pytest.raises(ValueError, match=r"bits.activations.*give some"):
         certify(model, variables, x, Bits(4, None))
     with pytest.raises(ValueError, match=r"newton_steps.*=-1.*at least 0"):
         certify(model, variables, x, Bits(4, 4), newton_steps=-1)

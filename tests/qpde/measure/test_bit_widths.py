@@ -113,7 +113,7 @@ def test_a_graph_is_measured_the_same_way():
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        ([], "no widths"),
+        ([], "there are no bits"),
         ([Bits(4, None)], r"`bits.activations` \(=None\)"),
         ([Bits(4, 4), Bits(4, 1)], r"bits of activations \(=1\) must be a whole number from 2 to 32"),
         ([Bits(2.5, 4)], r"bits of weights \(=2.5\)"),

@@ -376,7 +376,7 @@ def test_a_finished_run_is_measured_at_other_widths_and_its_blocks_get_widths_wi
     assert len(mixed[5:]) == 2  # one pair of widths for each block
 
     for message, *arguments in (
-        ("widths '1' must lie in 2 to 32", "elastic", "runs/tiny", "--bits", "1"),
+        ("bits '1' must lie in 2 to 32", "elastic", "runs/tiny", "--bits", "1"),
         ("is no folder of a run", "elastic", "runs/nowhere"),
         ("--bits (=33) must lie in 2 to 32", "budget", "runs/tiny", "--bits", "33"),
         ("less than the cheapest of --bits", "budget", "runs/tiny", "--bits", "4", "--at", "3"),
