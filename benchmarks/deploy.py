@@ -18,7 +18,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from timing import interleaved
 
 import qpde
 from qpde import deploy
@@ -26,6 +25,7 @@ from qpde.bits import parse_bits
 from qpde.models import calibrate_clips
 
 sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
+from train.trained.deployed import latencies
 from train.trained.runtimes import float_runtimes, one_core, onnx_runtime, openvino_runtime, runtimes
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--plain", action="store_true", help="not symmetric")
     parser.add_argument("--bits", default="W4A4")
-    parser.add_argument("--size", type=int, default=32, help="of the images")
+    parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -44,7 +44,8 @@ def main() -> None:
     folded = deploy.settle(deploy.fold(model, variables))
     with tempfile.TemporaryDirectory() as scratch:
         programs, missing = runtimes(model, variables, folded, bits, images.shape[1:3], Path(scratch))
-        programs |= float_runtimes(model, variables, Path(scratch))
+        floats, absent = float_runtimes(model, variables, Path(scratch))
+        programs, missing = programs | floats, missing | absent
         programs["onnxruntime, fast"] = onnx_runtime(deploy.fold(model, variables), fast=True)
         programs["onnxruntime, int4"] = onnx_runtime(folded, kernel_bits=4)
         programs["OpenVINO, int4"] = openvino_runtime(folded, Path(scratch), kernel_bits=4)
@@ -55,8 +56,7 @@ def main() -> None:
         for batch in options.batches:
             x = np.resize(images, (batch, *images.shape[1:]))
             with one_core():
-                times = interleaved({k: partial(p.logits, x) for k, p in programs.items()}, options.rounds)
-            medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
+                medians = latencies({k: partial(p.logits, x) for k, p in programs.items()}, options.rounds)
             for name, seconds in medians.items():
                 ratios = (seconds / medians[base] for base in ("onnxruntime, float32", "JAX, fake-quantized"))
                 shown = "".join(f"{ratio:{width}.2f}" for ratio, width in zip(ratios, (12, 8), strict=True))

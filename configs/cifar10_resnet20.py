@@ -16,7 +16,7 @@ With `--epochs 30`, on a GPU: 82.19% and 83.02%, the fast recipe's 83.13% and 86
 
 python -m train run configs/cifar10_resnet20.py --recipe any_bit --data-dir FOLDER
 
-Widths drawn at every step, one network for all of them with clips for each. Seed 0, by `python -m train elastic`:
+Bits drawn at every step: one network for all of them, with clips for each. Seed 0, by `python -m train elastic`:
 symmetric 65.07% at 2 bits, 71.16% at 4, 72.18% at 8; plain 72.28%, 78.56% and 79.00%; half an hour each on one core.
 """
 

@@ -32,6 +32,12 @@ def test_every_room_that_users_meet_has_a_page():
     assert {"bits", "deploy", "plots", "trained"} <= set(ROOMS)
 
 
+def test_the_reference_leads_to_every_page():
+    text = (DOCS / "api" / "index.md").read_text()
+    (tree,) = re.findall(r"```\{toctree\}\n:maxdepth: 1\n\n(.*?)```", text, re.DOTALL)
+    assert sorted(tree.split()) == ROOMS
+
+
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
 def test_code_of_a_page_is_python(path):
     fenced = r"^```(?:python|\{code-cell\} ipython3)\n(.*?)^```"

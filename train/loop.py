@@ -212,7 +212,7 @@ class Progress:
 
     def _end_epoch(self) -> None:
         plan, epoch = self.plan, self.epoch - 1
-        line = _end_epoch(self.state, self.totals, plan, epoch, began=self._began)
+        line = _line_of_epoch(self.state, self.totals, plan, epoch, began=self._began)
         self._run.log(**line)
         self._batches, self.totals = None, plan.totals
         final = _alike(plan, epoch, plan.epochs)
@@ -258,7 +258,7 @@ def _log_validated(state: TrainState, plan: Plan, run: RunDirectory, *, epoch: i
     return validation
 
 
-def _end_epoch(state: TrainState, totals: Any, plan: Plan, epoch: int, *, began: float) -> dict[str, Any]:
+def _line_of_epoch(state: TrainState, totals: Any, plan: Plan, epoch: int, *, began: float) -> dict[str, Any]:
     """The epoch's line of metrics."""
     _check_finite(state, totals, plan)
     bits, scale = plan.bits(epoch), plan.smoothing_scale(epoch)

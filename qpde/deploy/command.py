@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default that of the training images"
     )
     parser.add_argument(
-        "--graph-size", type=int, nargs=2, metavar=("NODES", "EDGES"), help="of a graph network, for stablehlo"
+        "--graph-size", type=int, nargs=2, metavar=("NODES", "EDGES"), help="those of the graph, for stablehlo"
     )
 
 

@@ -212,8 +212,8 @@ def over_time_figure(
     Args:
       curves: By network, epochs and values, equally many. Values that are not finite leave a gap.
       path: File to write, its format by its ending (.png, .svg, .pdf). None writes none.
-      heading: Of the panel.
-      unit: Of the values.
+      heading: Heading of the panel.
+      unit: Unit of the values.
       marked: By network, an epoch to mark, such as the one whose weights were kept. Others are marked nowhere.
       among: All networks whose figures stand beside this one, for one colour in all of them.
     Returns:

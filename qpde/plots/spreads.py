@@ -208,7 +208,7 @@ def confusion_figure(
       counts: (classes, classes) whole numbers, a row for each true class.
       classes: Their names. With more than `NAMED_CLASSES` of them neither names nor numbers are written.
       path: File to write, its format by its ending. None writes none.
-      heading: Of the panel.
+      heading: Heading of the panel.
     Returns:
       The figure, for `savefig` or more changes.
     Raises:

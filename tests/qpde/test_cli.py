@@ -238,7 +238,7 @@ sys.exit(main(["predict", {str(folder)!r}, {str(pictures)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: pictures are read by Pillow: install the extra [pictures]\n"
+    assert done.stderr == "error: pictures are read by pillow, which is missing: pip install pillow\n"
 
 
 def test_a_reader_that_has_seen_enough_ends_the_output_silently(folder, pictures):

@@ -16,6 +16,7 @@ from qpde.bits import Bits, distinct_bits
 from qpde.ptq.bit_allocation import FULL, allocate, block_bits, block_costs, sensitivity
 from train.commands.elastic import check_quantized, compare_at
 from train.config.images import check_at_least
+from train.tasks.nodes_summary import name_of
 from train.trained.finished import Finished, read_finished
 
 _COLUMNS = ("variant", "bits", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
@@ -64,7 +65,7 @@ def prepare_budget(options: Budget) -> Callable[[Console], None]:
         least = int(block_costs(model, shape, choices).min(axis=0).sum())
         for bits in uniform:
             if (budget := _cost(finished, bits)) < least:
-                raise ValueError(f"--at {_text(bits)} costs {budget:,}, less than the cheapest of --bits, {least:,}")
+                raise ValueError(f"--at {name_of(bits)} costs {budget:,}, less than the cheapest of --bits, {least:,}")
 
     def work(console: Console) -> None:
         table = Table(title=f"{options.run.name}: bits of blocks within a budget, test images", box=box.SIMPLE_HEAD)
@@ -90,7 +91,7 @@ def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: lis
     labels, rows = [], []
     for bits in uniform:
         mixed = [choices[c] for c in allocate(errors, costs, _cost(finished, bits))]
-        labels += [(_text(bits), "all alike"), ("mixed", " ".join(f"{w}/{a}" for w, a in mixed))]
+        labels += [(name_of(bits), "all alike"), ("mixed", " ".join(f"{w}/{a}" for w, a in mixed))]
         rows += [block_bits([bits] * len(mixed)), block_bits(mixed)]
     found = compare_at(finished, rows, [block_bits([FULL] * len(model.blocks))] * len(rows))
     accuracy = np.asarray(found.accuracy)
@@ -110,7 +111,3 @@ def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: lis
 def _cost(finished: Finished, bits: Bits) -> int:
     """Bit-operations of the blocks at uniform bits."""
     return int(block_costs(finished.model, finished.images.shape, [bits]).sum())
-
-
-def _text(bits: Bits) -> str:
-    return f"W{bits.weights}A{bits.activations}"

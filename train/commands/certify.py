@@ -34,7 +34,7 @@ class Certify:
     images: int = 1000
     """Test images, from the first on."""
     newton_steps: int = 2
-    """Of Newton's method before the proof, see `qpde.certify`: 0 for the worst case of the injected errors."""
+    """Steps of Newton's method before the proof, see `qpde.certify`. 0 takes the worst case of the injected errors."""
     data_dir: Path | None = None
     """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
 

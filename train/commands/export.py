@@ -50,7 +50,7 @@ class Export:
     """Formats to write: packed, onnx, stablehlo, c. Without it all that there are. The table has a line for every
     runtime in any case."""
     bits: str | None = None
-    """Widths, such as W4A4. Without it the network's own."""
+    """Bits, such as W4A4. Without it the network's own."""
     settle: bool = False
     """Move norms by the least that keeps every runtime from rounding a code otherwise."""
     outer_bits: int | None = None
@@ -58,7 +58,7 @@ class Export:
     images: int = 1000
     """Test images, from the first on."""
     newton_steps: int = 2
-    """Of Newton's method before the proof, see `qpde.certify`."""
+    """Steps of Newton's method before the proof, see `qpde.certify`."""
     rounds: int = 10
     """Measured calls of every runtime for the latencies. 0 leaves them out."""
     data_dir: Path | None = None
@@ -118,7 +118,8 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
             for line in lines:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             print_table(console, _table(title, found))
-            for line in (*_size_lines(sizes, theory), f"written to {folder}"):
+            absent = [f"{runtime} is not measured: {reason}" for runtime, reason in found.missing.items()]
+            for line in (*absent, *_size_lines(sizes, theory), f"written to {folder}"):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return work

@@ -71,6 +71,9 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     on_graph = [run for run, experiment in experiments.items() if isinstance(experiment, GraphExperiment)]
     if on_graph and len(options.runs) > 1:
         raise ValueError(f"{on_graph[0]} is a run on a graph: give it a page of its own")
+    of_maps = [run for run, experiment in experiments.items() if isinstance(experiment, SegmentationExperiment)]
+    if of_maps and len(of_maps) < len(experiments):
+        raise ValueError(f"{of_maps[0]} has a class for every pixel, other runs one for an image: give each its page")
     results = {run: read_results(run) for run in options.runs}
     folder = options.output or options.runs[0] / "report"
     if folder.exists() and not folder.is_dir():
@@ -93,10 +96,6 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
     for finished in found.values():
         if finished.model.act_bits is not None:
             finished.check_levels(options.bits + options.certify)
-
-    of_maps = [run for run, experiment in experiments.items() if isinstance(experiment, SegmentationExperiment)]
-    if of_maps and len(of_maps) < len(experiments):
-        raise ValueError(f"{of_maps[0]} has a class for every pixel, other runs one for an image: give each its page")
 
     def sections(console: Console) -> list[tuple[str, str]]:
         measured: dict[str, Any] = {}

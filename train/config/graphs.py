@@ -1,6 +1,5 @@
 """What an experiment on a graph is. Files in configs/ define `recipes: dict[str, GraphExperiment]`."""
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -9,7 +8,7 @@ import tyro
 from qpde.models import GraphSmoothing
 from qpde.quantizers import Levels
 from qpde.suggestions import did_you_mean
-from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds
+from train.config.images import Adam, Comparison, Variant, check_at_least, check_seeds, with_absolute_path
 
 GRAPHS = ("digits", "cora", "citeseer", "pubmed")
 
@@ -29,14 +28,12 @@ class GraphData:
     a class drawn by `split_seed`. The digits have the random split only, also called public. Of your own graph public
     are the parts that the file names, or 60, 20 and 20% drawn by `split_seed`."""
     split_seed: int = 0
-    """Of the random split."""
+    """Seed of the random split."""
 
     def __post_init__(self):
         check_seeds("data.split_seed", self.split_seed)
-        if self.name.startswith(OWN_GRAPH) and self.name != OWN_GRAPH:
-            path = os.path.abspath(os.path.expanduser(self.name.removeprefix(OWN_GRAPH)))
-            object.__setattr__(self, "name", OWN_GRAPH + path)
-        elif self.name not in GRAPHS:
+        object.__setattr__(self, "name", with_absolute_path(self.name, OWN_GRAPH))
+        if self.name not in GRAPHS and (not self.name.startswith(OWN_GRAPH) or self.name == OWN_GRAPH):
             known = ", ".join((*GRAPHS, f"{OWN_GRAPH}PATH"))
             raise ValueError(f"data.name (={self.name!r}) is no graph: {did_you_mean(self.name, GRAPHS)}choose {known}")
         if self.name.startswith(OWN_GRAPH) and self.split == "full":
@@ -105,7 +102,7 @@ class GraphExperiment(Comparison):
     epochs: int = 200
     """Steps in full precision, each on the whole graph; the best one on the validation nodes counts."""
     bits: tuple[tuple[int, int], ...] = ((8, 8), (4, 8), (4, 4))
-    """Widths of weights and activations to quantize to."""
+    """Pairs of bits of weights and of activations to quantize to."""
     start: Literal["trained", "random"] = "trained"
     """Quantized networks start from the full-precision one, or from random weights (quantization-aware throughout)."""
     tune_epochs: int = 20

@@ -27,7 +27,7 @@ _LONGEST_NAME = 128
 """Bytes. File systems take 143 to 255, and other names are made of a run's: NAME_W4A4, NAME_sweep."""
 
 
-_RESERVED = ("checkpoints", "report", "tensorboard")
+_RESERVED = ("checkpoints", "export", "report", "tensorboard")
 _FILES = (".json", ".jsonl", ".part", ".png")
 
 FOLDER, NPZ = "folder/", "npz/"
@@ -52,7 +52,7 @@ class Data:
     size: int = 16
     """Side in pixels of the digits, and of the squares that photographs are cropped to. Other images have their own."""
     channels: Literal[1, 3] = 3
-    """Of pictures in a folder: 3 for colours, 1 for shades of grey."""
+    """Channels of pictures in a folder: 3 for colours, 1 for shades of grey."""
     centre: float = CENTRE
     """Evaluation looks at the square in the middle of a photograph, of this share of its short side."""
     skip_unreadable: bool = False
@@ -69,7 +69,9 @@ class Data:
     """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
 
     def __post_init__(self):
-        object.__setattr__(self, "name", _from_everywhere(self.name))
+        if self.name in (FOLDER, NPZ):
+            raise ValueError(f"data.name (={self.name!r}) has no path: give {self.name}PATH")
+        object.__setattr__(self, "name", with_absolute_path(self.name, FOLDER, NPZ))
         if not self.name.startswith((FOLDER, NPZ)):
             _check_set("data.name", self.name, "digits", "cifar10")
         if self.test is not None:
@@ -121,7 +123,7 @@ class Rule:
     learning_rate: float = 1.0
     """Multiplier of the schedule's learning rate."""
     weight_decay: float | None = None
-    """Replace the shared weight decay; None keeps it."""
+    """Weight decay instead of the shared one. None keeps that."""
 
     def __post_init__(self):
         try:
@@ -236,7 +238,7 @@ class Annealing:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is minimised, see `train.losses`."""
+    """What is minimised, see `train.steps.losses`."""
 
     name: Literal["cross_entropy", "distillation", "similarity"] = "cross_entropy"
     """Cross entropy; that of the network and of its high-precision twin, and their similarity; or this alone, which
@@ -389,16 +391,15 @@ def check_seeds(name: str, first: int, count: int = 1) -> None:
         raise ValueError(f"{name} (={first}) must lie in 0 to {_LARGEST_SEED - (count - 1)}")
 
 
-def _from_everywhere(name: str) -> str:
-    """The name of own images with an absolute path, so that a run is read, or repeated, from any working directory.
+def with_absolute_path(name: str, *prefixes: str) -> str:
+    """Name of own data with an absolute path, so that a run is read or repeated from any working directory.
 
-    Raises:
-      ValueError: The path is empty.
+    Args:
+      name: Name of the data.
+      prefixes: Starts of names that a path follows.
     """
-    for prefix in (FOLDER, NPZ):
-        if name == prefix:
-            raise ValueError(f"data.name (={name!r}) has no path: give {prefix}PATH")
-        if name.startswith(prefix):
+    for prefix in prefixes:
+        if name.startswith(prefix) and name != prefix:
             return prefix + os.path.abspath(os.path.expanduser(name.removeprefix(prefix)))
     return name
 

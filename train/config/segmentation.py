@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qpde.suggestions import did_you_mean
-from train.config.images import FOLDER, Experiment, Loss, Model, check_at_least
+from train.config.images import FOLDER, Experiment, Loss, Model, check_at_least, with_absolute_path
 
 SETS = ("camvid", "cityscapes", "tfds/cityscapes/semantic_segmentation")
 
@@ -16,7 +16,8 @@ class SegmentationData:
 
     name: str = "camvid"
     """camvid or cityscapes, read from their own folders in the data folder; tfds/cityscapes/semantic_segmentation, as
-    tensorflow-datasets prepares it; or folder/PATH, one's own pairs, see `qpde.datasets.load_label_maps`."""
+    tensorflow-datasets prepares it; or folder/PATH, your own pairs, see `qpde.datasets.load_label_maps`. PATH is kept
+    as an absolute one."""
     validation: float = 0.1
     """Share of Cityscapes' training images held out to choose the best epoch. Other sets have their own split."""
     size: tuple[int, int] | None = None
@@ -34,6 +35,7 @@ class SegmentationData:
     """Brightness, contrast and saturation of training images change by up to this share. 0 turns it off."""
 
     def __post_init__(self):
+        object.__setattr__(self, "name", with_absolute_path(self.name, FOLDER))
         if self.name not in SETS and not (self.name.startswith(FOLDER) and self.name != FOLDER):
             known = ", ".join(map(repr, (*SETS, f"{FOLDER}PATH")))
             raise ValueError(

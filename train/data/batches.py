@@ -34,22 +34,22 @@ def training_batches(
         yield vary(key, jnp.asarray(x), jnp.asarray(labels, jnp.int32))
 
 
-def in_network_form(images: ImageSet, part: str) -> Iterator[tuple[Array, Array]]:
-    """Read the batches of "validation" or "test" in order, as network input and labels."""
+def in_network_form(images: ImageSet) -> Iterator[tuple[Array, Array]]:
+    """Read the test images in order, as network input and labels."""
     normalize = jax.jit(images.normalize)
-    return ((normalize(x), jnp.asarray(labels)) for x, labels in images.in_order(part))
+    return ((normalize(x), jnp.asarray(labels)) for x, labels in images.in_order("test"))
 
 
-def of_one_shape(batches: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, int]]:
+def of_one_shape(batches: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
     """Fill up shorter batches to the length of the first, so that one compiled program serves all.
 
     Args:
       batches: Network input and labels, the first batch the longest.
     Yields:
-      Network input, filled up with the first image of its batch, and how many of its images count.
+      Network input, filled up with the first image of its batch, and the labels, as many as images count.
     """
     length = None
-    for x, _ in batches:
+    for x, labels in batches:
         length = length or len(x)
         missing = length - len(x)
-        yield jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]) if missing else x, len(x)
+        yield jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]) if missing else x, labels

@@ -79,10 +79,7 @@ def random_part(
         )
         inside = _inside(rows, x.shape[0])[:, None] & _inside(columns, x.shape[1])[None, :]
         pixels = _interpolated(_interpolated(x, rows, 0), columns, 1)
-        nearest = [
-            jnp.clip(jnp.round(at), 0, n - 1).astype(jnp.int32)
-            for at, n in zip((rows, columns), x.shape[:2], strict=True)
-        ]
+        nearest = [_nearest(at, n) for at, n in zip((rows, columns), x.shape[:2], strict=True)]
         classes = labels[nearest[0]][:, nearest[1]]
         return (
             jnp.where(inside[..., None], pixels, outside[None, None, :]),

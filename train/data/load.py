@@ -1,7 +1,6 @@
 """From a configuration to its set of images, kept on the device if it fits and read during training if not."""
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from train.config.segmentation import SegmentationData
 from train.data.maps import load_maps
 from train.data.reader import Central, read_all
 from train.data.records import Files, Records
-from train.data.resident import DATA_DIR_VARIABLE, ImageSet, Resident, data_root
+from train.data.resident import ImageSet, Resident, data_root, own_path
 from train.data.streamed import Streamed, shape_of
 from train.data.tfds_records import PREFIX, open_records
 from train.host.distributed import is_first
@@ -57,7 +56,7 @@ def load_images(
     if config.name == "digits":
         images = load_digits(size=config.size)
     elif config.name.startswith(NPZ):
-        path = _own_path(config.name.removeprefix(NPZ), data_dir)
+        path = own_path(config.name.removeprefix(NPZ), data_dir)
         images = load_npz(path, validation=config.validation, test=config.test_share)
     else:
         root = data_root(config.name, data_dir)
@@ -82,7 +81,7 @@ def _prepared(config: Data, root: Path) -> dict[str, Records]:
 def _pictures(config: Data, data_dir: Path | None) -> dict[str, Records]:
     """The parts of a folder of pictures."""
     found = find_pictures(
-        _own_path(config.name.removeprefix(FOLDER), data_dir),
+        own_path(config.name.removeprefix(FOLDER), data_dir),
         validation=config.validation,
         test=config.test_share,
         skip_unreadable=config.skip_unreadable,
@@ -97,15 +96,6 @@ def _pictures(config: Data, data_dir: Path | None) -> dict[str, Records]:
         part: Records(f"{found.root}", files, getattr(found, part), known, found.classes, found.contents)
         for part in ("train", "validation", "test")
     }
-
-
-def _own_path(name: str, data_dir: Path | None) -> Path:
-    """The path of own images, or of the same name below the root of the data, where they were moved or copied to."""
-    path, root = Path(name), data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    for place in (path, *([Path(root) / path.name] if root else [])):
-        if place.exists():
-            return place
-    raise FileNotFoundError(f"{path} is not there; if it was moved to FOLDER/{path.name}, give --data-dir FOLDER")
 
 
 def _from_records(

@@ -10,7 +10,7 @@ from qpde.datasets.cityscapes import CLASSES, classes_of_ids, split_train
 from qpde.datasets.label_maps import as_images
 from train.config.images import FOLDER
 from train.config.segmentation import SegmentationData
-from train.data.resident import data_root
+from train.data.resident import data_root, own_path
 from train.data.tfds_records import PREFIX, find_builder
 
 __all__ = ["load_maps"]
@@ -28,7 +28,7 @@ def load_maps(config: SegmentationData, data_dir: Path | None) -> Images:
       ImportError: A package is missing.
     """
     if config.name.startswith(FOLDER):
-        return load_label_maps(Path(config.name.removeprefix(FOLDER)).expanduser(), size=config.size)
+        return load_label_maps(own_path(config.name.removeprefix(FOLDER), data_dir), size=config.size)
     root = data_root(config.name, data_dir)
     if config.name.startswith(PREFIX):
         return _prepared_cityscapes(config, root)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class ImageSet(Protocol):
 
     Attributes:
       shape: (height, width, channels) of what the network sees.
-      num_classes: Number of the labels.
+      num_classes: Number of classes.
       count: training images.
       chance: validation accuracy of guessing the commonest class.
       normalize: bytes -> the network's input, inside jit.
@@ -51,13 +51,13 @@ class ImageSet(Protocol):
     def num_classes(self) -> int: ...
     @property
     def count(self) -> int: ...
-    @property
+    @cached_property
     def chance(self) -> float: ...
     @property
     def normalize(self) -> Callable: ...
     @property
     def stored(self) -> Images: ...
-    @property
+    @cached_property
     def fingerprint(self) -> str: ...
     @property
     def select(self) -> Callable: ...
@@ -101,7 +101,7 @@ class Resident:
     def count(self) -> int:
         return len(self.images.train.labels)
 
-    @property
+    @cached_property
     def chance(self) -> float:
         labels = self.images.validation.labels
         labels = labels[labels != IGNORED]
@@ -115,7 +115,7 @@ class Resident:
     def stored(self) -> Images:
         return self.images
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return fingerprint_of((*self.images.train, *self.images.validation, *self.images.test))
 
@@ -159,6 +159,15 @@ def data_root(name: str, data_dir: Path | None) -> Path:
     if not root:
         raise ValueError(f"{name} is read from files: give --data-dir or set {DATA_DIR_VARIABLE}")
     return Path(root)
+
+
+def own_path(name: str, data_dir: Path | None) -> Path:
+    """The path of own data, or of the same name below the root of the data, where they were moved or copied to."""
+    path, root = Path(name), data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    for place in (path, *([Path(root) / path.name] if root else [])):
+        if place.exists():
+            return place
+    raise FileNotFoundError(f"{path} is not there; if it was moved to FOLDER/{path.name}, give --data-dir FOLDER")
 
 
 def make_vary(config: Data | SegmentationData, images: ImageSet) -> Vary:
@@ -207,7 +216,7 @@ def make_inputs(config: Data | SegmentationData, images: ImageSet):
     """
     vary = make_vary(config, images)
 
-    # Of several trainings at once one after the other: vmapped, the generator `train.state.RANDOM` draws other numbers.
+    # Of several trainings at once one after the other: vmapped, the generator of keys draws other numbers.
     @jax.custom_batching.sequential_vmap
     def inputs(key, x, labels):
         if isinstance(config, SegmentationData):

@@ -2,7 +2,7 @@
 
 JAX does it, once it is told where.  Its own variables go before what is chosen here: JAX_COMPILATION_CACHE_DIR moves
 the folder, JAX_ENABLE_COMPILATION_CACHE=false turns it off.  The folder may be deleted at any time.  Like
-`train.memory` this is for a program, never for a library.
+`train.host.allocator` this is for a program, never for a library.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def keep_compiled_programs() -> Path | None:
 
 
 def compile_quickly() -> None:
-    """Tells XLA to hardly optimize machine code, for a command that compiles much and runs each program a few times.
+    """Tell XLA to hardly optimize machine code, for a command that compiles much and runs each program a few times.
 
     On processors alone: an accelerator's programs would be slow. Flags that the environment holds go before. To be
     called before JAX is imported.

@@ -74,7 +74,7 @@ class Display:
 
 
 class _Compiling(ProgressColumn):
-    """Say what is waited for before the first step."""
+    """A column that says what is waited for before the first step."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.fields["started"] else "compiling")

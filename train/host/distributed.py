@@ -40,7 +40,7 @@ def join(coordinator: str, processes: int | None = None, process: int | None = N
                 "one less"
             )
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-    # Its handler would take SIGTERM, which train.interrupt answers.
+    # Its handler would take SIGTERM, which train.host.interrupt answers.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments)

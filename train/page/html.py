@@ -42,7 +42,7 @@ figcaption { color: var(--quiet); font-size: .92rem; margin-top: .5rem }
 .panels { display: grid; gap: 1rem 1.2rem; align-items: start }
 .panels svg { display: block; width: 100%; max-width: 38rem; height: auto }
 @media (min-width: 48rem) {
-  .two, .four { grid-template-columns: 1fr 1fr }
+  .two { grid-template-columns: 1fr 1fr }
   .one { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem; align-items: center }
 }
 @media (min-width: 62rem) {
@@ -83,7 +83,7 @@ footer { margin-top: 3rem; color: var(--quiet); font-size: .85rem }
   h2, h3, caption { break-after: avoid }
   h2 { margin-top: 1.4rem }
   svg, tr, .thumbs li, .formula { break-inside: avoid }
-  .two, .four { grid-template-columns: 1fr 1fr }
+  .two { grid-template-columns: 1fr 1fr }
   .three { grid-template-columns: repeat(3, 1fr); gap: .5rem }
   .one { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: center }
   .wide, .formula { overflow-x: visible }
@@ -102,7 +102,7 @@ $sections
 </html>
 """)
 
-_COLUMNS = {1: "one", 2: "two", 3: "three", 4: "four"}
+_COLUMNS = {2: "two", 3: "three"}
 
 
 class Picture(NamedTuple):
@@ -211,7 +211,7 @@ def _cell(cell: str | tuple[str, str]) -> str:
 
 
 def _full_rows(drawn: Sequence[str]) -> list[Sequence[str]]:
-    """Rows of equally many pictures, 3 or 2, but that an odd rest of 5 is a row of 3 and one of 2."""
+    """Rows of 3 where that comes out even, else rows of 2, after one row of 3 where the number is odd."""
     if len(drawn) % 3 == 0:
         return [drawn[i : i + 3] for i in range(0, len(drawn), 3)]
     if len(drawn) % 2:

@@ -200,7 +200,8 @@ def _decibels(errors: Sequence[float]) -> np.ndarray:
     return np.array([min(decibels(error), 144.0) for error in errors])
 
 
-def bits_section(measured, every) -> str:
+def bits_section(measured, every, *, of_pixels: bool = False) -> str:
+    """Accuracy, agreement and error against bits; shares of pixels, which are not independent, have no interval."""
     quantities = (
         ("bits-accuracy", "accuracy, %", lambda f: f.accuracy, True),
         ("bits-agreement", "agreement, %", lambda f: f.agreement, True),
@@ -209,20 +210,21 @@ def bits_section(measured, every) -> str:
     pictures = []
     for file, quantity, value, is_share in quantities:
         curves = {
-            name: {
-                str(bits): _with_interval(value(f), f.samples) if is_share else (value(f), float("nan"))
-                for bits, f in m.by_bits.items()
-            }
+            name: {str(bits): _point(value(f), f.samples, is_share, of_pixels) for bits, f in m.by_bits.items()}
             for name, m in measured.items()
         }
         drawing = plots.against_bits_figure({quantity: curves}, x="bits of activations", legend_below=True, among=every)
         ends = ", ".join(f"{name} from {_ends([v for v, _ in points.values()])}" for name, points in curves.items())
         pictures.append(Picture(file, drawing, f"{quantity} against bits of activations: {ends}."))
+    what = (
+        "the share of pixels that the network and its high-precision twin classify alike, of {images} test images."
+        if of_pixels
+        else "the share of images that the network and its high-precision twin classify alike. Bars are 95 % intervals "
+        "(Wilson) over {images} test images."
+    )
     caption = fill(
         "One set of weights, trained at the run's own bits, run at other bits of activations; the weights keep "
-        "theirs, and batch statistics are estimated again each time. Agreement is the share of images that the "
-        "network and its high-precision twin classify alike. Bars are 95 % intervals (Wilson) over {images} test "
-        "images.",
+        f"theirs, and batch statistics are estimated again each time. Agreement is {what}",
         images=f"{_samples(measured):,}",
     )
     return figure(pictures, caption)
@@ -230,6 +232,13 @@ def bits_section(measured, every) -> str:
 
 def _samples(measured) -> int:
     return next(iter(next(iter(measured.values())).by_bits.values())).samples
+
+
+def _point(value: float, samples: int, is_share: bool, of_pixels: bool) -> tuple[float, Any]:
+    """A value and its interval, in per cent where it is a share."""
+    if is_share and not of_pixels:
+        return _with_interval(value, samples)
+    return 100 * value if is_share else value, float("nan")
 
 
 def _with_interval(share: float, samples: int) -> tuple[float, tuple[float, float]]:

@@ -41,7 +41,8 @@ def sections(
     found = [("Results", _results(results)), ("Scenes", _scenes(measured))]
     if low:
         errors = layer_error_section(experiment, {name: results[name] for name in low}, (), every)
-        found += [("Layer-wise error", errors), ("Accuracy and agreement against bits", bits_section(low, every))]
+        by_bits = bits_section(low, every, of_pixels=True)
+        found += [("Layer-wise error", errors), ("Accuracy and agreement against bits", by_bits)]
     if curves := training.section(lines, best, every):
         found.append(("Training", curves))
     found.append(("Sizes", sizes_section(measured)))

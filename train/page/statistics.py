@@ -5,20 +5,19 @@ import math
 import numpy as np
 from scipy.stats import binomtest
 
-CONFIDENCE = 0.95
 
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (1927).
 
-def wilson(count: int, total: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's interval of a share (1927), which stays within 0 and 1 and has a width where the share is 0 or 1.
+    It stays within 0 and 1, and has a width where the share is 0 or 1.
 
     Args:
       count: Inputs of the kind that is counted.
       total: All inputs, at least 1.
-      confidence: Probability with which the interval holds the true share.
     Returns:
       The lowest and the highest share.
     """
-    interval = binomtest(count, total).proportion_ci(confidence, method="wilson")
+    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 

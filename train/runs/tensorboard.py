@@ -44,7 +44,7 @@ class Board:
             self._writers[variant] = self._make(logdir=str(self._folder / variant))
         for name, value in line.items():
             if name not in _NO_METRICS and isinstance(value, int | float | np.number | list):
-                self._writers[variant].add_scalar(name, float(np.mean(value)), line["epoch"])
+                self._writers[variant].add_scalar(name, float(np.nanmean(np.asarray(value, np.float64))), line["epoch"])
         self._writers[variant].flush()
 
     def close(self) -> None:

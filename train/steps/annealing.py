@@ -156,7 +156,7 @@ def smoothing_scale_of(schedule: SmoothingSchedule, *, smooths: bool, epochs: in
 
 
 def with_smoothing_scale(collections: dict[str, Any], smoothing_scale: float | None) -> dict[str, Any]:
-    """Collections of a network at this smoothing scale, see `qpde.models.Network`; None leaves them."""
+    """Collections of a network at this smoothing scale, see `qpde.models.images.network.Network`; None leaves them."""
     return (
         collections if smoothing_scale is None else {**collections, SMOOTHING: {"scale": jnp.float32(smoothing_scale)}}
     )

@@ -25,7 +25,7 @@ CLIPS = "clips"
 """What the paths of clips end in."""
 
 Ranges = Mapping[str, tuple[float, float]]
-"""(lowest, largest) by the end of a parameter's path, as `qpde.models.Network.ranges` gives them."""
+"""(lowest, largest) by the end of a parameter's path, as `qpde.models.images.network.Network.ranges` gives them."""
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

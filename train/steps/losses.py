@@ -31,7 +31,7 @@ Entropy = Callable[[Array, Array], Float[Array, ""]]
 
 
 class Outputs(NamedTuple):
-    """Of one pass: logits (N, ..., classes) and the blocks' outputs in order, or none where the loss needs none."""
+    """Results of one pass: logits (N, ..., classes), and the blocks' outputs where the loss needs them."""
 
     logits: Float[Array, "*batch classes"]
     states: Sequence[Float[Array, "..."]]

@@ -18,7 +18,7 @@ def make_pixel_entropy(config: SegmentationLoss, weights: Float[np.ndarray, " cl
 
     Args:
       config: What it is made of.
-      weights: Of the classes; None weighs all alike.
+      weights: Weights of the classes; None weighs all alike.
     """
 
     def entropy(logits: Float[Array, "n h w classes"], labels: Int[Array, "n h w"]) -> Float[Array, ""]:
@@ -46,7 +46,7 @@ def pixel_cross_entropy(
     Args:
       logits: Before the softmax.
       labels: Classes from 0, or `IGNORED`.
-      weights: Of the classes. Default: 1.
+      weights: Weights of the classes. Default: 1.
       smoothing: In [0, 1).
       focal: Exponent, 0 or more (Lin et al., 2017).
     """

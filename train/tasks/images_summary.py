@@ -39,7 +39,7 @@ def write_report(
     results: dict[str, dict[str, Any]],
     console: Console,
 ) -> None:
-    """Prints the table, draws layer_error.png, and closes the run with summary.json.
+    """Print the table, draw layer_error.png, and close the run with summary.json.
 
     Args:
       experiment: for the heading.

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,9 @@ class Training:
                 results[part]["untuned"] = {key: before[key] for key in ("accuracy", "agreement")}
         return results
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Tell the data from any other."""
+        """Digest that tells the data from any other."""
         return fingerprint_of(jax.tree.leaves(self.task))
 
     @property

@@ -1,7 +1,6 @@
 """The graph of an experiment, on the device."""
 
 import json
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import qpde.datasets
 from qpde.datasets import NodeGraph
 from train.config.graphs import OWN_GRAPH, GraphData
 from train.data.records import DataError
-from train.data.resident import DATA_DIR_VARIABLE, data_root
+from train.data.resident import data_root, own_path
 from train.runs.directory import RunDirectory
 from train.steps.losses import IGNORED
 from train.tasks.nodes_step import Task
@@ -30,21 +29,13 @@ def load_graph(config: GraphData, data_dir: Path | None) -> NodeGraph:
       FileNotFoundError: the files are not in the folder.
     """
     if config.name.startswith(OWN_GRAPH):
-        graph = qpde.datasets.load_node_graph(_own_path(config.name, data_dir), seed=config.split_seed)
+        path = own_path(config.name.removeprefix(OWN_GRAPH), data_dir)
+        graph = qpde.datasets.load_node_graph(path, seed=config.split_seed)
         return qpde.datasets.random_split(graph, seed=config.split_seed) if config.split == "random" else graph
     if config.name == "digits":
         return qpde.datasets.load_digits_graph(seed=config.split_seed)
     root = data_root(config.name, data_dir)
     return qpde.datasets.load_planetoid(config.name, root, split=config.split, seed=config.split_seed)
-
-
-def _own_path(name: str, data_dir: Path | None) -> Path:
-    """The path of an own graph, or of a file of the same name in the data folder, where it was moved to."""
-    path, root = Path(name.removeprefix(OWN_GRAPH)), data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    if path.is_file() or root is None:
-        return path
-    moved = Path(root) / path.name
-    return moved if moved.is_file() else path
 
 
 def make_task(graph: NodeGraph) -> Task:
@@ -59,7 +50,7 @@ def make_task(graph: NodeGraph) -> Task:
 
 
 def check_same_graph(run: RunDirectory, fingerprint: str) -> None:
-    """Notes which graph a run is on; for one that goes on, checks that it still is.
+    """Note which graph a run is on, or check that a run that goes on is still on it.
 
     Raises:
       DataError: the graph is another than when the run began.

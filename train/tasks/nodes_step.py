@@ -17,7 +17,7 @@ from train.steps.losses import classification_sums
 
 
 class Task(NamedTuple):
-    """A graph with the labels of each split, `train.losses.IGNORED` at all other nodes."""
+    """A graph with the labels of each split, `qpde.datasets.IGNORED` at all other nodes."""
 
     graph: jraph.GraphsTuple
     train: Int[Array, " nodes"]

@@ -36,7 +36,7 @@ def name_of(bits: tuple[int, int]) -> str:
 def write_report(
     experiment: GraphExperiment, run: RunDirectory, results: dict[str, dict[str, Any]], console: Console
 ) -> None:
-    """Prints the table, draws the pictures, and closes the run with summary.json.
+    """Print the table, draw the pictures, and close the run with summary.json.
 
     layer_error_N.png shows the variants of N layers at the run's last pair of bits, over_smoothing.png the energy of
     the full-precision states and the accuracy against depth.

@@ -8,13 +8,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from qpde.measure.faithfulness import reestimate_statistics
 from train.config.images import Variant
 from train.config.segmentation import SegmentationExperiment
 from train.data.load import load_images
 from train.data.resident import ImageSet
 from train.steps.pixel_losses import make_pixel_entropy, median_frequency_weights
-from train.steps.state import TrainState
 from train.steps.train_step import make_evaluate, make_loss
 from train.tasks.images import Training, for_parts, trainings_on
 
@@ -57,17 +55,6 @@ class SegmentationTraining(Training):
     @cached_property
     def scores(self) -> Callable:
         return make_evaluate(self.model, self.images.normalize, map_classes=self.images.num_classes)
-
-    def evaluate(self, state: TrainState, variables: dict[str, Any]) -> dict[str, Any]:
-        """As `Training.evaluate`, with the intersection over union of the network and of its twin."""
-        results = super().evaluate(state, variables)
-        if self.model.bits.activations is None:
-            return results | self._iou(variables, None)
-        results |= self._iou(variables, self.model.bits)
-        state, bits = state.averaged, self.model.bits.twin
-        twin = variables if state.twin_variables is None else state.twin_variables
-        twin = reestimate_statistics(self.model, twin, self.statistics_batches(), bits)
-        return results | {f"{name}_twin": value for name, value in self._iou(twin, bits).items()}
 
     def _iou(self, variables: dict[str, Any], bits: Any) -> dict[str, Any]:
         found = self.scores(variables, self.images.stacks("test"), bits)

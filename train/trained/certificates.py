@@ -18,7 +18,7 @@ def measure(finished: Finished, act_bits: int, *, images: int, newton_steps: int
       finished: A trained network.
       act_bits: Bits of its activations.
       images: How many.
-      newton_steps: Of `certify`.
+      newton_steps: Steps of Newton's method, see `qpde.certify`.
     Returns:
       "accuracy", "agreement", "certified", "a_priori" and "tightness".
     """
@@ -43,8 +43,8 @@ def measure_images(finished: Finished, act_bits: int, *, images: int, newton_ste
     if model.clip_bits is not None:  # else the network stays as it is, for one compiled program at all bits
         model, variables = model.at_bits(variables, Bits(model.weight_bits, act_bits))
     parts: list[dict[str, Any]] = []
-    labels = [labels for _, labels in finished.test_images(images)]
-    for own, (x, count) in zip(labels, of_one_shape(finished.test_images(images)), strict=True):
+    for x, own in of_one_shape(finished.test_images(images)):
+        count = len(own)
         if not parts:
             variables = converge_norms(model, variables, x[:1], bits=bits)
             steps = step_bounds(model, variables, (x.shape[1], x.shape[2]), bits)

@@ -61,7 +61,7 @@ class Deployed:
 
     Attributes:
       images: Test images, or test nodes.
-      accuracy_twin: Of the high-precision twin.
+      accuracy_twin: Accuracy of the high-precision twin.
       rows: By runtime.
       missing: Reasons of runtimes that are not there, by name.
       what: What was counted: "images" or "nodes".
@@ -90,10 +90,10 @@ def measure(
       model: The network.
       variables: Its collections.
       folded: What is deployed.
-      bits: Bit-widths that it was folded at.
+      bits: Bits that it was folded at.
       batches: Pairs of network inputs (N, H, W, C) and labels.
-      newton_steps: Of the certificate; it is left out where activations are not rounded.
-      rounds: Of the latencies; 0 leaves them out.
+      newton_steps: Steps of the certificate, which is left out where activations are not rounded.
+      rounds: Measured calls for the latencies. 0 leaves them out.
     Returns:
       `Deployed`.
     """
@@ -103,8 +103,7 @@ def measure(
         found, missing = runtimes(model, variables, folded, bits, size, Path(scratch))
         rows = {name: RuntimeRow(name, 0, 0, 0.0) for name in found}
         answers: dict[str, list[np.ndarray]] = {name: [] for name in found}
-        for start in range(0, len(images), _AT_ONCE):
-            x = images[start : start + _AT_ONCE]
+        for x in _cut(images):
             logits, codes = deploy.run_reference(folded, x)
             for name, runtime in found.items():
                 answers[name].append(_compare(rows[name], runtime, x, logits, codes))
@@ -116,7 +115,8 @@ def measure(
             if proven is not None:
                 row.certified = float(np.mean(predictions[name] == proven))
         if rounds:
-            exact = float_runtimes(model, variables, Path(scratch))
+            exact, absent = float_runtimes(model, variables, Path(scratch))
+            missing |= absent
             rows |= {name: RuntimeRow(name) for name in exact}
             _time(rows, found | exact, images, rounds)
     return Deployed(len(images), float(np.mean(twin == labels)), list(rows.values()), missing)
@@ -131,7 +131,7 @@ def measure_graph(
       model: The network.
       variables: Its collections.
       folded: What is deployed.
-      bits: Bit-widths that it was folded at.
+      bits: Bits that it was folded at.
       graph: The `jraph.GraphsTuple`, its features sparse or not.
       labels: Class of each node, -1 where it does not count.
     Returns:

@@ -42,7 +42,7 @@ class Maps:
       rows: By what was done to them, maps (H, W).
       errors: Relative rounding error of all channels and some images, by block; with smoothing, a pair of without and
         with.
-      spread: Of the first and last of them, before and after smoothing, the histogram of all values / clip.
+      spread: Histogram of all values / clip, of the first and the last of these blocks, before and after smoothing.
       smoothing: What was applied, its gamma2 the mean of the blocks. None where nothing was.
       is_own: Whether the network itself has it.
     """
@@ -92,7 +92,7 @@ class Measured:
       predictions: At the network's own bits.
       spectra: By block, from 1, eigenvalues of the Jacobian's symmetric part at some images.
       by_bits: Faithfulness by bits of the activations.
-      inputs: Of every block, the distribution of its input.
+      inputs: Distribution of every block's input.
       maps: Feature maps.
       certified: By bits, results of `train.trained.certificates.measure_images`.
     """
@@ -128,7 +128,7 @@ def measure(
       act_bits: Bits of activations to run it at.
       certify_at: Bits of activations to certify it at.
       images: Test images to use, the first ones.
-      certify_images: Of these, the ones to certify.
+      certify_images: How many of these to certify.
       smoothing: Whether to smooth the feature maps of a network that does not smooth, for its page.
     """
     model, bits = finished.model, traced(finished.model.bits)
@@ -194,7 +194,7 @@ def _inputs(model, variables, x, states) -> list[Distribution]:
 
 
 def _spectra(model, variables, states) -> dict[int, np.ndarray]:
-    """Of every block but the first that keeps the shape, at the states that the high-precision twin runs through."""
+    """Eigenvalues of every block but the first that keeps the shape, at states of the high-precision twin."""
     bits, found = model.bits.twin, {}
     for i, (block, own, step_size, gamma2) in enumerate(model.steps(variables)[1:], 1):
         if states[i].shape == states[i - 1].shape:

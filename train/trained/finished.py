@@ -73,7 +73,7 @@ class Finished:
     def test_images(self, limit: int | None = None) -> Iterator[tuple[Array, Array]]:
         """(network input, labels) of the first test images, batch by batch. None is all of them."""
         left = limit
-        for x, labels in in_network_form(self.images, "test"):
+        for x, labels in in_network_form(self.images):
             yield x[:left], labels[:left]
             if left is not None:
                 left -= len(x)

@@ -51,13 +51,12 @@ def runtimes(
       model: The network.
       variables: Its collections.
       folded: What is deployed.
-      bits: Bit-widths that it was folded at.
+      bits: Bits that it was folded at.
       size: Height and width of the images.
       scratch: An empty folder for files that runtimes read.
     Returns:
       Programs by name, and reasons by name.
     """
-    found, missing = {}, {}
     makers = {
         "JAX, fake-quantized": lambda: _fake(model, variables, folded, bits),
         "JAX, integers": lambda: _integers(folded),
@@ -67,6 +66,12 @@ def runtimes(
         "C": lambda: _compiled_c(folded, size, scratch),
         "StableHLO": lambda: _stablehlo(folded, size),
     }
+    return _made(makers)
+
+
+def _made(makers: dict[str, Callable[[], Runtime]]) -> tuple[dict[str, Runtime], dict[str, str]]:
+    """Programs by name, and reasons of those that cannot be made."""
+    found, missing = {}, {}
     for name, make in makers.items():
         try:
             found[name] = make()
@@ -75,18 +80,27 @@ def runtimes(
     return found, missing
 
 
-def float_runtimes(model: Network, variables: dict[str, Any], scratch: Path) -> dict[str, Runtime]:
-    """The network in float32, nothing rounded and nothing clipped: what latencies are held against."""
+def float_runtimes(
+    model: Network, variables: dict[str, Any], scratch: Path
+) -> tuple[dict[str, Runtime], dict[str, str]]:
+    """The network in float32, nothing rounded and nothing clipped: what latencies are held against.
+
+    Args:
+      model: The network.
+      variables: Its collections.
+      scratch: A folder for files that runtimes read.
+    Returns:
+      Programs by name, and reasons of those that are missing.
+    """
     exact = Bits(None, None)
     folded = deploy.fold(model, variables, bits=exact)
-    found = {"JAX, float32": _network(model, variables, exact)}
-    for name, make in {
-        "onnxruntime, float32": lambda: onnx_runtime(folded, optimized=True),
-        "OpenVINO, float32": lambda: openvino_runtime(folded, scratch),
-    }.items():
-        with contextlib.suppress(*_GUARDED):
-            found[name] = make()
-    return found
+    return _made(
+        {
+            "JAX, float32": lambda: _network(model, variables, exact),
+            "onnxruntime, float32": lambda: onnx_runtime(folded, optimized=True),
+            "OpenVINO, float32": lambda: openvino_runtime(folded, scratch),
+        }
+    )
 
 
 def _network(model, variables, bits) -> Runtime:
@@ -130,7 +144,7 @@ def onnx_runtime(folded: Folded, *, optimized: bool = True, **options_of_graph: 
     Args:
       folded: Result of `fold` or `settle`.
       optimized: Whether onnxruntime may fuse.
-      **options_of_graph: Of `qpde.deploy.onnx_model`.
+      **options_of_graph: Options of `qpde.deploy.onnx_model`.
     """
     onnxruntime = deploy.require("onnxruntime")
     options = onnxruntime.SessionOptions()
@@ -159,7 +173,7 @@ def openvino_runtime(folded: Folded, scratch: Path, **options_of_graph: Any) -> 
     Args:
       folded: Result of `fold` or `settle`.
       scratch: A folder for the file that it reads.
-      **options_of_graph: Of `qpde.deploy.onnx_model`.
+      **options_of_graph: Options of `qpde.deploy.onnx_model`.
     """
     # OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
     os.environ.setdefault("CI", "true")

@@ -56,13 +56,13 @@ def measure_scenes(finished: Finished, *, act_bits: tuple[int, ...], images: int
 def _scenes(finished: Finished, images: int) -> dict[str, list[np.ndarray]]:
     model, found = finished.model, {}
     count = model.num_classes
-    at = {bits: finished.at(bits) for bits in (model.bits, model.bits.twin)}
+    at = [(bits, finished.at(bits)) for bits in (model.bits, model.bits.twin)]
     stored = next(iter(finished.images.in_order("test")))
     places = np.linspace(0, min(images, len(stored.images)) - 1, _SCENES).astype(int)
     for i, place in enumerate(dict.fromkeys(places.tolist()), start=1):
         image, truth = stored.images[place], stored.labels[place]
         x = finished.images.normalize(image[None])
-        low, twin = (np.asarray(_classes(model, variables, x, bits))[0] for bits, variables in at.items())
+        low, twin = (np.asarray(_classes(model, variables, x, bits))[0] for bits, variables in at)
         shown = [overlay(image, labels, count) for labels in (truth, low, twin)]
         found[f"image {i}"] = [*shown, overlay(image // 2, np.where(low == twin, -1, low), count, share=1.0)]
     return found

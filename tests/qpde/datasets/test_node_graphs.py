@@ -130,7 +130,7 @@ def test_files_that_are_no_graph_are_named(tmp_path):
 
 
 def test_the_ten_lines_of_the_documentation_make_a_graph_of_tables(tmp_path, monkeypatch, pytestconfig):
-    text = (pytestconfig.rootpath / "docs" / "own_networks.md").read_text()
+    text = (pytestconfig.rootpath / "docs" / "guides" / "own_graph.md").read_text()
     (lines,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "edges.csv" in block]
     assert len(lines.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
