@@ -98,8 +98,7 @@ def test_a_forged_program_with_a_right_digest_is_refused(tmp_path, content, old,
     text = zlib.decompress(tensors["program"].tobytes()).decode()
     assert old in text
     tensors["program"] = np.frombuffer(zlib.compress(text.replace(old, new, 1).encode()), np.uint8)
-    metadata = {"format": files.FORMAT, "sha256": files._digest(tensors)}
-    path = write_whole(tmp_path / "forged.safetensors", safetensors.numpy.save(tensors, metadata))
+    path = write_whole(tmp_path / "forged.safetensors", files.seal(tensors, files.FORMAT))
     with pytest.raises(ValueError, match=r"forged\.safetensors does not describe a network"):
         deploy.load_packed(path)
 
