@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from qpde import native
 from qpde.checks import whole_number
 from qpde.devices import by_compiler, on_each_device, vary_alike
 
@@ -449,5 +450,9 @@ def _wide(x):
     return x.dtype if x.dtype.itemsize > 4 else jnp.float32
 
 
-_conv, _conv_adjoint = _trilinear(_full_conv, _full_adjoint, _full_kernel_gradient)
+_conv, _conv_adjoint = _trilinear(
+    native.faster("conv", _full_conv, lambda form, x, k: (x.shape[0], *form.size_out, k.shape[3])),
+    native.faster("conv_adjoint", _full_adjoint, lambda form, y, k: (y.shape[0], *form.size, k.shape[2])),
+    native.faster("kernel_gradient", _full_kernel_gradient, lambda form, x, y: (*form.taps, x.shape[3], y.shape[3])),
+)
 _depthwise, _depthwise_adjoint = _trilinear(_depthwise_conv, _depthwise_transpose, _depthwise_kernel_gradient)

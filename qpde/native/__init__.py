@@ -1,0 +1,108 @@
+"""Convolutions compiled ahead of time for x86 CPUs, where they were built: see kernels.cpp.
+
+`faster` puts a kernel in the place of an operator's own program. That program stays what runs everywhere else: on other
+platforms, for other dtypes and unknown sizes, in a program that is split over devices by the compiler, and in one that
+is exported, which must run where there are no kernels. A primitive of JAX decides it when a program is lowered.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+__all__ = ["describe", "faster"]
+
+SWITCH = "QPDE_NATIVE"
+"""Environment variable: 0 leaves the kernels out."""
+
+_SETS = {512: "AVX-512", 256: "AVX2"}
+
+
+def describe() -> str:
+    """Who runs convolutions on CPUs, and why: one line for a log."""
+    return _library()[1]
+
+
+def faster(
+    name: str, program: Callable[[Any, Array, Array], Array], shape: Callable[[Any, Array, Array], tuple]
+) -> Callable[[Any, Array, Array], Array]:
+    """A bilinear map of operators.py, by the kernel of that name where it can be.
+
+    Args:
+      name: Name of the kernel: "qpde_" and it is the symbol in the library.
+      program: (form, a, b) -> result, in JAX. `form` has the static `padding`, `stride` and `dilation`.
+      shape: The same -> shape of the result.
+    Returns:
+      A function like the program.
+    """
+    primitive = Primitive(f"qpde_{name}")
+    primitive.def_impl(lambda a, b, *, form: jax.jit(partial(bind, form))(a, b))
+    primitive.def_abstract_eval(lambda a, b, *, form: a.update(shape=shape(form, a, b)))
+
+    def bind(form, a, b):
+        return primitive.bind(a, b, form=form)
+
+    compiled = mlir.lower_fun(lambda a, b, *, form: program(form, a, b), multiple_results=False)
+
+    def lowered(ctx, a, b, *, form):
+        if ctx.module_context.lowering_parameters.for_export or not _is_for_one_device(ctx.module_context.axis_context):
+            return compiled(ctx, a, b, form=form)
+        numbers = {"padding": np.array(form.padding, np.int64)}
+        numbers |= {key: np.int64(getattr(form, key)) for key in ("stride", "dilation")}
+        return jax.ffi.ffi_lowering(primitive.name)(ctx, a, b, **numbers)
+
+    def batched(arrays, axes, *, form):
+        (a, b), (axis, other) = arrays, axes
+        if other is not None or name == "kernel_gradient":
+            return jax.vmap(partial(program, form), axes)(a, b), 0
+        a = jnp.moveaxis(a, axis, 0)  # one kernel: all images are one batch
+        c = bind(form, a.reshape(-1, *a.shape[2:]), b)
+        return c.reshape(*a.shape[:2], *c.shape[1:]), 0
+
+    mlir.register_lowering(primitive, compiled)
+    mlir.register_lowering(primitive, lowered, platform="cpu")
+    batching.primitive_batchers[primitive] = batched
+
+    def chosen(form, a, b):
+        sizes = (*a.shape, *b.shape, *shape(form, a, b))
+        takes = a.dtype == b.dtype == jnp.float32 and all(isinstance(n, int) and n > 0 for n in sizes)
+        return (bind if takes and _library()[0] else program)(form, a, b)
+
+    return chosen
+
+
+def _is_for_one_device(context: Any) -> bool:
+    """Whether a program is lowered for one device: as a whole, or as each device's part in `jax.shard_map`."""
+    if isinstance(context, mlir.ShardingContext):
+        return context.num_devices == 1
+    return isinstance(context, mlir.SPMDAxisContext) and context.manual_axes == frozenset(context.mesh.axis_names)
+
+
+@cache
+def _library() -> tuple[bool, str]:
+    """Whether the kernels can be called, and the line that says so. The first call makes them known to XLA."""
+    missing = "convolutions on CPUs are the compiler's: "
+    if os.environ.get(SWITCH) == "0":
+        return False, f"{missing}{SWITCH}=0"
+    paths = sorted(Path(__file__).parent.glob("kernels*.so"))
+    if not paths:
+        return False, f"{missing}native kernels were not built, which needs a C++ compiler when qpde is installed"
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+        if not (found := _SETS.get(library.qpde_instructions())):
+            return False, f"{missing}native kernels need a processor with AVX2"
+        for name in ("conv", "conv_adjoint", "kernel_gradient"):
+            symbol = f"qpde_{name}"
+            jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    except Exception as error:  # whatever is wrong with it, the compiler's convolutions do the work
+        return False, f"{missing}native kernels do not load ({error})"
+    return True, f"convolutions on CPUs are native kernels ({found})"

@@ -1,0 +1,292 @@
+// Convolutions for CPUs, called by XLA through its foreign function interface. Their only header beside those of the
+// language is XLA's own, in `jax.ffi.include_dir()`.
+//
+// Images are (N, H, W, C) and kernels (kh, kw, C_in, C_out), all of float32. `conv` and its adjoint are one loop: every
+// pixel of the output is a sum, over taps, of pixels of the input times a matrix. In a convolution of stride s the taps
+// are the same for all outputs, which take every s-th pixel. In its adjoint the outputs fall into s x s phases that
+// meet different taps, so no zero is multiplied. A `Plan` lists the phases and their taps.
+//
+// Sums are added in an order that the shapes alone decide, whatever threads there are: results repeat bit for bit.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using Pool = ffi::ThreadPool;
+
+namespace {
+
+int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// What one thread keeps from call to call: fresh pages of memory would cost as much as the sums.
+template <class T> T* scratch(int place, int64_t count) {
+  struct Memory {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory memories[3];
+  Memory& memory = memories[place];
+  const size_t needed = rounded_up(count * sizeof(T), 64);
+  if (memory.size < needed) {
+    std::free(memory.data);
+    memory.data = std::aligned_alloc(64, needed);
+    memory.size = needed;
+  }
+  return static_cast<T*>(memory.data);
+}
+
+// work(0), ..., work(tasks - 1), shared with the threads of the pool. The caller works too and waits only for what
+// others have begun: it may itself be a thread of a pool whose threads all wait. Helpers that come late find nothing
+// left, and touch nothing but the state, which they keep alive.
+void in_parallel(Pool& pool, int64_t tasks, const std::function<void(int64_t)>& work) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto state = std::make_shared<State>();
+  auto help = [state, tasks, &work] {
+    int64_t done = 0;
+    for (int64_t task; (task = state->next++) < tasks; done++) work(task);
+    if (done == 0) return;
+    std::lock_guard<std::mutex> lock(state->mutex);
+    if ((state->done += done) == tasks) state->finished.notify_one();
+  };
+  const int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; i++) pool.Schedule(std::function<void()>(help));
+  help();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done == tasks; });
+}
+
+struct Tap {
+  int64_t row, column;  // of the padded input, for the first output
+  int64_t index;        // in the kernel
+};
+
+// Neighbouring taps of a row, whose inputs lie side by side.
+struct Run {
+  int64_t offset, count;  // in words
+};
+
+// Outputs that meet the same taps.
+struct Phase {
+  std::array<int64_t, 2> start, count;
+  std::vector<Tap> taps;
+  std::vector<Run> runs;
+};
+
+struct Plan {
+  std::array<int64_t, 2> in_size, out_size, low, padded;
+  int64_t in_channels, out_channels, in_stride, out_stride;
+  int64_t kernel_in, kernel_out;  // steps of the two in the kernel
+  std::vector<Phase> phases;
+
+  int64_t words(int64_t group) const { return (in_channels + group - 1) / group; }
+  int64_t in_numbers() const { return in_size[0] * in_size[1] * in_channels; }
+  int64_t out_numbers() const { return out_size[0] * out_size[1] * out_channels; }
+  int64_t padded_numbers() const { return padded[0] * padded[1] * in_channels; }
+  bool is_direct() const { return padded == in_size; }  // no zeros are needed
+};
+
+using Sizes2 = std::array<int64_t, 2>;
+
+struct Geometry {
+  Sizes2 size, size_out, taps, padding;  // of x, of y, of the kernel
+  int64_t stride, dilation, c_in, c_out;
+};
+
+// Places of the taps along one axis, for the outputs of one phase; those that an output of another phase meets are -1.
+struct Axis {
+  std::vector<std::vector<int64_t>> places;  // by phase, by tap
+  int64_t low, padded;
+};
+
+Axis axis_of(const Geometry& g, int d, bool is_adjoint) {
+  const int64_t in = is_adjoint ? g.size_out[d] : g.size[d], out = is_adjoint ? g.size[d] : g.size_out[d];
+  const int64_t phases = is_adjoint ? g.stride : 1;
+  std::vector<std::vector<int64_t>> offsets(phases, std::vector<int64_t>(g.taps[d], INT64_MIN));
+  int64_t first = 0, last = in - 1;
+  for (int64_t phase = 0; phase < phases; phase++)
+    for (int64_t tap = 0; tap < g.taps[d]; tap++) {
+      int64_t offset = g.dilation * tap - g.padding[d], in_stride = g.stride;
+      if (is_adjoint) {
+        if ((phase - offset) % g.stride != 0) continue;
+        offset = (phase - offset) / g.stride;
+        in_stride = 1;
+      }
+      const int64_t count = (out - phase + phases - 1) / phases;
+      if (count <= 0) continue;
+      offsets[phase][tap] = offset;
+      first = std::min(first, offset);
+      last = std::max(last, offset + in_stride * (count - 1));
+    }
+  for (auto& row : offsets)
+    for (int64_t& offset : row) offset = offset == INT64_MIN ? -1 : offset - first;
+  return {offsets, -first, last - first + 1};
+}
+
+Plan plan_of(const Geometry& g, bool is_adjoint) {
+  const Axis axes[2] = {axis_of(g, 0, is_adjoint), axis_of(g, 1, is_adjoint)};
+  Plan plan;
+  plan.low = {axes[0].low, axes[1].low};
+  plan.padded = {axes[0].padded, axes[1].padded};
+  plan.in_size = is_adjoint ? g.size_out : g.size;
+  plan.out_size = is_adjoint ? g.size : g.size_out;
+  plan.in_channels = is_adjoint ? g.c_out : g.c_in;
+  plan.out_channels = is_adjoint ? g.c_in : g.c_out;
+  plan.in_stride = is_adjoint ? 1 : g.stride;
+  plan.out_stride = is_adjoint ? g.stride : 1;
+  plan.kernel_in = is_adjoint ? 1 : g.c_out;
+  plan.kernel_out = is_adjoint ? g.c_out : 1;
+  for (size_t i = 0; i < axes[0].places.size(); i++)
+    for (size_t j = 0; j < axes[1].places.size(); j++) {
+      Phase phase;
+      phase.start = {int64_t(i), int64_t(j)};
+      for (int d = 0; d < 2; d++)
+        phase.count[d] = std::max<int64_t>(0, (plan.out_size[d] - phase.start[d] + plan.out_stride - 1) / plan.out_stride);
+      for (int64_t a = 0; a < g.taps[0]; a++)
+        for (int64_t b = 0; b < g.taps[1]; b++)
+          if (axes[0].places[i][a] >= 0 && axes[1].places[j][b] >= 0)
+            phase.taps.push_back({axes[0].places[i][a], axes[1].places[j][b], a * g.taps[1] + b});
+      std::sort(phase.taps.begin(), phase.taps.end(), [](const Tap& a, const Tap& b) {
+        return std::make_pair(a.row, a.column) < std::make_pair(b.row, b.column);
+      });
+      plan.phases.push_back(phase);
+    }
+  // A kernel of one tap at stride 1 knows no rows: an image is one.
+  if (plan.padded == plan.in_size && plan.in_size == plan.out_size && g.taps == Sizes2{1, 1} && g.stride == 1) {
+    plan.in_size = plan.out_size = plan.padded = plan.phases[0].count = {1, plan.in_size[0] * plan.in_size[1]};
+  }
+  return plan;
+}
+
+void join_taps(Plan& plan, int64_t words) {
+  for (Phase& phase : plan.phases) {
+    const Tap* last = nullptr;
+    for (const Tap& tap : phase.taps) {
+      if (last && last->row == tap.row && last->column + 1 == tap.column)
+        phase.runs.back().count += words;
+      else
+        phase.runs.push_back({(tap.row * plan.padded[1] + tap.column) * words, words});
+      last = &tap;
+    }
+  }
+}
+
+// The image between its zeros; rows and columns that no tap meets are left out.
+const float* padded(const Plan& plan, const float* image, float* to) {
+  const int64_t c = plan.in_channels, row = plan.padded[1] * c;
+  const int64_t width = std::min(plan.in_size[1], plan.padded[1] - plan.low[1]);
+  for (int64_t i = 0; i < plan.padded[0]; i++, to += row) {
+    const int64_t from = i - plan.low[0];
+    if (from < 0 || from >= plan.in_size[0]) {
+      std::fill_n(to, row, 0.0f);
+      continue;
+    }
+    std::fill_n(to, plan.low[1] * c, 0.0f);
+    memcpy(to + plan.low[1] * c, image + from * plan.in_size[1] * c, 4 * width * c);
+    std::fill(to + (plan.low[1] + width) * c, to + row, 0.0f);
+  }
+  return to - plan.padded[0] * row;
+}
+
+// Pixels with zeros behind their channels.
+const float* widened(const float* from, int64_t pixels, int64_t channels, int64_t width) {
+  float* to = scratch<float>(2, pixels * width);
+  for (int64_t i = 0; i < pixels; i++) {
+    memcpy(to + i * width, from + i * channels, 4 * channels);
+    std::fill(to + i * width + channels, to + (i + 1) * width, 0.0f);
+  }
+  return to;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // Clang spells the pragmas otherwise
+#define NATIVE 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+namespace avx512 {
+#define LANES 16
+#include "loops.h"
+#undef LANES
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define LANES 8
+#include "loops.h"
+#undef LANES
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+int instructions() {
+#if defined(NATIVE)
+  __builtin_cpu_init();
+  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512vnni");
+  if (has_512) return 512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 256;
+#endif
+  return 0;
+}
+
+const int LEVEL = instructions();
+
+using Array = ffi::Buffer<ffi::F32>;
+using Result = ffi::Result<Array>;
+using Numbers = ffi::Span<const int64_t>;
+
+Geometry geometry(const ffi::AnyBuffer::Dimensions& x, const ffi::AnyBuffer::Dimensions& y,
+                  const ffi::AnyBuffer::Dimensions& kernel, Numbers padding, int64_t stride, int64_t dilation) {
+  return {{x[1], x[2]}, {y[1], y[2]}, {kernel[0], kernel[1]}, {padding[0], padding[1]},
+          stride, dilation, kernel[2], kernel[3]};
+}
+
+ffi::Error conv(Pool pool, Array x, Array kernel, Result y, Numbers padding, int64_t stride, int64_t dilation) {
+  Plan plan = plan_of(geometry(x.dimensions(), y->dimensions(), kernel.dimensions(), padding, stride, dilation), false);
+  join_taps(plan, plan.in_channels);
+  (LEVEL == 512 ? avx512::conv : avx2::conv)(plan, x.typed_data(), kernel.typed_data(), y->typed_data(), x.dimensions()[0], pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error adjoint(Pool pool, Array y, Array kernel, Result x, Numbers padding, int64_t stride, int64_t dilation) {
+  Plan plan = plan_of(geometry(x->dimensions(), y.dimensions(), kernel.dimensions(), padding, stride, dilation), true);
+  join_taps(plan, plan.in_channels);
+  (LEVEL == 512 ? avx512::conv : avx2::conv)(plan, y.typed_data(), kernel.typed_data(), x->typed_data(), y.dimensions()[0], pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error gradient(Pool pool, Array x, Array y, Result kernel, Numbers padding, int64_t stride, int64_t dilation) {
+  Plan plan = plan_of(geometry(x.dimensions(), y.dimensions(), kernel->dimensions(), padding, stride, dilation), false);
+  join_taps(plan, plan.in_channels);
+  (LEVEL == 512 ? avx512::kernel_gradient : avx2::kernel_gradient)(plan, x.typed_data(), y.typed_data(), kernel->typed_data(), x.dimensions()[0], pool);
+  return ffi::Error::Success();
+}
+
+#define BINARY ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>() \
+    .Attr<Numbers>("padding").Attr<int64_t>("stride").Attr<int64_t>("dilation")
+
+}  // namespace
+
+extern "C" int qpde_instructions() { return LEVEL; }
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qpde_conv, conv, BINARY);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qpde_conv_adjoint, adjoint, BINARY);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qpde_kernel_gradient, gradient, BINARY);
