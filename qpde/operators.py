@@ -7,7 +7,8 @@ A convolution is one trilinear form T(x, k, y) = <conv(x, k), y>; conv, conv_adj
 derivatives in y, x and k. Each of the three is bilinear, and its own derivatives are the other two: that is all the
 custom rules below say. They exist because the compiler's own kernel gradient is slow on CPUs, above all inside
 `lax.scan` (benchmarks/operators.py). What is written for CPUs is chosen when a function is lowered for one, by
-`lax.platform_dependent`; other platforms get the compiler's convolutions. As with every `custom_vjp`, reverse mode
+`lax.platform_dependent`, or by `qpde.native` where its kernels are built; other platforms get the compiler's
+convolutions. As with every `custom_vjp`, reverse mode
 works to any order and forward mode (`jax.jvp`) does not: J v is the vjp of the vjp.
 """
 
@@ -455,4 +456,10 @@ _conv, _conv_adjoint = _trilinear(
     native.faster("conv_adjoint", _full_adjoint, lambda form, y, k: (y.shape[0], *form.size, k.shape[2])),
     native.faster("kernel_gradient", _full_kernel_gradient, lambda form, x, y: (*form.taps, x.shape[3], y.shape[3])),
 )
-_depthwise, _depthwise_adjoint = _trilinear(_depthwise_conv, _depthwise_transpose, _depthwise_kernel_gradient)
+_depthwise, _depthwise_adjoint = _trilinear(
+    _depthwise_conv,
+    _depthwise_transpose,
+    native.faster(
+        "depthwise_kernel_gradient", _depthwise_kernel_gradient, lambda form, x, y: (*form.taps, 1, y.shape[3])
+    ),
+)

@@ -6,6 +6,7 @@ is exported, which must run where there are no kernels. A primitive of JAX decid
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from functools import cache, partial
@@ -22,8 +23,12 @@ from jax.interpreters import batching, mlir
 __all__ = ["describe", "faster"]
 
 SWITCH = "QPDE_NATIVE"
-"""Environment variable: 0 leaves the kernels out."""
+"""Environment variable: the bits of the registers that kernels may use, 512 or 256; 0 leaves the kernels out."""
 
+KERNELS = ("conv", "conv_adjoint", "kernel_gradient", "depthwise_kernel_gradient")
+"""Names of the kernels; with qpde_ before it each is a symbol of the library."""
+
+_MOST_TAPS = 49
 _SETS = {512: "AVX-512", 256: "AVX2"}
 
 
@@ -38,8 +43,8 @@ def faster(
     """A bilinear map of operators.py, by the kernel of that name where it can be.
 
     Args:
-      name: Name of the kernel: "qpde_" and it is the symbol in the library.
-      program: (form, a, b) -> result, in JAX. `form` has the static `padding`, `stride` and `dilation`.
+      name: One of `KERNELS`.
+      program: (form, a, b) -> result, in JAX. `form` has the static `taps`, `padding`, `stride` and `dilation`.
       shape: The same -> shape of the result.
     Returns:
       A function like the program.
@@ -62,7 +67,7 @@ def faster(
 
     def batched(arrays, axes, *, form):
         (a, b), (axis, other) = arrays, axes
-        if other is not None or name == "kernel_gradient":
+        if other is not None or name.endswith("kernel_gradient"):
             return jax.vmap(partial(program, form), axes)(a, b), 0
         a = jnp.moveaxis(a, axis, 0)  # one kernel: all images are one batch
         c = bind(form, a.reshape(-1, *a.shape[2:]), b)
@@ -75,6 +80,7 @@ def faster(
     def chosen(form, a, b):
         sizes = (*a.shape, *b.shape, *shape(form, a, b))
         takes = a.dtype == b.dtype == jnp.float32 and all(isinstance(n, int) and n > 0 for n in sizes)
+        takes = takes and math.prod(form.taps) <= _MOST_TAPS
         return (bind if takes and _library()[0] else program)(form, a, b)
 
     return chosen
@@ -91,16 +97,17 @@ def _is_for_one_device(context: Any) -> bool:
 def _library() -> tuple[bool, str]:
     """Whether the kernels can be called, and the line that says so. The first call makes them known to XLA."""
     missing = "convolutions on CPUs are the compiler's: "
-    if os.environ.get(SWITCH) == "0":
+    most = os.environ.get(SWITCH, "512")
+    if most == "0":
         return False, f"{missing}{SWITCH}=0"
     paths = sorted(Path(__file__).parent.glob("kernels*.so"))
     if not paths:
         return False, f"{missing}native kernels were not built, which needs a C++ compiler when qpde is installed"
     try:
         library = ctypes.CDLL(str(paths[0]))
-        if not (found := _SETS.get(library.qpde_instructions())):
+        if not (found := _SETS.get(library.qpde_instructions(int(most)))):
             return False, f"{missing}native kernels need a processor with AVX2"
-        for name in ("conv", "conv_adjoint", "kernel_gradient"):
+        for name in KERNELS:
             symbol = f"qpde_{name}"
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except Exception as error:  # whatever is wrong with it, the compiler's convolutions do the work

@@ -73,6 +73,8 @@ void in_parallel(Pool& pool, int64_t tasks, const std::function<void(int64_t)>& 
   state->finished.wait(lock, [&] { return state->done == tasks; });
 }
 
+constexpr int64_t MOST_TAPS = 49;  // of a depthwise kernel
+
 struct Tap {
   int64_t row, column;  // of the padded input, for the first output
   int64_t index;        // in the kernel
@@ -80,7 +82,7 @@ struct Tap {
 
 // Neighbouring taps of a row, whose inputs lie side by side.
 struct Run {
-  int64_t offset, count;  // in words
+  int64_t first, pixels;
 };
 
 // Outputs that meet the same taps.
@@ -96,14 +98,16 @@ struct Plan {
   int64_t kernel_in, kernel_out;  // steps of the two in the kernel
   std::vector<Phase> phases;
 
-  int64_t words(int64_t group) const { return (in_channels + group - 1) / group; }
   int64_t in_numbers() const { return in_size[0] * in_size[1] * in_channels; }
   int64_t out_numbers() const { return out_size[0] * out_size[1] * out_channels; }
-  int64_t padded_numbers() const { return padded[0] * padded[1] * in_channels; }
+  bool is_inside(int axis, int64_t place) const {  // whether a place of the padded input is one of the image
+    return place >= low[axis] && place < low[axis] + in_size[axis];
+  }
   bool is_direct() const { return padded == in_size; }  // no zeros are needed
 };
 
 using Sizes2 = std::array<int64_t, 2>;
+using Dimensions = ffi::AnyBuffer::Dimensions;
 
 struct Geometry {
   Sizes2 size, size_out, taps, padding;  // of x, of y, of the kernel
@@ -172,37 +176,32 @@ Plan plan_of(const Geometry& g, bool is_adjoint) {
   if (plan.padded == plan.in_size && plan.in_size == plan.out_size && g.taps == Sizes2{1, 1} && g.stride == 1) {
     plan.in_size = plan.out_size = plan.padded = plan.phases[0].count = {1, plan.in_size[0] * plan.in_size[1]};
   }
+  for (Phase& phase : plan.phases)
+    for (size_t t = 0; t < phase.taps.size(); t++) {
+      const Tap &tap = phase.taps[t], &last = phase.taps[t ? t - 1 : 0];
+      if (t && last.row == tap.row && last.column + 1 == tap.column)
+        phase.runs.back().pixels++;
+      else
+        phase.runs.push_back({tap.row * plan.padded[1] + tap.column, 1});
+    }
   return plan;
 }
 
-void join_taps(Plan& plan, int64_t words) {
-  for (Phase& phase : plan.phases) {
-    const Tap* last = nullptr;
-    for (const Tap& tap : phase.taps) {
-      if (last && last->row == tap.row && last->column + 1 == tap.column)
-        phase.runs.back().count += words;
-      else
-        phase.runs.push_back({(tap.row * plan.padded[1] + tap.column) * words, words});
-      last = &tap;
-    }
-  }
-}
-
-// The image between its zeros; rows and columns that no tap meets are left out.
-const float* padded(const Plan& plan, const float* image, float* to) {
-  const int64_t c = plan.in_channels, row = plan.padded[1] * c;
-  const int64_t width = std::min(plan.in_size[1], plan.padded[1] - plan.low[1]);
-  for (int64_t i = 0; i < plan.padded[0]; i++, to += row) {
-    const int64_t from = i - plan.low[0];
-    if (from < 0 || from >= plan.in_size[0]) {
+// The image between its zeros.
+const float* padded(const Plan& plan, const float* image) {
+  const int64_t c = plan.in_channels, width = plan.in_size[1] * c, row = plan.padded[1] * c;
+  float* const start = scratch<float>(1, plan.padded[0] * row);
+  for (int64_t i = 0; i < plan.padded[0]; i++) {
+    float *to = start + i * row, *inside = to + plan.low[1] * c;
+    if (!plan.is_inside(0, i)) {
       std::fill_n(to, row, 0.0f);
       continue;
     }
-    std::fill_n(to, plan.low[1] * c, 0.0f);
-    memcpy(to + plan.low[1] * c, image + from * plan.in_size[1] * c, 4 * width * c);
-    std::fill(to + (plan.low[1] + width) * c, to + row, 0.0f);
+    std::fill(to, inside, 0.0f);
+    memcpy(inside, image + (i - plan.low[0]) * width, 4 * width);
+    std::fill(inside + width, to + row, 0.0f);
   }
-  return to - plan.padded[0] * row;
+  return start;
 }
 
 // Pixels with zeros behind their channels.
@@ -218,7 +217,7 @@ const float* widened(const float* from, int64_t pixels, int64_t channels, int64_
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // Clang spells the pragmas otherwise
 #define NATIVE 1
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+#pragma GCC target("avx512f,fma")
 namespace avx512 {
 #define LANES 16
 #include "loops.h"
@@ -236,57 +235,67 @@ namespace avx2 {
 #pragma GCC pop_options
 #endif
 
-int instructions() {
+int found() {
 #if defined(NATIVE)
   __builtin_cpu_init();
-  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("avx512vnni");
-  if (has_512) return 512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 256;
-#endif
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  return __builtin_cpu_supports("avx512f") ? 512 : 256;
+#else
   return 0;
+#endif
 }
 
-const int LEVEL = instructions();
+int instructions = found();  // bits of the registers in use, 0 for no kernels
 
 using Array = ffi::Buffer<ffi::F32>;
-using Result = ffi::Result<Array>;
 using Numbers = ffi::Span<const int64_t>;
+using Loop = void (*)(const Plan&, const float*, const float*, float*, int64_t, Pool&);
 
-Geometry geometry(const ffi::AnyBuffer::Dimensions& x, const ffi::AnyBuffer::Dimensions& y,
-                  const ffi::AnyBuffer::Dimensions& kernel, Numbers padding, int64_t stride, int64_t dilation) {
-  return {{x[1], x[2]}, {y[1], y[2]}, {kernel[0], kernel[1]}, {padding[0], padding[1]},
-          stride, dilation, kernel[2], kernel[3]};
+Geometry geometry(const Dimensions& x, const Dimensions& y, const Dimensions& kernel, Numbers padding, int64_t stride,
+                  int64_t dilation) {
+  return {{x[1], x[2]}, {y[1], y[2]},  {kernel[0], kernel[1]}, {padding[0], padding[1]},
+          stride,       dilation,      x[3],                   y[3]};
 }
 
-ffi::Error conv(Pool pool, Array x, Array kernel, Result y, Numbers padding, int64_t stride, int64_t dilation) {
-  Plan plan = plan_of(geometry(x.dimensions(), y->dimensions(), kernel.dimensions(), padding, stride, dilation), false);
-  join_taps(plan, plan.in_channels);
-  (LEVEL == 512 ? avx512::conv : avx2::conv)(plan, x.typed_data(), kernel.typed_data(), y->typed_data(), x.dimensions()[0], pool);
+// The three maps of one trilinear form T(x, kernel, y): each takes two of them and returns the third.
+enum Map { CONV, ADJOINT, GRADIENT };
+
+template <Map map>
+ffi::Error run(Loop avx512_loop, Loop avx2_loop, Pool& pool, Array& a, Array& b, ffi::Result<Array>& c, Numbers padding,
+               int64_t stride, int64_t dilation) {
+  const auto x = (map == ADJOINT ? *c : a).dimensions(), y = (map == CONV ? *c : map == ADJOINT ? a : b).dimensions();
+  const auto kernel = (map == GRADIENT ? *c : b).dimensions();
+  const Plan plan = plan_of(geometry(x, y, kernel, padding, stride, dilation), map == ADJOINT);
+  (instructions == 512 ? avx512_loop : avx2_loop)(plan, a.typed_data(), b.typed_data(), c->typed_data(), x[0], pool);
   return ffi::Error::Success();
 }
-
-ffi::Error adjoint(Pool pool, Array y, Array kernel, Result x, Numbers padding, int64_t stride, int64_t dilation) {
-  Plan plan = plan_of(geometry(x->dimensions(), y.dimensions(), kernel.dimensions(), padding, stride, dilation), true);
-  join_taps(plan, plan.in_channels);
-  (LEVEL == 512 ? avx512::conv : avx2::conv)(plan, y.typed_data(), kernel.typed_data(), x->typed_data(), y.dimensions()[0], pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error gradient(Pool pool, Array x, Array y, Result kernel, Numbers padding, int64_t stride, int64_t dilation) {
-  Plan plan = plan_of(geometry(x.dimensions(), y.dimensions(), kernel->dimensions(), padding, stride, dilation), false);
-  join_taps(plan, plan.in_channels);
-  (LEVEL == 512 ? avx512::kernel_gradient : avx2::kernel_gradient)(plan, x.typed_data(), y.typed_data(), kernel->typed_data(), x.dimensions()[0], pool);
-  return ffi::Error::Success();
-}
-
-#define BINARY ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>() \
-    .Attr<Numbers>("padding").Attr<int64_t>("stride").Attr<int64_t>("dilation")
 
 }  // namespace
 
-extern "C" int qpde_instructions() { return LEVEL; }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qpde_conv, conv, BINARY);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qpde_conv_adjoint, adjoint, BINARY);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qpde_kernel_gradient, gradient, BINARY);
+// Bits of the registers that the kernels use, limited to those given; 0 where this processor has none of them.
+extern "C" int qpde_instructions(int most) {
+  const int here = found();
+  return instructions = most >= here ? here : most >= 256 && here ? 256 : 0;
+}
+
+#if defined(NATIVE)
+#define KERNEL(name, map, loop)                                                                                      \
+  static ffi::Error name##_call(Pool pool, Array a, Array b, ffi::Result<Array> c, Numbers padding, int64_t stride,  \
+                                int64_t dilation) {                                                                  \
+    return run<map>(avx512::loop, avx2::loop, pool, a, b, c, padding, stride, dilation);                             \
+  }                                                                                                                  \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, name##_call,                                                                   \
+                                ffi::Ffi::Bind()                                                                     \
+                                    .Ctx<Pool>()                                                                     \
+                                    .Arg<Array>()                                                                    \
+                                    .Arg<Array>()                                                                    \
+                                    .Ret<Array>()                                                                    \
+                                    .Attr<Numbers>("padding")                                                        \
+                                    .Attr<int64_t>("stride")                                                         \
+                                    .Attr<int64_t>("dilation"))
+
+KERNEL(qpde_conv, CONV, conv);
+KERNEL(qpde_conv_adjoint, ADJOINT, conv);
+KERNEL(qpde_kernel_gradient, GRADIENT, kernel_gradient);
+KERNEL(qpde_depthwise_kernel_gradient, GRADIENT, depthwise_gradient);
+#endif

@@ -1,11 +1,9 @@
 // The loops over pixels and channels. kernels.cpp includes this file once for each set of instructions, inside a
 // namespace and under a pragma that lets the compiler use them; LANES is how many floats a register holds.
 //
-// All of them are one small product of matrices, `multiply_add`, whose sums stay in registers. It counts in words of 32
-// bits: a word is a float, or a few codes that one instruction multiplies with as many others (`Codes`).
+// All of them are one small product of matrices, `multiply_add`, whose sums stay in registers.
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Wholes __attribute__((vector_size(4 * LANES)));
 
 template <class Vector> static inline Vector load(const void* from) {
   Vector v;
@@ -15,52 +13,43 @@ template <class Vector> static inline Vector load(const void* from) {
 
 template <class Vector> static inline void store(void* to, Vector v) { memcpy(to, &v, sizeof v); }
 
-struct Reals {
-  using Word = float;
-  using Sum = Floats;
-  static constexpr int64_t group = 1;  // channels in a word
-  static inline Sum multiply_add(Sum sum, Word a, Sum b) { return sum + a * b; }
-  static inline Floats real(Sum sum, float) { return sum; }
-};
-
 constexpr int REGISTERS = LANES;  // sums that a tile holds: half of the registers
 
 // sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...]
-template <class A, int P, int V>
-static inline __attribute__((always_inline)) void multiply_add(typename A::Sum (&sum)[P][V],
-                                                               const typename A::Word* a, int64_t a_step,
-                                                               int64_t a_next, const typename A::Word* b,
+template <int P, int V>
+static inline __attribute__((always_inline)) void multiply_add(Floats (&sum)[P][V],
+                                                               const float* a, int64_t a_step,
+                                                               int64_t a_next, const float* b,
                                                                int64_t b_next, int64_t count) {
   for (int64_t k = 0; k < count; k++, a += a_next, b += b_next) {
-    typename A::Sum columns[V];
+    Floats columns[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) columns[v] = load<typename A::Sum>(b + v * LANES);
+    for (int v = 0; v < V; v++) columns[v] = load<Floats>(b + v * LANES);
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[p][v] = A::multiply_add(sum[p][v], a[p * a_step], columns[v]);
+      for (int v = 0; v < V; v++) sum[p][v] += a[p * a_step] * columns[v];
   }
 }
 
 // P pixels of a row, V registers of channels: the sums over the taps and the channels of the input.
-template <class A, int P, int V>
-static void conv_tile(const Phase& phase, const typename A::Word* in, int64_t in_step, const typename A::Word* kernel,
-                      float* out, int64_t out_step, int64_t channels, float scale) {
-  typename A::Sum sum[P][V] = {};
+template <int P, int V>
+static void conv_tile(const Phase& phase, int64_t in_channels, const float* in, int64_t in_step, const float* kernel,
+                      float* out, int64_t out_step, int64_t channels) {
+  Floats sum[P][V] = {};
   for (const Run& run : phase.runs) {
-    multiply_add<A, P, V>(sum, in + run.offset, in_step, 1, kernel, V * LANES, run.count);
-    kernel += run.count * V * LANES;
+    multiply_add<P, V>(sum, in + run.first * in_channels, in_step, 1, kernel, V * LANES, run.pixels * in_channels);
+    kernel += run.pixels * in_channels * V * LANES;
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
-      const Floats result = A::real(sum[p][v], scale);
       const int64_t left = channels - v * LANES;
       if (left >= LANES)
-        store(out + p * out_step + v * LANES, result);
+        store(out + p * out_step + v * LANES, sum[p][v]);
       else if (left > 0)
-        memcpy(out + p * out_step + v * LANES, &result, 4 * left);
+        memcpy(out + p * out_step + v * LANES, &sum[p][v], 4 * left);
     }
 }
 
@@ -74,7 +63,7 @@ static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[p][v] = load<Floats>(kernel + p * kernel_step + v * LANES);
   for (int64_t i = 0; i < rows; i++)
-    multiply_add<Reals, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
+    multiply_add<P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -82,11 +71,11 @@ static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x
 }
 
 // Tiles of 1 to REGISTERS / V pixels or inputs, by their number less one.
-template <class A, int V, int... P> static auto conv_tiles(std::integer_sequence<int, P...>) {
-  return std::array<decltype(&conv_tile<A, 1, V>), sizeof...(P)>{&conv_tile<A, P + 1, V>...};
+template <int V, int... P> static constexpr auto conv_tiles(std::integer_sequence<int, P...>) {
+  return std::array<decltype(&conv_tile<1, V>), sizeof...(P)>{&conv_tile<P + 1, V>...};
 }
 
-template <int V, int... P> static auto gradient_tiles(std::integer_sequence<int, P...>) {
+template <int V, int... P> static constexpr auto gradient_tiles(std::integer_sequence<int, P...>) {
   return std::array<decltype(&gradient_tile<1, V>), sizeof...(P)>{&gradient_tile<P + 1, V>...};
 }
 
@@ -98,73 +87,60 @@ template <class F> static inline void in_parts(int64_t total, int64_t most, F f)
   for (int64_t i = 0; i < parts; i++) f(total * i / parts, total * (i + 1) / parts - total * i / parts);
 }
 
-// The kernel in the order in which the tiles read it: for each phase, for each block of columns, run by run.
-template <class A> static int64_t packed_words(const Plan& plan) {
+// Blocks of columns are two registers wide, the last one perhaps one.
+static inline int64_t block_width(const Plan& plan, int64_t first) {
+  return plan.out_channels - first > LANES ? 2 * LANES : LANES;
+}
+
+// The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap.
+static const float* packed(const Plan& plan, const float* kernel) {
   int64_t taps = 0;
   for (const Phase& phase : plan.phases) taps += phase.taps.size();
-  return taps * plan.words(A::group) * rounded_up(plan.out_channels, LANES);
-}
-
-template <class A, class Value>
-static void pack(const Plan& plan, const float* kernel, typename A::Word* packed, Value value) {
-  using Number = decltype(value(0.0f));
-  Number* to = reinterpret_cast<Number*>(packed);
-  const int64_t channels = plan.words(A::group) * A::group;
+  float* const start = scratch<float>(0, taps * plan.in_channels * rounded_up(plan.out_channels, LANES));
+  float* to = start;
   for (const Phase& phase : plan.phases)
     for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
-      const int64_t width = std::min<int64_t>(2 * LANES, rounded_up(plan.out_channels - first, LANES));
+      const int64_t end = first + block_width(plan, first), last = std::min(end, plan.out_channels);
       for (const Tap& tap : phase.taps) {
         const float* from = kernel + tap.index * plan.in_channels * plan.out_channels;
-        for (int64_t c = 0; c < channels; c += A::group)
-          for (int64_t o = first; o < first + width; o++)
-            for (int64_t i = c; i < c + A::group; i++)
-              *to++ = i < plan.in_channels && o < plan.out_channels
-                          ? value(from[i * plan.kernel_in + o * plan.kernel_out]) : Number(0);
+        for (int64_t c = 0; c < plan.in_channels; c++) {
+          for (int64_t o = first; o < last; o++) *to++ = from[c * plan.kernel_in + o * plan.kernel_out];
+          for (int64_t o = last; o < end; o++) *to++ = 0.0f;
+        }
       }
     }
+  return start;
 }
 
-// One image, whose words are padded as the plan says.
-template <class A, int V>
-static void conv_columns(const Plan& plan, const Phase& phase, const typename A::Word* in,
-                         const typename A::Word* kernel, float* out, int64_t channels, float scale) {
-  static const auto tiles = conv_tiles<A, V>(Sizes<V>{});
-  const int64_t words = plan.words(A::group);
-  const int64_t in_step = plan.in_stride * words, out_step = plan.out_stride * plan.out_channels;
+// One phase of an image, V registers of channels.
+template <int V>
+static void conv_columns(const Plan& plan, const Phase& phase, const float* in, const float* kernel, float* out,
+                         int64_t channels) {
+  static constexpr auto tiles = conv_tiles<V>(Sizes<V>{});
+  const int64_t in_step = plan.in_stride * plan.in_channels, out_step = plan.out_stride * plan.out_channels;
   for (int64_t i = 0; i < phase.count[0]; i++) {
-    const typename A::Word* row = in + plan.in_stride * i * plan.padded[1] * words;
+    const float* row = in + plan.in_stride * i * plan.padded[1] * plan.in_channels;
     float* to = out + ((plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1]) * plan.out_channels;
     in_parts(phase.count[1], REGISTERS / V, [&](int64_t j, int64_t count) {
-      tiles[count - 1](phase, row + j * in_step, in_step, kernel, to + j * out_step, out_step, channels, scale);
+      tiles[count - 1](phase, plan.in_channels, row + j * in_step, in_step, kernel, to + j * out_step, out_step,
+                       channels);
     });
   }
 }
 
-template <class A>
-static void conv_image(const Plan& plan, const typename A::Word* in, const typename A::Word* kernel, float* out,
-                       float scale) {
-  for (const Phase& phase : plan.phases) {
-    const int64_t words = phase.taps.size() * plan.words(A::group);
-    for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
-      const int64_t channels = plan.out_channels - first;
-      if (channels > LANES) {
-        conv_columns<A, 2>(plan, phase, in, kernel, out + first, channels, scale);
-        kernel += words * 2 * LANES;
-      } else {
-        conv_columns<A, 1>(plan, phase, in, kernel, out + first, channels, scale);
-        kernel += words * LANES;
-      }
-    }
-  }
-}
-
+// The convolution or its adjoint, as the plan says.
 static void conv(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
-  float* packed = scratch<float>(0, packed_words<Reals>(plan));
-  pack<Reals>(plan, kernel, packed, [](float value) { return value; });
+  const float* const weights = packed(plan, kernel);
   in_parallel(pool, images, [&](int64_t image) {
-    const float* in = x + image * plan.in_numbers();
-    if (!plan.is_direct()) in = padded(plan, in, scratch<float>(1, plan.padded_numbers()));
-    conv_image<Reals>(plan, in, packed, y + image * plan.out_numbers(), 1.0f);
+    const float *in = x + image * plan.in_numbers(), *block = weights;
+    if (!plan.is_direct()) in = padded(plan, in);
+    for (const Phase& phase : plan.phases)
+      for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
+        float* out = y + image * plan.out_numbers() + first;
+        const int64_t width = block_width(plan, first);
+        (width > LANES ? conv_columns<2> : conv_columns<1>)(plan, phase, in, block, out, plan.out_channels - first);
+        block += phase.taps.size() * plan.in_channels * width;
+      }
   });
 }
 
@@ -173,15 +149,15 @@ static void conv(const Plan& plan, const float* x, const float* kernel, float* y
 template <int V>
 static void gradient_columns(const Plan& plan, const float* in, const float* y, int64_t y_channels, int64_t row,
                              int64_t rows, float* kernel) {
-  static const auto tiles = gradient_tiles<V>(Sizes<V>{});
+  static constexpr auto tiles = gradient_tiles<V>(Sizes<V>{});
   const int64_t x_row = plan.in_stride * plan.padded[1] * plan.in_channels, y_row = plan.out_size[1] * y_channels;
   for (const Run& run : plan.phases[0].runs) {
-    const float* x = in + run.offset + row * x_row;
-    in_parts(run.count, REGISTERS / V, [&](int64_t first, int64_t count) {
+    const float* x = in + run.first * plan.in_channels + row * x_row;
+    in_parts(run.pixels * plan.in_channels, REGISTERS / V, [&](int64_t first, int64_t count) {
       tiles[count - 1](rows, plan.out_size[1], x + first, x_row, plan.in_stride * plan.in_channels, y + row * y_row,
                        y_row, y_channels, kernel + first * y_channels, y_channels);
     });
-    kernel += run.count * y_channels;
+    kernel += run.pixels * plan.in_channels * y_channels;
   }
 }
 
@@ -197,14 +173,12 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
     std::fill_n(sum, inputs * channels, 0.0f);
     for (int64_t image = images * group / groups; image < images * (group + 1) / groups; image++) {
       const float *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
-      if (!plan.is_direct()) in = padded(plan, in, scratch<float>(1, plan.padded_numbers()));
+      if (!plan.is_direct()) in = padded(plan, in);
       if (channels != plan.out_channels) out = widened(out, pixels, plan.out_channels, channels);
       in_parts(plan.out_size[0], most_rows, [&](int64_t row, int64_t rows) {
         for (int64_t first = 0; first < channels; first += 2 * LANES)
-          if (channels - first > LANES)
-            gradient_columns<2>(plan, in, out + first, channels, row, rows, sum + first);
-          else
-            gradient_columns<1>(plan, in, out + first, channels, row, rows, sum + first);
+          (block_width(plan, first) > LANES ? gradient_columns<2> : gradient_columns<1>)(
+              plan, in, out + first, channels, row, rows, sum + first);
       });
     }
   });
@@ -214,4 +188,74 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
     for (int64_t c = 0; c < plan.in_channels; c++)
       memcpy(kernel + (plan.phases[0].taps[tap].index * plan.in_channels + c) * plan.out_channels,
              sums + (tap * plan.in_channels + c) * channels, 4 * plan.out_channels);
+}
+
+// sum[t] += x at tap t times y, over `count` pixels of a row.
+template <class Values, int T>
+static inline __attribute__((always_inline)) void depthwise_sums(const int64_t* offsets, const float* x, int64_t x_step,
+                                                                 const float* y, int64_t channels, int64_t count,
+                                                                 float* const* sums) {
+  Values sum[T];
+#pragma GCC unroll 9
+  for (int t = 0; t < T; t++) sum[t] = load<Values>(sums[t]);
+  for (int64_t j = 0; j < count; j++) {
+    const Values factor = load<Values>(y + j * channels);
+#pragma GCC unroll 9
+    for (int t = 0; t < T; t++) sum[t] += load<Values>(x + offsets[t] + j * x_step) * factor;
+  }
+#pragma GCC unroll 9
+  for (int t = 0; t < T; t++) store(sums[t], sum[t]);
+}
+
+template <class Values>
+static void depthwise_gradient_row(const Plan& plan, int64_t i, const float* x, const float* y, float* kernel) {
+  const Phase& phase = plan.phases[0];
+  const int64_t channels = plan.in_channels, row = plan.in_size[1] * channels, x_step = plan.in_stride * channels;
+  const float* in = x + (plan.in_stride * i - plan.low[0]) * row - plan.low[1] * channels;
+  const float* out = y + i * plan.out_size[1] * channels;
+  int64_t offsets[MOST_TAPS], columns[MOST_TAPS], rows = 0, first = 0, end = phase.count[1];
+  float* sums[MOST_TAPS];
+  for (const Tap& tap : phase.taps)
+    if (plan.is_inside(0, plan.in_stride * i + tap.row)) {
+      offsets[rows] = tap.row * row + tap.column * channels;
+      columns[rows] = tap.column;
+      sums[rows++] = kernel + tap.index * channels;
+      while (first < end && !plan.is_inside(1, plan.in_stride * first + tap.column)) first++;
+      while (end > first && !plan.is_inside(1, plan.in_stride * (end - 1) + tap.column)) end--;
+    }
+  for (int64_t j = 0; j < phase.count[1]; j++)  // the edges
+    if (j < first || j >= end)
+      for (int64_t t = 0; t < rows; t++)
+        if (plan.is_inside(1, plan.in_stride * j + columns[t]))
+          depthwise_sums<Values, 1>(offsets + t, in + j * x_step, x_step, out + j * channels, channels, 1, sums + t);
+  const float *from = in + first * x_step, *factors = out + first * channels;
+  int64_t t = 0;
+  for (; t + 9 <= rows; t += 9)
+    depthwise_sums<Values, 9>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
+  for (; t + 3 <= rows; t += 3)
+    depthwise_sums<Values, 3>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
+  for (; t < rows; t++)
+    depthwise_sums<Values, 1>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
+}
+
+static void depthwise_gradient(const Plan& plan, const float* x, const float* y, float* kernel, int64_t images,
+                               Pool& pool) {
+  const int64_t size = plan.phases[0].taps.size() * plan.in_channels, groups = std::min<int64_t>(images, 16);
+  float* sums = scratch<float>(0, groups * size);
+  in_parallel(pool, groups, [&](int64_t group) {
+    float* sum = sums + group * size;
+    std::fill_n(sum, size, 0.0f);
+    for (int64_t image = images * group / groups; image < images * (group + 1) / groups; image++) {
+      const float *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
+      for (int64_t i = 0; i < plan.out_size[0]; i++) {
+        int64_t c = 0;
+        for (; c + LANES <= plan.in_channels; c += LANES)
+          depthwise_gradient_row<Floats>(plan, i, in + c, out + c, sum + c);
+        for (; c < plan.in_channels; c++) depthwise_gradient_row<float>(plan, i, in + c, out + c, sum + c);
+      }
+    }
+  });
+  for (int64_t group = 1; group < groups; group++)
+    for (int64_t i = 0; i < size; i++) sums[i] += sums[group * size + i];
+  memcpy(kernel, sums, 4 * size);
 }
