@@ -6,6 +6,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && \
 	echo $$python && break; done)
 RUN    := $(VENV)/bin/python
+INSTALLED := setup.cfg setup.py pyproject.toml $(wildcard qpde/native/*.cpp qpde/native/*.h)
 JOBS   ?= 2
 
 .PHONY: demo test test-fast durations lint docs bench clean
@@ -40,25 +41,25 @@ bench: $(VENV)/.bench
 	for file in benchmarks/[a-z]*.py; do $(RUN) $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build qpde/native/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no python3.11, 3.12 or 3.13 with its venv module: install one, or give make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 
-$(VENV)/.train: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/.train: $(INSTALLED) | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[train]'
 	touch $@
 
-$(VENV)/.test: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: $(INSTALLED) | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[train,test]'
 	touch $@ $(VENV)/.train
 
-$(VENV)/.docs: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/.docs: $(INSTALLED) | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[train,docs]'
 	touch $@ $(VENV)/.train
 
-$(VENV)/.bench: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/.bench: $(INSTALLED) | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[train,test,bench]'
 	touch $@

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # The order of the rooms, from the ground up. A room knows the floors below its own, and no room beside it.
 FLOORS = {
     "qpde": """
-        batches bits checks devices files pictures suggestions
+        batches bits checks devices files native pictures suggestions
         quantizers stencils operators integrators graphs norms kernel_norms plots
         datasets models
         measure certify nn trained

@@ -61,9 +61,9 @@ def faster(
     def lowered(ctx, a, b, *, form):
         if ctx.module_context.lowering_parameters.for_export or not _is_for_one_device(ctx.module_context.axis_context):
             return compiled(ctx, a, b, form=form)
-        numbers = {"padding": np.array(form.padding, np.int64)}
-        numbers |= {key: np.int64(getattr(form, key)) for key in ("stride", "dilation")}
-        return jax.ffi.ffi_lowering(primitive.name)(ctx, a, b, **numbers)
+        padding, stride, dilation = (np.array(n, np.int64) for n in (form.padding, form.stride, form.dilation))
+        call = jax.ffi.ffi_lowering(primitive.name)
+        return call(ctx, a, b, padding=padding, stride=stride[()], dilation=dilation[()])
 
     def batched(arrays, axes, *, form):
         (a, b), (axis, other) = arrays, axes
@@ -81,7 +81,7 @@ def faster(
         sizes = (*a.shape, *b.shape, *shape(form, a, b))
         takes = a.dtype == b.dtype == jnp.float32 and all(isinstance(n, int) and n > 0 for n in sizes)
         takes = takes and math.prod(form.taps) <= _MOST_TAPS
-        return (bind if takes and _library()[0] else program)(form, a, b)
+        return (bind if takes and _library()[0] is not None else program)(form, a, b)
 
     return chosen
 
@@ -94,22 +94,23 @@ def _is_for_one_device(context: Any) -> bool:
 
 
 @cache
-def _library() -> tuple[bool, str]:
-    """Whether the kernels can be called, and the line that says so. The first call makes them known to XLA."""
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels, if they can be called, and the line that says so. The first call makes them known to XLA."""
     missing = "convolutions on CPUs are the compiler's: "
     most = os.environ.get(SWITCH, "512")
     if most == "0":
-        return False, f"{missing}{SWITCH}=0"
+        return None, f"{missing}{SWITCH}=0"
     paths = sorted(Path(__file__).parent.glob("kernels*.so"))
     if not paths:
-        return False, f"{missing}native kernels were not built, which needs a C++ compiler when qpde is installed"
+        return None, f"{missing}native kernels are built where there is a C++ compiler when qpde is installed"
     try:
         library = ctypes.CDLL(str(paths[0]))
-        if not (found := _SETS.get(library.qpde_instructions(int(most)))):
-            return False, f"{missing}native kernels need a processor with AVX2"
+        bits = library.qpde_instructions(int(most))
+        if bits not in _SETS:
+            return None, f"{missing}native kernels need a processor with AVX2"
         for name in KERNELS:
             symbol = f"qpde_{name}"
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except Exception as error:  # whatever is wrong with it, the compiler's convolutions do the work
-        return False, f"{missing}native kernels do not load ({error})"
-    return True, f"convolutions on CPUs are native kernels ({found})"
+        return None, f"{missing}native kernels do not load ({error})"
+    return library, f"convolutions on CPUs are native kernels ({_SETS[bits]})"

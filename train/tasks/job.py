@@ -11,6 +11,7 @@ from rich.console import Console
 import train.tasks.images
 import train.tasks.nodes
 import train.tasks.segmentation
+from qpde import native
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
 from train.config.segmentation import SegmentationExperiment
@@ -92,6 +93,8 @@ class Job:
         """
         with self.run as run:
             console.print(device_line(), markup=False, highlight=False, soft_wrap=True)
+            if jax.default_backend() == "cpu":
+                console.print(native.describe(), markup=False, highlight=False, soft_wrap=True)
             for change in run.changes:
                 console.print(f"resumed with {change}", markup=False, highlight=False, soft_wrap=True)
             results = {name: training(run, console) for name, training in self.trainings.items()}

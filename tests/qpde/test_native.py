@@ -1,0 +1,188 @@
+"""The native kernels: the sums of the operators, where a program may call them, and nowhere else."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qpde import native, operators
+
+LIBRARY, LINE = native._library()
+built = pytest.mark.skipif(LIBRARY is None, reason=LINE)
+
+
+class Case(NamedTuple):
+    """A convolution of so many channels over an image."""
+
+    size: tuple[int, int] = (8, 8)
+    channels: tuple[int, int] = (16, 16)
+    taps: tuple[int, int] = (3, 3)
+    stride: int = 1
+    padding: int | None = None
+    dilation: int = 1
+
+
+# Widths of both sides of a register, a tile and a block of columns; what a stride or a padding leaves over.
+CASES = [
+    Case(),
+    Case((7, 19), (3, 40), padding=0),
+    Case((9, 8), (16, 33), stride=2),
+    Case((8, 9), (5, 7), (5, 3), stride=3, padding=3, dilation=2),
+    Case((5, 6), (20, 70), (1, 1)),
+    Case((9, 9), (8, 16), (1, 1), stride=2),
+    Case((6, 7), (4, 24), padding=4, dilation=2),
+]
+
+
+def operands(case, *, depthwise=False, images=3):
+    """The static form, x, kernel and y."""
+    c_in, c_out = (case.channels[1],) * 2 if depthwise else case.channels
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((*case.taps, 1 if depthwise else c_in, c_out), np.float32)
+    form = operators._form(case.size, kernel, case.stride, case.padding, case.dilation)
+    x = rng.standard_normal((images, *case.size, c_in), np.float32)
+    y = rng.standard_normal((images, *form.size_out, c_out), np.float32)
+    return form, *(jnp.asarray(a) for a in (x, kernel, y))
+
+
+def meetings(form, x):
+    """For each tap the padded x at its pixels; writing there writes into the padded x."""
+    (p, q), s, d = form.padding, form.stride, form.dilation
+    padded = np.pad(np.asarray(x, np.float64), [(0, 0), (p, p), (q, q), (0, 0)])
+    rows, columns = (s * (m - 1) + 1 for m in form.size_out)
+    met = {
+        t: padded[:, d * t[0] : d * t[0] + rows : s, d * t[1] : d * t[1] + columns : s] for t in np.ndindex(form.taps)
+    }
+    return padded, met
+
+
+def close(actual, desired):
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=3e-6 * np.abs(desired).max())
+
+
+@pytest.fixture(params=[512, 256])
+def registers(request):
+    """Each set of instructions that this processor has."""
+    before = LIBRARY.qpde_instructions(512)
+    if LIBRARY.qpde_instructions(request.param) != request.param:
+        pytest.skip(f"this processor has no registers of {request.param} bits")
+    yield
+    LIBRARY.qpde_instructions(before)
+
+
+@built
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("registers")
+def test_kernels_are_the_textbook_sums(case):
+    form, x, kernel, y = operands(case)
+    _, met = meetings(form, x)
+    close(operators._conv(form, x, kernel), sum(met[t] @ kernel[t] for t in met))
+
+    back, to = meetings(form, np.zeros_like(x))
+    for t in to:
+        to[t][...] += np.asarray(y @ kernel[t].T)
+    (p, q), (h, w) = form.padding, form.size
+    close(operators._conv_adjoint(form, y, kernel), back[:, p : p + h, q : q + w])
+
+    gradient = jax.vjp(partial(operators._conv, form, x), kernel)[1](y)[0]
+    close(
+        gradient, np.stack([np.tensordot(met[t], np.asarray(y), ((0, 1, 2),) * 2) for t in met]).reshape(kernel.shape)
+    )
+
+
+@built
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("registers")
+def test_the_depthwise_kernel_gradient_is_the_textbook_sum(case):
+    form, x, kernel, y = operands(case, depthwise=True)
+    _, met = meetings(form, x)
+    gradient = jax.vjp(partial(operators._depthwise, form, x), kernel)[1](y)[0]
+    close(gradient, np.stack([(met[t] * y).sum((0, 1, 2)) for t in met]).reshape(kernel.shape))
+
+
+@built
+def test_a_kernel_gradient_is_the_same_in_every_bit_however_threads_share_it():
+    form, x, kernel, y = operands(Case((16, 16)), images=37)
+    gradient = jax.jit(lambda x, y: jax.vjp(partial(operators._conv, form, x), kernel)[1](y)[0])
+    first = gradient(x, y)
+    assert all(np.array_equal(gradient(x, y), first) for _ in range(20))
+
+
+def all_three(x, kernel):
+    """A convolution, its adjoint and a kernel gradient."""
+    y, pullback = jax.vjp(operators.conv, x, kernel)
+    return y, *pullback(y)
+
+
+@built
+def test_an_exported_program_calls_no_kernel():
+    _, x, kernel, _ = operands(Case())
+    function = jax.jit(all_three)
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(x, kernel)
+    assert "@qpde_" in function.lower(x, kernel).as_text()
+    assert "@qpde_" not in exported.mlir_module()
+    for here, there in zip(function(x, kernel), exported.call(x, kernel), strict=True):
+        close(there, here)
+
+
+@built
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_batch_split_by_the_compiler_calls_no_kernel(axis_type):
+    _, x, kernel, _ = operands(Case(), images=4)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))
+    function = jax.jit(all_three)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P("batch")))
+        assert "@qpde_" not in function.lower(split, kernel).as_text()
+        results = function(split, kernel)
+    for here, there in zip(function(x, kernel), results, strict=True):
+        close(there, here)
+
+
+@built
+def test_each_device_of_a_shard_map_calls_kernels_for_its_images():
+    _, x, kernel, _ = operands(Case(), images=4)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P("batch"), P()), "out_specs": (P("batch"), P("batch"), P())}
+    function = jax.jit(jax.shard_map(all_three, mesh=mesh, **specs))
+    assert "@qpde_" in function.lower(x, kernel).as_text()
+    for here, there in zip(all_three(x, kernel), function(x, kernel), strict=True):
+        close(there, here)
+
+
+@built
+def test_under_vmap_one_kernel_takes_all_images_and_several_are_the_compilers():
+    _, x, kernel, _ = operands(Case((6, 6), (4, 6)))
+    several, kernels = jnp.stack([x, 2 * x]), jnp.stack([kernel, -kernel])
+    mapped = jax.jit(jax.vmap(operators.conv, (0, None)))
+    assert "@qpde_" in mapped.lower(several, kernel).as_text()
+    close(mapped(several, kernel), np.stack([operators.conv(a, kernel) for a in several]))
+    both = jax.jit(jax.vmap(operators.conv))
+    assert "@qpde_" not in both.lower(several, kernels).as_text()
+    close(both(several, kernels), np.stack(list(map(operators.conv, several, kernels))))
+
+
+def test_other_dtypes_and_nothing_at_all_are_the_compilers():
+    def program(images, dtype):
+        x, kernel = jnp.ones((images, 8, 8, 4), dtype), jnp.ones((3, 3, 4, 4), dtype)
+        return jax.jit(operators.conv).lower(x, kernel).as_text()
+
+    assert "@qpde_" not in program(2, jnp.bfloat16)
+    assert "@qpde_" not in program(0, jnp.float32)
+
+
+def test_the_line_for_the_log_says_why_there_are_no_kernels(monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "0")
+    native._library.cache_clear()
+    try:
+        assert native.describe() == "convolutions on CPUs are the compiler's: QPDE_NATIVE=0"
+        _, x, kernel, _ = operands(Case(), images=5)  # of its own: what was traced before is as it was
+        assert "@qpde_" not in jax.jit(operators.conv).lower(x, kernel).as_text()
+    finally:
+        native._library.cache_clear()
