@@ -21,6 +21,7 @@ static inline __attribute__((always_inline)) void multiply_add(Floats (&sum)[P][
                                                                const float* a, int64_t a_step,
                                                                int64_t a_next, const float* b,
                                                                int64_t b_next, int64_t count) {
+#pragma GCC unroll 4
   for (int64_t k = 0; k < count; k++, a += a_next, b += b_next) {
     Floats columns[V];
 #pragma GCC unroll 2
