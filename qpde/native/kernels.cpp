@@ -146,6 +146,7 @@ Axis axis_of(const Geometry& g, int d, bool is_adjoint) {
 
 Plan plan_of(const Geometry& g, bool is_adjoint) {
   const Axis axes[2] = {axis_of(g, 0, is_adjoint), axis_of(g, 1, is_adjoint)};
+  const int64_t zero = 0;
   Plan plan;
   plan.low = {axes[0].low, axes[1].low};
   plan.padded = {axes[0].padded, axes[1].padded};
@@ -162,7 +163,8 @@ Plan plan_of(const Geometry& g, bool is_adjoint) {
       Phase phase;
       phase.start = {int64_t(i), int64_t(j)};
       for (int d = 0; d < 2; d++)
-        phase.count[d] = std::max<int64_t>(0, (plan.out_size[d] - phase.start[d] + plan.out_stride - 1) / plan.out_stride);
+        phase.count[d] =
+            std::max(zero, rounded_up(plan.out_size[d] - phase.start[d], plan.out_stride) / plan.out_stride);
       for (int64_t a = 0; a < g.taps[0]; a++)
         for (int64_t b = 0; b < g.taps[1]; b++)
           if (axes[0].places[i][a] >= 0 && axes[1].places[j][b] >= 0)

@@ -76,34 +76,48 @@ def registers(request):
     LIBRARY.qpde_instructions(before)
 
 
-@built
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.usefixtures("registers")
-def test_kernels_are_the_textbook_sums(case):
+def assert_textbook_sums(case, conv, adjoint, kernel_gradient):
+    """Of the three maps (form, a, b) -> c of a convolution."""
     form, x, kernel, y = operands(case)
     _, met = meetings(form, x)
-    close(operators._conv(form, x, kernel), sum(met[t] @ kernel[t] for t in met))
+    close(conv(form, x, kernel), sum(met[t] @ kernel[t] for t in met))
 
     back, to = meetings(form, np.zeros_like(x))
     for t in to:
         to[t][...] += np.asarray(y @ kernel[t].T)
     (p, q), (h, w) = form.padding, form.size
-    close(operators._conv_adjoint(form, y, kernel), back[:, p : p + h, q : q + w])
+    close(adjoint(form, y, kernel), back[:, p : p + h, q : q + w])
 
-    gradient = jax.vjp(partial(operators._conv, form, x), kernel)[1](y)[0]
-    close(
-        gradient, np.stack([np.tensordot(met[t], np.asarray(y), ((0, 1, 2),) * 2) for t in met]).reshape(kernel.shape)
-    )
+    products = np.stack([np.tensordot(met[t], np.asarray(y), ((0, 1, 2),) * 2) for t in met])
+    close(kernel_gradient(form, x, y), products.reshape(kernel.shape))
+
+
+def assert_depthwise_textbook_sum(case, kernel_gradient):
+    """Of the kernel gradient of a depthwise convolution."""
+    form, x, kernel, y = operands(case, depthwise=True)
+    _, met = meetings(form, x)
+    close(kernel_gradient(form, x, y), np.stack([(met[t] * y).sum((0, 1, 2)) for t in met]).reshape(kernel.shape))
+
+
+def gradient_of(conv, form, x, y):
+    """The kernel's gradient by the rules of derivatives."""
+    like = (*form.taps, 1 if conv is operators._depthwise else x.shape[-1], y.shape[-1])
+    return jax.vjp(partial(conv, form, x), jnp.zeros(like))[1](y)[0]
 
 
 @built
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("registers")
-def test_the_depthwise_kernel_gradient_is_the_textbook_sum(case):
-    form, x, kernel, y = operands(case, depthwise=True)
-    _, met = meetings(form, x)
-    gradient = jax.vjp(partial(operators._depthwise, form, x), kernel)[1](y)[0]
-    close(gradient, np.stack([(met[t] * y).sum((0, 1, 2)) for t in met]).reshape(kernel.shape))
+def test_kernels_are_the_textbook_sums(case):
+    assert_textbook_sums(case, operators._conv, operators._conv_adjoint, partial(gradient_of, operators._conv))
+    assert_depthwise_textbook_sum(case, partial(gradient_of, operators._depthwise))
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_what_runs_in_place_of_a_kernel_is_the_same_sums(case):
+    programs = (operators._full_conv, operators._full_adjoint, operators._full_kernel_gradient)
+    assert_textbook_sums(case, *(jax.jit(program, static_argnums=0) for program in programs))
+    assert_depthwise_textbook_sum(case, jax.jit(operators._depthwise_kernel_gradient, static_argnums=0))
 
 
 @built
