@@ -125,7 +125,7 @@ def certify(
             run = _run(model, variables, x, bits)
         else:
             run, a_priori = _checked_run(model, variables, x, bits, deployed), np.inf
-        rounded = _rounded_parts(model, variables, bits)
+    rounded = _rounded_parts(model, variables, bits)
     gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
     with in_float64():
         lipschitz = np.array([step.lipschitz for step in steps.bounds])
@@ -179,9 +179,8 @@ def _checked_run(model, variables, x, bits, deployed):
     return jax.tree.map(jnp.asarray, given)
 
 
-@partial(jax.jit, static_argnames="model")
 def _rounded_parts(model, variables, bits):
-    """Of every part its variables, the kernels rounded, and gamma2."""
+    """Of every part its variables, the kernels rounded by the programs of `step_bounds`, and gamma2."""
     return [
         (rounded(part, own, step_size, widths), gamma2)
         for part, own, step_size, gamma2, widths in model.bound_parts(variables, bits)

@@ -191,9 +191,14 @@ def _factors(part, rounded, step_size):
     return part.factors(to_float64(rounded), step_size, Bits())
 
 
-@partial(jax.jit, static_argnames=("part", "step_size"))
 def rounded(part: Part, variables: dict, step_size: Any, bits: Bits) -> dict:
     """The variables of a part with its kernels as they are rounded, in float32 as in a run."""
+    with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
+        return _rounded(part, variables, step_size, bits)
+
+
+@partial(jax.jit, static_argnames=("part", "step_size"))
+def _rounded(part, variables, step_size, bits):
     kernels, _, _ = part.factors(variables, step_size, bits)
     return {**variables, "params": variables["params"] | kernels}
 

@@ -19,6 +19,7 @@ from qpde.deploy.stablehlo import export_network, stablehlo_bytes
 from qpde.files import write_whole
 from qpde.models.clips import converge_norms
 from qpde.models.graphs.networks import GraphNetwork
+from qpde.suggestions import did_you_mean
 
 __all__ = ["FORMATS", "export", "fold_network", "make_formats"]
 
@@ -157,7 +158,7 @@ def _check_plain(model, formats, *, settle, outer_bits):
 def _check(formats, is_graph, image_size, graph_size):
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; valid: {', '.join(FORMATS)}")
+            raise ValueError(f"unknown format {name!r}: {did_you_mean(name, FORMATS)}choose from {list(FORMATS)}")
         if is_graph and name not in _GRAPH_FORMATS:
             raise ValueError(f"a graph network has no format {name!r}: use {' or '.join(_GRAPH_FORMATS)}")
     if not formats:

@@ -20,23 +20,25 @@ _COLUMNS = ("bits", "variant", "accuracy", "agreement", "certified", "a priori",
 
 @dataclasses.dataclass(frozen=True)
 class Certify:
-    """Certify predictions of a finished run: test images that it provably classifies as its high-precision twin does.
+    """Count the test images that a network provably classifies as its high-precision twin does.
 
-    The twin has the network's own weights and batch statistics, its activations clipped and not rounded. "bound/error"
-    is the median over images and classes of the proven bound of a logit difference's error over that error.
-    "a priori" counts the images for which clips and bits alone are enough.
+    The twin has the same weights and batch statistics; its activations are clipped, and not rounded. The table's column
+    "a priori" counts the images for which the clips and bits alone are proof enough. "bound/error" says how tight the
+    proof is: the proven bound of a logit difference's error, divided by the error itself, as the median over images
+    and classes.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a finished run on images."""
     bits: tuple[int, ...] = (8, 6, 4)
-    """Bits of activations."""
+    """Bits of the activations."""
     images: int = 1000
-    """Test images, from the first on."""
+    """Number of test images, the first ones."""
     newton_steps: int = 2
-    """Steps of Newton's method before the proof, see `qpde.certify`. 0 takes the worst case of the injected errors."""
+    """Steps of Newton's method before the proof, see `qpde.certify`. More steps certify more images. With 0 every
+    rounding error counts at its worst."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
 
 
 def prepare_certify(options: Certify) -> Callable[[Console], None]:
