@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         return _fail(str(interrupted), status=interrupted.exit_status)
     except KeyboardInterrupt:
-        return _fail("interrupted: the same command goes on after the last saved step", status=130)
+        return _fail("interrupted: the same command continues after the last saved step", status=130)
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

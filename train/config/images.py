@@ -305,7 +305,7 @@ class Comparison:
             unknown = sorted(set(variant.changes) - set(known))
             if unknown:
                 raise ValueError(
-                    f"variant {variant.name!r} changes {unknown}, no fields of the model: "
+                    f"variant {variant.name!r} changes {unknown}, which are no fields of the model: "
                     f"{did_you_mean(unknown[0], known)}choose from {known}"
                 )
         unknown = sorted(set(self.only) - set(names))
