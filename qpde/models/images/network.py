@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -228,9 +228,6 @@ class Network(nn.Module):
     architecture: Architecture
     num_classes: int
     options: NetworkOptions
-
-    is_chain: ClassVar[bool] = True
-    """Whether each part takes the output of the one before, and no other."""
 
     @functools.cached_property
     def stages(self) -> tuple[tuple[Block, ...], ...]:

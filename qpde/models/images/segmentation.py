@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -152,7 +152,6 @@ class SegmentationNetwork(Network):
     """
 
     architecture: SegmentationArchitecture
-    is_chain: ClassVar[bool] = False
 
     @functools.cached_property
     def layers(self) -> tuple[Layer, ...]:
