@@ -83,6 +83,8 @@ def certify(
 ) -> Certificate:
     """The certificate of a quantized network on a batch of inputs.
 
+    A segmentation network is certified pixel by pixel, see `qpde.certify.pixels`.
+
     Args:
       model: Image network of `qpde.models.create`, or a `qpde.nn.Chain` that `qpde.quantized` made a network of.
       variables: Its collections.

@@ -1,17 +1,17 @@
 """The certificate of a segmentation network: pixels whose class the rounding of activations provably does not change.
 
-A step may take several maps: they are interpolated to one size, and their channels stand side by side. With N_s the
-states and R the interpolation, an error of the maps of norms E_s is one of norm sqrt(sum (|R_s| E_s)^2) of the joined
-one, |R_s| being the product of the norms of R_s along both axes. All else is as in `qpde.certify.certificate`.
+A step may take several maps: they are interpolated to one size, and their channels stand side by side. With R_s the
+interpolation of map s, errors of norms E_s are one of norm sqrt(sum (|R_s| E_s)^2) of the joined map. |R_s| is the
+product of the norms along both axes. All else is as in `qpde.certify.certificate`.
 
 One number for a whole map says little of a pixel. So bounds are kept of every pixel as well, of the 2-norm of its
 channels: with K_t the taps of a convolution, e'(p) = sum_t |K_t| e(p + t). It knows where an error is, but adds up what
 the norm of K knows to cancel. In the interior of an encoder that is much worse than the constant of the step, 1 for a
 symmetric one. Near the logits it is much better, since a pixel has not the error of the whole map.
 
-Both serve each defect by itself. Replace the states by the candidate's one by one, from the first on: the change of the
-last features is a sum, and each term starts at one defect d_j and goes through the twin's steps behind j. Of every term,
-at every step, the smaller of both bounds is kept. Smoothing has the bound of the whole map alone.
+Both serve each defect by itself. Replace the twin's states by the candidate's one by one, from the first on: the change
+of the last features is a sum, and each term starts at one defect d_j and goes through the steps behind j. Of every
+term, at every step, the smaller of both bounds is kept. Smoothing has the bound of the whole map alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -159,7 +159,7 @@ def pixel_proof(
     rows, columns = (interpolation(*n) for n in zip(candidate[-1].shape[1:3], size, strict=True))
     reach = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(columns, axis=1)
     seen = jnp.einsum("ih,nkhw,jw->nkij", rows, pixels[-1], columns)
-    terms = jnp.minimum(seen, whole[-1][..., None, None] * reach)
+    terms = jnp.minimum(seen, whole[-1][..., None, None] * reach[None, None])
     return conclude(
         logits,
         resize(head(candidate[-1]), size),

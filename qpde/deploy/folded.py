@@ -52,6 +52,7 @@ from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock, depthwise_bits, is_depthwise
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
 from qpde.models.images.network import BoundPart, Layer, Network
+from qpde.models.images.parts import ExactConv
 from qpde.models.images.segmentation import SegmentationNetwork
 from qpde.models.layers import NORM_EPSILON, TINY
 from qpde.quantizers.levels import LEVEL_SETS
@@ -630,6 +631,7 @@ class _Outer:
 
     def __init__(self, bound: BoundPart, bits: int | None):
         self.part, self.bits = bound.part, bits
+        self.stride = bound.part.stride if isinstance(bound.part, ExactConv) else 1
         self.params, self.stats = (jax.tree.map(np.asarray, bound.variables[k]) for k in ("params", "batch_stats"))
         w = self.params["kernel"]
         w = w.astype(np.float32).reshape((1,) * (4 - w.ndim) + w.shape)
@@ -651,7 +653,7 @@ def _stem(build: _Builder, name: str, stem: _Outer, x: str, unit_out: float) -> 
     if stem.bits is not None and x == "images":
         scaled = build.affine((x, 1 / PIXEL_UNIT))
         x, unit, reasons = build.add(Quantize, scaled, -PIXEL_LIMIT, PIXEL_LIMIT, name="stem.q0"), PIXEL_UNIT, []
-    sums = build._conv(f"{name}.kernel", stem.kernel, x, stride=stem.part.stride)
+    sums = build._conv(f"{name}.kernel", stem.kernel, x, stride=stem.stride)
     g, b = stem.norm()
     out = build.relu(build.affine((sums, g * stem.scale * unit / unit_out), bias=b / unit_out))
     build.reasons = reasons

@@ -48,8 +48,8 @@ def run_reference(folded: Folded, images: np.ndarray, *, return_states: bool = F
       images: (N, H, W, C) float32.
       return_states: Whether the outputs of the stem and of every block are returned too.
     Returns:
-      Logits (N, classes) float32, of pixels (N, H, W, classes), and the codes of every quantizer by name, "block0.q0" and so on, int16; with states
-      also those, real numbers in float32.
+      Logits (N, classes) float32, of pixels (N, H, W, classes), and the codes of every quantizer by name, "block0.q0"
+      and so on, int16; with states also those, real numbers in float32.
     """
     images = _checked_images(folded, images)
     logits, codes, states = _outputs(folded, np.asarray(images, np.float32), _NUMPY)
@@ -66,8 +66,8 @@ def run(folded: Folded, *, return_codes: bool = False, return_states: bool = Fal
       return_codes: Whether the codes of every quantizer are returned too.
       return_states: Whether the outputs of the stem and of every block are returned too.
     Returns:
-      Function of images (N, H, W, C) float32: logits, as `run_reference` has them; with codes or states a tuple of the logits, then
-      codes by name in float32, then states, real numbers in float32.
+      Function of images (N, H, W, C) float32: logits, as `run_reference` has them; with codes or states a tuple of the
+      logits, then codes by name in float32, then states, real numbers in float32.
     """
 
     @jax.jit

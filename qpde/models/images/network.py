@@ -241,8 +241,7 @@ class Network(nn.Module):
         """The stages, each with the stages or stems that it takes."""
         names = [self.stem_parts()[-1][0], *(f"stage{s}" for s in range(len(self.stages)))]
         return tuple(
-            Layer(name, (source,), blocks)
-            for source, name, blocks in zip(names, names[1:], self.stages, strict=False)
+            Layer(name, (source,), blocks) for source, name, blocks in zip(names, names[1:], self.stages, strict=False)
         )
 
     @property
