@@ -139,7 +139,9 @@ def certify(
         return jax.device_get(found)
 
 
-def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
+def exact_twin(
+    model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits
+) -> Float[np.ndarray, "n *pixels classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
@@ -148,7 +150,7 @@ def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -
       x: Images (N, H, W, C).
       bits: Bits, as for `certify`.
     Raises:
-      ValueError: a network with clips for each width, one that computes in bfloat16, or one that is no chain.
+      ValueError: a network with clips for each width, or one that computes in bfloat16.
     """
     x = read_batch(x, variables)
     if hasattr(model, "links"):

@@ -47,7 +47,7 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     format: tuple[str, ...] = ()
-    """Formats to write: packed, onnx, stablehlo, c. Without it all that there are. The table has a line for every
+    """Formats to write: packed, onnx, stablehlo, c. Without it all that the network can have. The table has a line for every
     runtime in any case."""
     bits: str | None = None
     """Bits, such as W4A4. Without it the network's own."""
@@ -94,6 +94,8 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
         inputs = dict.fromkeys(networks, (task.graph, task.test))
         size, work_on = (task.graph.nodes.shape[0], len(task.graph.senders)), measure_graph
     formats = options.format or (_FORMATS if size is None else _GRAPH_FORMATS)
+    if not options.format and any(getattr(network, "is_segmenting", False) for network in networks.values()):
+        formats = tuple(name for name in formats if name != "c")
     made = {
         name: make_files(
             network, formats, bits=bits, settle=options.settle, outer_bits=options.outer_bits, graph_size=size

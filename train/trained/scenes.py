@@ -77,8 +77,7 @@ def measure_scenes(
       images: Test images to use, the first ones.
     """
     model, chosen = finished.model, _chosen(finished, images)
-    # The twin itself comes after as many steps as there are blocks.
-    newton_steps = len(model.blocks) - 1
+    newton_steps = model.depth // 2  # the twin itself comes after as many as the network is deep
     proofs, shares = _proofs(finished, chosen, certify_at if model.bits.activations else (), newton_steps)
     return MeasuredScenes(
         cost=qpde.models.summary(model, finished.images.shape),

@@ -326,6 +326,14 @@ class Network(nn.Module):
         return sizes
 
     @property
+    def depth(self) -> int:
+        """Blocks on the longest way from the images to the logits."""
+        depths = dict.fromkeys((name for name, _ in self.stem_parts()), 0)
+        for layer in self.layers:
+            depths[layer.name] = max(depths[source] for source in layer.sources) + len(layer.blocks)
+        return depths[self.layers[-1].name]
+
+    @property
     def clip_bits(self) -> tuple[int, ...] | None:
         """Bits that have clips of their own, or None where one clip serves all."""
         return self.options.clip_bits

@@ -20,10 +20,8 @@ from qpde.models.layers import Mode
 
 SYMMETRIC = {"symmetric": True, "stride": 1, "width_out": 2}
 BLOCKS = {
-    "basic": functools.partial(BasicBlock, symmetric=False, stride=2, width_out=3),
-    "basic, dilated": functools.partial(BasicBlock, symmetric=False, stride=1, width_out=2, dilation_after=2),
+    "basic": functools.partial(BasicBlock, symmetric=False, stride=2, width_out=3, dilation_after=2),
     "basic, symmetric": functools.partial(BasicBlock, **SYMMETRIC, dilation=2),
-    "basic, tied": functools.partial(BasicBlock, **SYMMETRIC, norm="tied"),
     "stable": functools.partial(StableBlock, symmetric=False, stride=2, width_out=4),
     "inverted": functools.partial(InvertedBlock, symmetric=False, stride=2, width_out=3, expansion=2, dilation=2),
     "inverted, symmetric": functools.partial(InvertedBlock, **SYMMETRIC, expansion=2, padded=True, norm="tied"),
@@ -43,14 +41,15 @@ def block_and_twin(kind):
         params, stats = block.init(key)
         return {"params": params, "batch_stats": stats}
 
-    return block, init, jax.jit(lambda own, x: block(own, x, 0.7, Bits(4, None), Mode(compute_dtype="float64"))[0])
+    twin = jax.jit(lambda own, x: block(own, x, 0.7, Bits(4, None), Mode(compute_dtype="float64"))[0])
+    return block, init, twin, jax.jit(block.spread)
 
 
-@settings(max_examples=4)
+@settings(max_examples=5)
 @pytest.mark.parametrize("kind", BLOCKS)
 @given(seed=st.integers(0, 2**16), gain=st.floats(0.1, 10), is_local=st.booleans())
 def test_no_pixel_of_a_part_changes_by_more_than_its_bounds(kind, seed, gain, is_local):
-    block, init, twin = block_and_twin(kind)
+    block, init, twin, spread = block_and_twin(kind)
     own, rng, size = init(jax.random.key(seed)), np.random.default_rng(seed), (6, 7)
     own["params"]["norm1"]["scale"] = gain * own["params"]["norm1"]["scale"]
     bound = BoundPart(block, own, 0.7, None, BITS)
@@ -62,10 +61,9 @@ def test_no_pixel_of_a_part_changes_by_more_than_its_bounds(kind, seed, gain, is
     with in_float64():
         own = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), own)
         moved = np.linalg.norm(twin(own, jnp.asarray(x)) - twin(own, jnp.asarray(x + change)), axis=-1)
-        norms = jax.tree.map(jnp.asarray, norms)
-        spread = block.spread(norms, jnp.asarray(np.linalg.norm(change, axis=-1, keepdims=True)))[..., 0]
+        pixels = spread(norms, jnp.asarray(np.linalg.norm(change, axis=-1, keepdims=True)))[..., 0]
     # Kernels are rounded in float32 by the twin at hand as well.
-    assert (moved <= (1 + 1e-5) * np.asarray(spread) + 1e-12).all()
+    assert (moved <= (1 + 1e-5) * np.asarray(pixels) + 1e-12).all()
     assert np.linalg.norm(moved) <= (1 + 1e-5) * lipschitz * np.linalg.norm(change) + 1e-12
 
 
@@ -113,17 +111,20 @@ def test_proven_pixels_are_the_twins_and_no_bound_is_passed(kind, seed, gain, ne
     assert (found.prediction == twin.argmax(-1))[found.certified].all()
     assert found.shares.shape == (1, len(model.blocks))
     assert (found.state_bound >= 0).all()
-    if newton_steps == 6 and kind == "unet, spectral":
-        assert found.certified_fraction > 0.5
+    # What is local says that a pixel has not the error of the whole map.
+    assert (found.shares.sum(1) <= found.state_bound[:, -1]).all()
 
 
-def test_the_bound_of_a_pixel_is_far_below_that_of_its_map():
-    """The last features' error lies in one pixel at most as a whole; what is local says that it does not."""
+def test_with_as_many_steps_as_blocks_the_proof_is_the_twin_itself():
     model, init = network("unet, spectral")
     x = jax.random.normal(jax.random.key(1), (1, 32, 35, 3))
     variables = models.converge_norms(model, init(jax.random.key(0), x), x)
-    found = certify(model, variables, x, Bits(jnp.int32(4), jnp.int32(8)), newton_steps=0)
-    assert found.shares.sum() < 0.5 * found.state_bound[0, -1]
-    steps = step_bounds(model, variables, (32, 35), Bits(4, 8))
-    symmetric = [b.lipschitz for b, block in zip(steps.bounds, model.blocks, strict=True) if block.symmetric]
-    np.testing.assert_allclose(symmetric, 1.0)
+    bits = Bits(jnp.int32(4), jnp.int32(8))
+    steps = step_bounds(model, variables, (32, 35), bits)
+    # Up levels have a symmetric block each, of constant 1; stages begin with a plain one here.
+    np.testing.assert_allclose([b.lipschitz for b, k in zip(steps.bounds, model.blocks, strict=True) if k.symmetric], 1)
+    found = certify(model, variables, x, bits, newton_steps=len(model.blocks), steps=steps)
+    same = found.prediction == exact_twin(model, variables, x, bits).argmax(-1)
+    np.testing.assert_array_equal(found.certified, same)
+    assert 0 < same.mean() < 1
+    assert not found.certified_a_priori.any()
