@@ -5,6 +5,8 @@ or not at all, so there is nothing to clean up, and an exception in the midst of
 leave by pages of traceback.
 """
 
+import contextlib
+import ctypes
 import signal
 import threading
 from typing import Self
@@ -39,6 +41,9 @@ class StopRequest:
     A signal that the process ignores, as a background job of a shell ignores SIGINT, stays ignored.  Outside the main
     thread, where Python receives no signals, nothing is noted.
 
+    While the main thread is in a compiler, Python answers no signal until that returns, which can take minutes. There
+    the second one ends the process all the same, if it would have done so without the statement.
+
     Attributes:
       signal_number: Number of the signal, None before it.
     """
@@ -52,6 +57,8 @@ class StopRequest:
             for number in _SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
+                    if self._before[number] is signal.SIG_DFL:
+                        _handle_once(number)
         return self
 
     def __exit__(self, *_) -> None:
@@ -64,3 +71,14 @@ class StopRequest:
     def _restore(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+def _handle_once(number: int) -> None:
+    """Lets the system itself take a signal's handler away when it has run once, as System V did.
+
+    Where the C library has no such call (glibc has), the handler stays until Python answers the signal.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        install = ctypes.CDLL(None).sysv_signal
+        install.restype, install.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+        install(number, install(number, None))

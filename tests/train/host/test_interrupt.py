@@ -1,5 +1,6 @@
 """Ctrl-C as a person presses it: once, early, or several times within moments."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,37 @@ with StopRequest() as stop:
     process = _python("-c", program)
     printed, errors = process.communicate()
     assert (process.returncode, printed, errors) == (-signal.SIGINT, "2\n", "")
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "sysv_signal"), reason="the C library has no handlers for one signal"
+)
+def test_two_ctrl_c_end_the_program_while_python_hears_of_none():
+    """As in a compiler: the main thread is in a function of C that no signal interrupts."""
+    program = """
+import ctypes, os, signal, threading, time
+from train.host.interrupt import StopRequest, end_at_once
+end_at_once()
+
+def press():
+    for _ in range(2):
+        time.sleep(0.2)
+        print("pressed", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+with StopRequest():
+    threading.Thread(target=press).start()
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        libc.pthread_mutex_lock(mutex)  # waits for itself, and no signal ends that
+print("still here")
+"""
+    process = _python("-c", program)
+    try:
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, printed, errors) == (-signal.SIGINT, "pressed\npressed\n", "")
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
