@@ -47,8 +47,8 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     format: tuple[str, ...] = ()
-    """Formats to write: packed, onnx, stablehlo, c. Without it all that the network can have. The table has a line for every
-    runtime in any case."""
+    """Formats to write: packed, onnx, stablehlo, c. Without it all that the network can have. The table has a line for
+    every runtime in any case."""
     bits: str | None = None
     """Bits, such as W4A4. Without it the network's own."""
     settle: bool = False
