@@ -99,8 +99,8 @@ def _proofs(measured: Mapping[str, MeasuredScenes]) -> str:
     steps = "; ".join(f"{name} {m.newton_steps}" for name, m in measured.items())
     caption = fill(
         "Green: the class is proven to be that of the high-precision twin. Olive: it is the same, without a proof. "
-        "Red: rounding changed it. Steps of Newton's method before the proof: {steps}, half of the blocks on the longest "
-        "way through the network. With as many as these, the candidate is the twin itself.",
+        "Red: rounding changed it. Steps of Newton's method before the proof: {steps}, half of the blocks on the "
+        "longest way through the network. With as many as these, the candidate is the twin itself.",
         steps=steps,
     )
     lead = "<p>Which pixels' classes the rounding of activations provably does not change, at bits of activations.</p>"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qpde
-from qpde import certify, deploy, measure, models, ptq
+from qpde import deploy, measure, models, ptq
 from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
 from qpde.models.images.segmentation import SegmentationArchitecture, resize
 
@@ -238,12 +238,6 @@ def test_saved_and_loaded_it_predicts_the_same_map(calibrated, tmp_path):
     x = np.asarray(images(3))
     np.testing.assert_array_equal(network.predict(x), apply(model, variables, x).argmax(-1))
     assert network.predict(x[:0]).shape == (0, 33, 46)
-
-
-def test_what_needs_a_chain_of_parts_says_so(calibrated):
-    model, variables = calibrated
-    with pytest.raises(ValueError, match="maps that several parts take"):
-        certify.certify(model, variables, images(), BITS)
 
 
 @pytest.mark.parametrize(
