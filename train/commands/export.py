@@ -48,8 +48,8 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a finished run."""
     format: tuple[str, ...] = ()
-    """Formats to write, some of packed, onnx, stablehlo and c. Default: all of them. The table always lists every
-    runtime."""
+    """Formats to write, some of packed, onnx, stablehlo and c. Default: all that the network can have. The table always
+    lists every runtime."""
     bits: str | None = None
     """Bits, such as W4A4. Default: the network's own."""
     settle: bool = False
@@ -95,6 +95,8 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
         inputs = dict.fromkeys(networks, (task.graph, task.test))
         size, work_on = (task.graph.nodes.shape[0], len(task.graph.senders)), measure_graph
     formats = options.format or (_FORMATS if size is None else _GRAPH_FORMATS)
+    if not options.format and any(getattr(network, "is_segmenting", False) for network in networks.values()):
+        formats = tuple(name for name in formats if name != "c")
     made = {
         name: make_files(
             network, formats, bits=bits, settle=options.settle, outer_bits=options.outer_bits, graph_size=size

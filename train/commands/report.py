@@ -102,7 +102,9 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
         if isinstance(first, SegmentationExperiment):
             for name, finished in found.items():
                 console.print(f"measuring {name}", markup=False, highlight=False)
-                measured[name] = measure_scenes(finished, act_bits=options.bits, images=options.images)
+                measured[name] = measure_scenes(
+                    finished, act_bits=options.bits, certify_at=options.certify, images=options.images
+                )
             return map_sections.sections(first, named, measured, lines)
         for name, finished in found.items():
             console.print(f"measuring {name}", markup=False, highlight=False)
