@@ -25,6 +25,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
+    def parse_args(self, args=None, namespace=None):
+        """Read the arguments; an unknown option is an error that names the nearest one."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = next((word for word in unknown if word.startswith("-")), unknown[0])
+            meant = did_you_mean(option, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}: {meant}".rstrip(": "))
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            meant = did_you_mean(value, action.choices)
+            raise argparse.ArgumentError(action, f"invalid choice {value!r}: {meant}choose from {list(action.choices)}")
+
     def error(self, message: str) -> NoReturn:
         """Print the message and end."""
         self.exit(2, f"error: {message}: `{self.prog} --help` lists the options\n")
@@ -61,19 +75,29 @@ def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
       parser: Parser of a command.
     """
-    parser.add_argument("files", metavar="FILE", nargs="+", help="pictures, or folders of pictures")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="picture, or folder of pictures")
     parser.add_argument("--bits", metavar="W4A4", help="bits of weights and activations; default: the network's own")
-    parser.add_argument("--certify", action="store_true", help="say which predictions rounding provably keeps; slower")
     parser.add_argument(
-        "--newton-steps", type=int, default=2, metavar="N", help="of the proof; more certify more; default: 2"
+        "--certify",
+        action="store_true",
+        help="prove which predictions rounding cannot have changed; takes longer",
+    )
+    parser.add_argument(
+        "--newton-steps",
+        type=int,
+        default=2,
+        metavar="N",
+        help="steps of Newton's method in that proof; more steps certify more pictures; default: 2",
     )
     parser.add_argument(
         "--output",
         default="predictions",
         metavar="FOLDER",
-        help="where label maps and overlays go, if the network has a class for every pixel; default: predictions",
+        help="folder for label maps and overlays, which segmentation networks write; default: predictions",
     )
-    parser.add_argument("--format", choices=("table", "csv", "jsonl"), default="table", help="default: table")
+    parser.add_argument(
+        "--format", choices=("table", "csv", "jsonl"), default="table", help="form of the output; default: table"
+    )
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -130,7 +154,7 @@ def predictors_of(networks: dict[str, Any], options: argparse.Namespace) -> dict
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", metavar="NETWORK", help="folder of a trained network, such as runs/digits/plain")
-    parser.add_argument("--json", action="store_true", help="as one object of JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -178,8 +202,8 @@ def _lazily(module: str, summary: str) -> Command:
 
 COMMANDS = {
     "predict": Command("predict the classes of pictures", _add_predict, _predict),
-    "export": _lazily("qpde.deploy.command", "files that run elsewhere: packed, ONNX, StableHLO, C"),
-    "show": Command("what a network is, and where it came from", _add_show, _show),
+    "export": _lazily("qpde.deploy.command", "write files for other runtimes: packed, ONNX, StableHLO, C"),
+    "show": Command("show what a network is and where it came from", _add_show, _show),
 }
 
 
@@ -216,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _help() -> str:
     commands = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
     return (
-        f"usage: qpde COMMAND ...\n\nUses a trained network: its folder holds network.json and weights.safetensors.\n\n"
+        "usage: qpde COMMAND ...\n\n"
+        "Use a trained network: a folder that holds network.json and weights.safetensors.\n\n"
         f"commands:\n{commands}\n\n`qpde COMMAND --help` lists the options of a command."
     )
 

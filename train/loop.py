@@ -233,7 +233,7 @@ class Progress:
         validation = _log_validated(self.state, plan, self._run, epoch=0)
         self._checkpoints.save(0, (self.state, plan.totals), plan.score(_named(validation)))
         if stopped := largest(stop.signal_number or 0):
-            raise Interrupted(f"interrupted: {plan.title} is saved; the same command goes on from there", stopped)
+            raise Interrupted(f"interrupted: {plan.title} is saved; the same command continues from there", stopped)
         return self.state
 
 
@@ -326,5 +326,5 @@ def _check_finite(state, totals, plan: Plan) -> None:
         why = plan.explain(state, plan.bits(epoch), *next(iter(plan.batches(state))))
         raise FloatingPointError(
             f"{plan.title}: step {step} (epoch {epoch}) broke down: {why}. Try a smaller "
-            "--optimizer.learning-rate; what was saved before stays"
+            "--optimizer.learning-rate. Earlier checkpoints are kept"
         )

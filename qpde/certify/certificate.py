@@ -53,6 +53,7 @@ from jaxtyping import Float
 from qpde.batches import Batch, read_batch
 from qpde.bits import Bits
 from qpde.certify.chain import certify_chain, exact_chain
+from qpde.certify.pixels import follow, pixel_proof, worst_case
 from qpde.certify.proof import Certificate, pair_norms, proof
 from qpde.certify.step_bounds import (
     StepBounds,
@@ -64,6 +65,7 @@ from qpde.certify.step_bounds import (
     to_float64,
 )
 from qpde.models.images.parts import Head
+from qpde.models.images.segmentation import SegmentationNetwork
 from qpde.models.layers import Mode
 
 __all__ = ["certify", "exact_twin"]
@@ -80,6 +82,8 @@ def certify(
     deployed: tuple[Any, Sequence[Any]] | None = None,
 ) -> Certificate:
     """The certificate of a quantized network on a batch of inputs.
+
+    A segmentation network is certified pixel by pixel, see `qpde.certify.pixels`.
 
     Args:
       model: Image network of `qpde.models.create`, or a `qpde.nn.Chain` that `qpde.quantized` made a network of.
@@ -117,23 +121,27 @@ def certify(
         steps = step_bounds(model, variables, size, bits)
     else:
         steps.check(model, variables, size, bits)
-    a_priori = 0.0
-    for step in steps.bounds:
-        a_priori = step.lipschitz * a_priori + step.injected
+    a_priori = worst_case(model, steps, size)
     with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
         if deployed is None:
             run = _run(model, variables, x, bits)
         else:
             run, a_priori = _checked_run(model, variables, x, bits, deployed), np.inf
-        rounded = _rounded_parts(model, variables, bits)
-    gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
+    rounded = _rounded_parts(model, variables, bits)
     with in_float64():
         lipschitz = np.array([step.lipschitz for step in steps.bounds])
+        if isinstance(model, SegmentationNetwork):
+            given = (model, variables, rounded, x, run, bits, lipschitz, steps.local, a_priori, np.int32(newton_steps))
+            return jax.device_get(_pixel_certificate(*given))
+    gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
+    with in_float64():
         found = _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, gain, np.int32(newton_steps))
         return jax.device_get(found)
 
 
-def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -> Float[np.ndarray, "n classes"]:
+def exact_twin(
+    model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits
+) -> Float[np.ndarray, "n *pixels classes"]:
     """Logits of the twin that a certificate speaks of, computed in float64.
 
     Args:
@@ -142,7 +150,7 @@ def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -
       x: Images (N, H, W, C).
       bits: Bits, as for `certify`.
     Raises:
-      ValueError: a network with clips for each width, one that computes in bfloat16, or one that is no chain.
+      ValueError: a network with clips for each width, or one that computes in bfloat16.
     """
     x = read_batch(x, variables)
     if hasattr(model, "links"):
@@ -156,13 +164,8 @@ def exact_twin(model: Any, variables: Mapping[str, Any], x: Batch, bits: Bits) -
 
 @partial(jax.jit, static_argnames="model")
 def _run(model, variables, x, bits):
-    """Logits and states of the quantized network as it runs, the stem's first."""
-    states = []
-    for part in model.bound_parts(variables, bits):
-        x = part(x, Mode())
-        states.append(x)
-    tail = len(states) - 1 - len(model.blocks)  # neck and head
-    return x, states[:-tail]
+    """Logits and states of the quantized network as it runs, the stems' first."""
+    return follow(model, [partial(part, mode=Mode()) for part in model.bound_parts(variables, bits)], x)
 
 
 def _checked_run(model, variables, x, bits, deployed):
@@ -179,9 +182,8 @@ def _checked_run(model, variables, x, bits, deployed):
     return jax.tree.map(jnp.asarray, given)
 
 
-@partial(jax.jit, static_argnames="model")
 def _rounded_parts(model, variables, bits):
-    """Of every part its variables, the kernels rounded, and gamma2."""
+    """Of every part its variables, the kernels rounded by the programs of `step_bounds`, and gamma2."""
     return [
         (rounded(part, own, step_size, widths), gamma2)
         for part, own, step_size, gamma2, widths in model.bound_parts(variables, bits)
@@ -190,10 +192,7 @@ def _rounded_parts(model, variables, bits):
 
 @partial(jax.jit, static_argnames="model")
 def _exact_twin(model, variables, rounded, x, bits):
-    y = to_float64(x)
-    for part in _twin_parts(model, variables, rounded, bits):
-        y = part(y)
-    return y
+    return follow(model, _twin_parts(model, variables, rounded, bits), to_float64(x))[0]
 
 
 @partial(jax.jit, static_argnames="model")
@@ -210,6 +209,13 @@ def _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, g
     states = [stem(to_float64(x)), *to_float64(states[1:])]
     pair = gain * pair_norms(to_float64(variables["params"]["head"]["kernel"]), jnp.argmax(logits, axis=-1))
     return proof(twin, states, logits, estimate, lipschitz, pair, a_priori, newton_steps)
+
+
+@partial(jax.jit, static_argnames="model")
+def _pixel_certificate(model, variables, rounded, x, run, bits, lipschitz, local, a_priori, newton_steps):
+    parts = _twin_parts(model, variables, rounded, bits)
+    kernel = to_float64(variables["params"]["head"]["kernel"])
+    return pixel_proof(model, parts, to_float64(x), run, kernel, lipschitz, local, a_priori, newton_steps)
 
 
 def _twin_parts(model, variables, rounded, bits):

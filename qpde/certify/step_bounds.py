@@ -18,6 +18,7 @@ from qpde.bits import Bits
 from qpde.models.images.blocks import Block
 from qpde.models.images.network import BoundPart, Network
 from qpde.models.images.parts import Factors, Part, StepBound
+from qpde.models.images.segmentation import SegmentationNetwork
 
 __all__ = [
     "StepBound",
@@ -68,10 +69,13 @@ class StepBounds:
     Attributes:
       bounds: One `StepBound` a block, in order.
       proven_for: What they are constants of: network, size, bits, and a digest of the variables.
+      local: Of a network with a class for every pixel, the norms of the single taps by block, see `Block.spread`; None
+        for a block that smooths.
     """
 
     bounds: tuple[StepBound, ...]
     proven_for: tuple[Any, tuple[int, ...], str, str]
+    local: tuple[dict[str, np.ndarray] | None, ...] = ()
 
     def check(self, model: Any, variables: Mapping[str, Any], size: tuple[int, ...], bits: Bits) -> None:
         """ValueError where these are constants of something else than what is given; names it."""
@@ -102,12 +106,17 @@ def step_bounds(model: Any, variables: Mapping[str, Any], size: tuple[int, ...],
         return StepBounds(tuple(_link_bounds(model, variables, size, bits)), _proven_for(model, variables, size, bits))
     check_model(model)
     bits = model.checked_bits(bits)
-    found, (height, width) = [], size
-    for bound in model.bound_parts(variables, bits):
+    found: list[StepBound] = []
+    local: list[dict[str, np.ndarray] | None] = []
+    channels = variables["params"]["stem"]["kernel"].shape[2]
+    sizes = [own for _, _, own in model.sized_parts((*size, channels))]
+    for bound, own in zip(model.bound_parts(variables, bits), sizes, strict=True):
         if isinstance(bound.part, Block):
-            found.append(step_bound(bound, (height, width)))
-        height, width = bound.part.output_size(height, width)
-    return StepBounds(tuple(found), _proven_for(model, variables, size, bits))
+            factors = exact_factors(bound)
+            found.append(bound.part.step_bound(factors, bound.bits, own))
+            if isinstance(model, SegmentationNetwork):
+                local.append(None if bound.part.smoothing else bound.part.local_norms(factors))
+    return StepBounds(tuple(found), _proven_for(model, variables, size, bits), tuple(local))
 
 
 def _link_bounds(model, variables, size, bits):
@@ -170,10 +179,6 @@ def check_model(model: Any) -> None:
             f"no Lipschitz constants are proven of {type(model).__name__}: certify image networks of qpde.models, or a "
             "qpde.nn.Chain in qpde.quantized. Without constants, qpde.measure.compare measures agreement on your data"
         )
-    if not model.is_chain:
-        raise ValueError(
-            f"{model.architecture.name} has maps that several parts take, which no bound covers: certify classifiers"
-        )
     if model.clip_bits is not None:
         raise ValueError(
             f"the twin of a network with clips for each of {model.clip_bits} clips elsewhere, which no bound covers: "
@@ -191,9 +196,14 @@ def _factors(part, rounded, step_size):
     return part.factors(to_float64(rounded), step_size, Bits())
 
 
-@partial(jax.jit, static_argnames=("part", "step_size"))
 def rounded(part: Part, variables: dict, step_size: Any, bits: Bits) -> dict:
     """The variables of a part with its kernels as they are rounded, in float32 as in a run."""
+    with jax.default_matmul_precision("highest"):  # accelerators would round the factors of products to fewer bits
+        return _rounded(part, variables, step_size, bits)
+
+
+@partial(jax.jit, static_argnames=("part", "step_size"))
+def _rounded(part, variables, step_size, bits):
     kernels, _, _ = part.factors(variables, step_size, bits)
     return {**variables, "params": variables["params"] | kernels}
 

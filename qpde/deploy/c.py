@@ -66,12 +66,18 @@ def c_source(folded: Folded, *, image_size: tuple[int, int], name: str = "networ
     Returns:
       The source.
     Raises:
-      ValueError: A kind of smoothing without C code, images that are too small, or a name that is no identifier.
+      ValueError: A network that segments, a kind of smoothing without C code, images that are too small, or a name that
+        is no identifier.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ValueError(f"name={name!r} must be a C identifier")
     if min(image_size) < folded.smallest_image:
         raise ValueError(f"images of {image_size} are too small: at least {folded.smallest_image} on each side")
+    if folded.of_pixels:
+        raise ValueError(
+            f"{folded.name} has dilated convolutions and interpolated maps, for which there is no C code: export by "
+            "onnx or stablehlo"
+        )
     return _Source(folded, image_size, name, codes).text()
 
 

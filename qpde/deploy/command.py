@@ -37,27 +37,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
       parser: Parser of the command.
     """
-    parser.add_argument("network", type=Path, help="folder with network.json, as qpde.save or a finished run writes it")
+    parser.add_argument(
+        "network", type=Path, metavar="NETWORK", help="folder of a trained network, such as runs/digits/plain"
+    )
     parser.add_argument(
         "--format",
         nargs="+",
         default=["packed"],
+        choices=FORMATS,
         metavar="FORMAT",
-        help=f"some of {', '.join(FORMATS)}; default packed",
+        help=f"one or several of {', '.join(FORMATS)}; default: packed",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    parser.add_argument("--bits", metavar="W4A4", help="bits of weights and activations; default the network's own")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the files")
+    parser.add_argument("--bits", metavar="W4A4", help="bits of weights and activations; default: the network's own")
     parser.add_argument(
-        "--settle", action="store_true", help="move norms a little, so that no runtime can round a code otherwise"
-    )
-    parser.add_argument(
-        "--outer-bits", type=int, metavar="8", help="bits of the kernels of stem, neck and head; default float32"
-    )
-    parser.add_argument(
-        "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default that of the training images"
+        "--settle",
+        action="store_true",
+        help="shift norms slightly, so that every runtime rounds every code alike",
     )
     parser.add_argument(
-        "--graph-size", type=int, nargs=2, metavar=("NODES", "EDGES"), help="those of the graph, for stablehlo"
+        "--outer-bits",
+        type=int,
+        metavar="8",
+        help="bits of the kernels of stem, neck and head; default: they stay float32",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the images; default: that of the training images",
+    )
+    parser.add_argument(
+        "--graph-size",
+        type=int,
+        nargs=2,
+        metavar=("NODES", "EDGES"),
+        help="size of the graph; the format stablehlo needs it",
     )
 
 

@@ -15,10 +15,11 @@ from qpde.deploy.folded import Folded, fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.onnx import onnx_model, require
 from qpde.deploy.settle import settle as settled
-from qpde.deploy.stablehlo import export_network, stablehlo_bytes
+from qpde.deploy.stablehlo import stablehlo_bytes
 from qpde.files import write_whole
 from qpde.models.clips import converge_norms
 from qpde.models.graphs.networks import GraphNetwork
+from qpde.suggestions import did_you_mean
 
 __all__ = ["FORMATS", "export", "fold_network", "make_formats"]
 
@@ -67,11 +68,6 @@ def export(
     if image_size is None and getattr(network, "input_shape", None) is not None:
         image_size = tuple(network.input_shape[:2])
     _check(formats, isinstance(network.model, GraphNetwork), image_size, graph_size)
-    if not getattr(network.model, "is_chain", True):
-        _check_plain(network.model, list(formats), settle=settle, outer_bits=outer_bits)
-        assert image_size is not None, "`_check` asks for it"
-        program = export_network(network.model, network.variables, image_size, bits=bits)
-        return [write_whole(Path(folder) / FORMATS["stablehlo"], bytes(program.serialize()))]
     folded = fold_network(network, bits=bits, settle=settle, outer_bits=outer_bits, image_size=image_size)
     contents = make_formats(folded, formats, image_size=image_size, graph_size=graph_size)
     return [write_whole(Path(folder) / name, content) for name, content in contents.items()]
@@ -143,21 +139,10 @@ def make_formats(
     return {FORMATS[name]: makers[name]() for name in formats}
 
 
-def _check_plain(model, formats, *, settle, outer_bits):
-    """ValueError for what a network without an integer program cannot have."""
-    if formats != ["stablehlo"]:
-        raise ValueError(
-            f"{model.architecture.name} has maps that several parts take, which integer programs here cannot hold: "
-            "its format is 'stablehlo', in float32 arithmetic"
-        )
-    if settle or outer_bits is not None:
-        raise ValueError("settle and outer_bits are for integer programs: leave them out")
-
-
 def _check(formats, is_graph, image_size, graph_size):
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; valid: {', '.join(FORMATS)}")
+            raise ValueError(f"unknown format {name!r}: {did_you_mean(name, FORMATS)}choose from {list(FORMATS)}")
         if is_graph and name not in _GRAPH_FORMATS:
             raise ValueError(f"a graph network has no format {name!r}: use {' or '.join(_GRAPH_FORMATS)}")
     if not formats:

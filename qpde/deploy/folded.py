@@ -9,15 +9,19 @@ codes k and their scale s, activation units u_0, u_1 and the next block's unit u
 where g and b are scale and shift of the batch norms. Where the block is symmetric, k_2 * z is the adjoint of the one
 kernel. Biases stay real: rounded to whole units of the sums, they flip 19 to 34% of the codes of a 4-bit network.
 
+Where several parts read a map, or one part reads several, it is in real units, and each reader divides by its own. Maps
+of a decoder are interpolated to the size of the largest, in float32, and their channels stand side by side.
+
 What has no form in few bits is computed in float32, and `Folded.notes` says so block by block.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,6 +42,7 @@ from qpde.deploy.program import (
     Pool,
     Program,
     Quantize,
+    Resize,
     Smooth,
     Snap,
     accumulator_bound,
@@ -45,7 +50,10 @@ from qpde.deploy.program import (
 )
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock, depthwise_bits, is_depthwise
-from qpde.models.images.network import BoundPart, Network
+from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
+from qpde.models.images.network import BoundPart, Layer, Network
+from qpde.models.images.parts import ExactConv
+from qpde.models.images.segmentation import SegmentationNetwork
 from qpde.models.layers import NORM_EPSILON, TINY
 from qpde.quantizers.levels import LEVEL_SETS
 from qpde.stencils import ENERGIES
@@ -58,6 +66,7 @@ was divided by its standard deviation. More bits would leave the thresholds no r
 
 _CODE_BITS = 8
 _PACKED_BITS = (2, 3, 4, 8)
+_LARGE_IMAGE = (4096, 4096, 3)  # large enough to tell which map is finer
 _LARGEST_TABLE = 2**15  # of levels that are written as whole multiples
 
 
@@ -103,7 +112,8 @@ class Folded(Program):
       smallest_image: Smallest side of an image that the network takes.
       notes: What each part became, in order.
       settled: Whether `settle` moved the rounding thresholds away from every reachable sum.
-      states: Outputs of the stem and of every block, in order.
+      states: Outputs of the stems and of every block, in order.
+      of_pixels: Whether there are logits for every pixel.
     """
 
     name: str
@@ -113,6 +123,7 @@ class Folded(Program):
     notes: tuple[Note, ...]
     settled: bool = False
     states: tuple[State, ...] = ()
+    of_pixels: bool = False
 
     def __str__(self) -> str:
         return self.summary()
@@ -171,11 +182,6 @@ def fold(
     """
     if isinstance(model, GraphNetwork):
         raise ValueError("fold takes an image network, not a graph network: use qpde.deploy.fold_graph")
-    if not model.is_chain:
-        raise ValueError(
-            f"{model.architecture.name} has maps that several parts take, which integer programs here cannot hold: "
-            "use qpde.deploy.export(network, folder, ['stablehlo'])"
-        )
     if outer_bits not in (None, 8):
         raise ValueError(f"outer_bits={outer_bits} must be 8, or None to keep stem, neck and head in float32")
     check_variables(variables, "variables")
@@ -186,29 +192,78 @@ def fold(
         _Part(f"block{i}", block, jax.tree.map(np.asarray, own), own, step_size, gamma2, width)
         for i, ((block, own, step_size, gamma2), width) in enumerate(zip(steps, widths, strict=True))
     ]
-    stem, *_, head = ends = [b for b in model.bound_parts(variables, bits) if not isinstance(b.part, Block)]
-    build = _Builder()
-    x = _stem(build, _Outer(stem, outer_bits), parts[0].unit(0))
-    states = [(x, parts[0].unit(0))]
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        unit_out = 1.0 if following is None else following.unit(0)
-        x = _rule(part.block)(build, part, x, unit_out)
-        states.append((x, unit_out))
-        build.note(part.name, part.bits.weights, part.bits.activations)
-    for neck in ends[1:-1]:
-        x = _neck(build, _Outer(neck, outer_bits), x)
-    _head(build, _Outer(head, outer_bits), x)
+    *ends, head = [_Outer(b, outer_bits) for b in model.bound_parts(variables, bits) if not isinstance(b.part, Block)]
+    stems = [name for name, _ in model.stem_parts()]
+    build, units, x = _Builder(), _units(model.layers, stems, parts), "images"
+    sizes = model.map_sizes(_LARGE_IMAGE)
+    maps: dict[str, _Map] = {}
+    states: list[tuple[str, float]] = []
+    for name, stem in zip(stems, ends, strict=False):
+        x = _stem(build, name, stem, x, units[name])
+        maps[name] = _Map(x, units[name], sizes[name], stem.part.width_out)
+        states.append((x, units[name]))
+    left = iter(parts)
+    for layer in model.layers:
+        own = list(itertools.islice(left, len(layer.blocks)))
+        x = _joined(build, layer, maps, own[0])
+        for part, following in zip(own, [*own[1:], None], strict=True):
+            unit_out = units[layer.name] if following is None else following.unit(0)
+            x = _rule(part.block)(build, part, x, unit_out)
+            states.append((x, unit_out))
+            build.note(part.name, part.bits.weights, part.bits.activations)
+        maps[layer.name] = _Map(x, units[layer.name], sizes[layer.name], layer.blocks[-1].width_out)
+    for neck in ends[len(stems) :]:
+        x = _neck(build, neck, x)
+    of_pixels = isinstance(model, SegmentationNetwork)
+    _head(build, head, x, of_pixels=of_pixels)
     ops, renamed = _simplified(build.ops)
     return Folded(
         ops=ops,
         kernels=build.kernels,
         name=model.architecture.name,
-        channels=stem.part.width_in,
+        channels=ends[0].part.width_in,
         num_classes=model.num_classes,
         smallest_image=model.smallest_image,
         notes=tuple(build.notes),
         states=tuple(State(renamed.get(x, x), unit, x in renamed) for x, unit in states),
+        of_pixels=of_pixels,
     )
+
+
+class _Map(NamedTuple):
+    """A map that layers can take: its value, what 1 stands for in it, its size for a large image, and its channels."""
+
+    value: str
+    unit: float
+    size: tuple[int, int]
+    width: int
+
+
+def _units(layers: Sequence[Layer], stems: Sequence[str], parts: Sequence[_Part]) -> dict[str, float]:
+    """The real number that 1 stands for in every map: a code of its reader, where there is one that reads no other."""
+    readers: dict[str, list[tuple[int, float]]] = {name: [(2, 1.0)] for name in stems[:-1]}  # the next stem
+    first = 0
+    for layer in layers:
+        for source in layer.sources:
+            readers.setdefault(source, []).append((len(layer.sources), parts[first].unit(0)))
+        first += len(layer.blocks)
+    alone = {name: own[0][1] for name, own in readers.items() if len(own) == 1 and own[0][0] == 1}
+    return {name: alone.get(name, 1.0) for name in (*stems, *(layer.name for layer in layers))}
+
+
+def _joined(build: _Builder, layer: Layer, maps: dict[str, _Map], part: _Part) -> str:
+    """What a layer's first block takes, in its units: maps at the size of the largest, their channels side by side."""
+    first, *others = [maps[source] for source in layer.sources]
+    x = first.value
+    if others:
+        largest = max((first, *others), key=lambda found: found.size).value
+        x = x if x == largest else build.add(Resize, x, largest)
+        for other in others:
+            same = other.value if other.value == largest else build.add(Resize, other.value, largest)
+            x = build.add(Concat, x, same, other.width)
+        build.in_float("the join of maps")
+    factor = first.unit / part.unit(0)
+    return x if factor == 1 else build.affine((x, factor))
 
 
 def _own_bits(part: Any, index: int) -> int | None:
@@ -363,14 +418,24 @@ class _Builder:
         kernel, scale = part.kernel(name)
         return self._conv(f"{part.name}.{name}", kernel, x, **options), scale
 
-    def _conv(self, key: str, kernel: Kernel, x: str, *, stride: int = 1, padding: int | None = None, adjoint=False):
+    def _conv(
+        self,
+        key: str,
+        kernel: Kernel,
+        x: str,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        adjoint: bool = False,
+        dilation: int = 1,
+    ) -> str:
         self.kernels.setdefault(key, kernel)
         if not kernel.is_whole:
             self.in_float(f"{key.split('.')[-1]} has no integer codes")
-        reach = kernel.values.shape[0] - 1
+        reach = dilation * (kernel.values.shape[0] - 1)
         padding = reach // 2 if padding is None else padding
         padding = reach - padding if adjoint else padding
-        return self.add(Conv, x, key, stride, padding, adjoint)
+        return self.add(Conv, x, key, stride, padding, adjoint, dilation)
 
     def quantize(self, part: _Part, x: str, index: int) -> str:
         bits, signed = part.bits.activations, part.signed(index)
@@ -416,12 +481,12 @@ class _Builder:
 
 
 def _rule(block: Block) -> Callable:
-    for kind, rule in ((StableBlock, _stable), (BasicBlock, _basic), (InvertedBlock, _inverted)):
+    for kind, rule in _RULES.items():
         if isinstance(block, kind):
             return rule
     raise ValueError(
-        f"blocks of kind {type(block).__name__} have no integer form: use BasicBlock, StableBlock or "
-        "InvertedBlock, or export by stablehlo without folding"
+        f"blocks of kind {type(block).__name__} have no integer form: use one of "
+        f"{', '.join(kind.__name__ for kind in _RULES)}, or add a rule"
     )
 
 
@@ -432,27 +497,29 @@ def _hidden(build: _Builder, part: _Part, sums: str, m: Any, b: Any, index: int)
     return build.quantize(part, build.smooth(part, x, unit), index)
 
 
-def _branch(build: _Builder, part: _Part, q: str, stride: int) -> tuple[str, Any, Any]:
+def _branch(build: _Builder, part: _Part, q: str, stride: int, dilations: tuple[int, int]) -> tuple[str, Any, Any]:
     """The residual branch as (sums, factor, bias) in real numbers: what the shortcut loses."""
     block, unit = part.block, part.unit(0)
     if block.symmetric:
-        return _symmetric_branch(build, part, q, unit, part.unit(1), ["kernel1"])
-    sums, scale = build.conv(part, q, "kernel1", stride=stride)
+        return _symmetric_branch(build, part, q, unit, part.unit(1), {"kernel1": {"dilation": dilations[0]}})
+    sums, scale = build.conv(part, q, "kernel1", stride=stride, dilation=dilations[0])
     g, b = part.norm("norm1")
     z = _hidden(build, part, sums, g * scale * unit, b, 1)
-    sums, scale = build.conv(part, z, "kernel2")
+    sums, scale = build.conv(part, z, "kernel2", dilation=dilations[1])
     g, b = part.norm("norm2")
     return sums, g * scale * part.unit(1), b
 
 
-def _symmetric_branch(build: _Builder, part: _Part, q: str, unit: float, hidden_unit: float, names: list[str]):
-    """h K^T N1(K x): K is one convolution, or a chain of them whose last ones have no padding."""
+def _symmetric_branch(
+    build: _Builder, part: _Part, q: str, unit: float, hidden_unit: float, kernels: dict[str, dict[str, Any]]
+):
+    """h K^T N1(K x): K is a chain of convolutions, given with their options."""
     block = part.block
     scale: Any = np.float64(1)
     d: Any
     sums = q
-    for name in names:
-        sums, own = build.conv(part, sums, name, padding=None if name == "kernel1" else 0)
+    for name, options in kernels.items():
+        sums, own = build.conv(part, sums, name, **options)
         scale = scale * own
     if block.norm == "separate":
         g, b = part.norm("norm1")
@@ -467,8 +534,8 @@ def _symmetric_branch(build: _Builder, part: _Part, q: str, unit: float, hidden_
         reason = f"D of the {block.norm} norm" if block.norm != "separate" else "the clip of each channel"
         build.in_float(f"K^T z, as {reason} varies along its sums")
         z, d = build.affine((z, d)), np.float64(1)
-    for name in reversed(names):
-        z, _ = build.conv(part, z, name, padding=None if name == "kernel1" else 0, adjoint=True)
+    for name, options in reversed(kernels.items()):
+        z, _ = build.conv(part, z, name, adjoint=True, **options)
     if block.norm != "separate":
         return z, step_size * d * hidden_unit, np.float64(0)
     g, b = part.norm("norm2")
@@ -479,7 +546,7 @@ def _basic(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
     block, unit = part.block, part.unit(0)
     q = build.quantize(part, x, 0)
     shortcut = build.shortcut(part, x, q)
-    sums, a, b = _branch(build, part, q, block.stride)
+    sums, a, b = _branch(build, part, q, block.stride, (block.dilation, block.dilation_after))
     r: Any = np.float64(unit)
     shift: Any = np.float64(0)
     if isinstance(block, BasicBlock) and block.has_projection:
@@ -494,7 +561,7 @@ def _stable(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
     block, r = part.block, np.float64(part.unit(0) / unit_out)
     q = build.quantize(part, x, 0)
     shortcut = build.shortcut(part, x, q)
-    sums, a, b = _branch(build, part, q, 1)
+    sums, a, b = _branch(build, part, q, 1, (block.dilation, block.dilation))
     out = build.relu(build.affine((shortcut, r), (sums, -a / unit_out), bias=-b / unit_out))
     if block.width_out > block.width_in:
         copied = build.affine((shortcut, r))
@@ -510,12 +577,14 @@ def _inverted(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
     q = build.quantize(part, x, 0)
     shortcut = build.shortcut(part, x, q)
     if block.symmetric:
-        sums, a, b = _symmetric_branch(build, part, q, unit, part.unit(1), ["kernel1", "kernel2"])
+        depthwise = {"padding": None if getattr(block, "padded", False) else 0, "dilation": block.dilation}
+        kernels: dict[str, dict[str, Any]] = {"kernel1": {}, "kernel2": depthwise}
+        sums, a, b = _symmetric_branch(build, part, q, unit, part.unit(1), kernels)
     else:
         z = q
         for i in (1, 2):
-            stride = block.stride if i == 2 else 1
-            sums, scale = build.conv(part, z, f"kernel{i}", stride=stride)
+            options = {"stride": block.stride, "dilation": block.dilation} if i == 2 else {}
+            sums, scale = build.conv(part, z, f"kernel{i}", **options)
             g, b = part.norm(f"norm{i}")
             z = _hidden(build, part, sums, g * scale * part.unit(i - 1), b, i)
         sums, scale = build.conv(part, z, "kernel3")
@@ -528,6 +597,32 @@ def _inverted(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
     return build.smooth_output(part, out, unit_out)
 
 
+def _convolved(build: _Builder, part: _Part, x: str, unit_out: float) -> str:
+    """A block of a decoder: convolutions of codes, each with norm, ReLU and smoothing."""
+    if isinstance(part.block, PooledBlock):
+        build.in_float("the mean before the quantizer")
+        x = build.add(Mean, x)
+    names = list(part.block.kernel_shapes())
+    for i, name in enumerate(names):
+        q = build.quantize(part, x, i)
+        sums, scale = build.conv(part, q, name, dilation=part.block.dilation if i == 0 else 1)
+        g, b = part.norm(f"norm{i + 1}")
+        unit = unit_out if name == names[-1] else part.unit(i + 1)
+        x = build.relu(build.affine((sums, g * scale * part.unit(i) / unit), bias=b / unit))
+        if not isinstance(part.block, PooledBlock):
+            x = build.smooth(part, x, unit)
+    return x
+
+
+_RULES: dict[type[Block], Callable] = {
+    StableBlock: _stable,
+    BasicBlock: _basic,
+    InvertedBlock: _inverted,
+    ConvBlock: _convolved,
+    SeparableBlock: _convolved,
+}
+
+
 # Stem, neck and head.
 
 
@@ -535,7 +630,8 @@ class _Outer:
     """Stem, neck or head: its kernel, float32 or of 8 bits with a scale for each channel, and its parameters."""
 
     def __init__(self, bound: BoundPart, bits: int | None):
-        self.bits = bits
+        self.part, self.bits = bound.part, bits
+        self.stride = bound.part.stride if isinstance(bound.part, ExactConv) else 1
         self.params, self.stats = (jax.tree.map(np.asarray, bound.variables[k]) for k in ("params", "batch_stats"))
         w = self.params["kernel"]
         w = w.astype(np.float32).reshape((1,) * (4 - w.ndim) + w.shape)
@@ -552,16 +648,16 @@ class _Outer:
         return ["float32 kernel" if self.bits is None else "float32 input"]
 
 
-def _stem(build: _Builder, stem: _Outer, unit_out: float) -> str:
-    x, unit, reasons = "images", 1.0, stem.reasons
-    if stem.bits is not None:
+def _stem(build: _Builder, name: str, stem: _Outer, x: str, unit_out: float) -> str:
+    unit, reasons = 1.0, stem.reasons
+    if stem.bits is not None and x == "images":
         scaled = build.affine((x, 1 / PIXEL_UNIT))
         x, unit, reasons = build.add(Quantize, scaled, -PIXEL_LIMIT, PIXEL_LIMIT, name="stem.q0"), PIXEL_UNIT, []
-    sums = build._conv("stem.kernel", stem.kernel, x)
+    sums = build._conv(f"{name}.kernel", stem.kernel, x, stride=stem.stride)
     g, b = stem.norm()
     out = build.relu(build.affine((sums, g * stem.scale * unit / unit_out), bias=b / unit_out))
     build.reasons = reasons
-    build.note("stem", stem.bits, None if stem.bits is None else PIXEL_BITS)
+    build.note(name, stem.bits, PIXEL_BITS if not reasons else None)
     return out
 
 
@@ -574,13 +670,16 @@ def _neck(build: _Builder, neck: _Outer, x: str) -> str:
     return out
 
 
-def _head(build: _Builder, head: _Outer, x: str) -> None:
+def _head(build: _Builder, head: _Outer, x: str, *, of_pixels: bool) -> None:
     gain = np.float64(1)
     if "mean_square" in head.stats:
         gain = 1 / np.sqrt(max(float(head.stats["mean_square"]), TINY))
-    sums = build._conv("head.kernel", head.kernel, build.add(Mean, x))
+    sums = build._conv("head.kernel", head.kernel, x if of_pixels else build.add(Mean, x))
     factor, bias = np.asarray(head.scale * gain, np.float32), head.params["bias"].astype(np.float32)
-    build.add(Affine, (sums,), (factor,), bias, name="logits")
+    if of_pixels:
+        build.add(Resize, build.affine((sums, factor), bias=bias), "images", name="logits")
+    else:
+        build.add(Affine, (sums,), (factor,), bias, name="logits")
     build.reasons = head.reasons
     build.note("head", head.bits, None)
 
@@ -613,5 +712,5 @@ def _simplified(ops: list[Op]) -> tuple[tuple[Op, ...], dict[str, str]]:
 def _renamed(op: Op, names: dict[str, str]) -> Op:
     if isinstance(op, Affine):
         return dataclasses.replace(op, inputs=tuple(names.get(x, x) for x in op.inputs))
-    changed: dict[str, Any] = {f: names[v] for f in ("x", "y") if (v := getattr(op, f, None)) in names}
+    changed: dict[str, Any] = {f: names[v] for f in ("x", "y", "like") if (v := getattr(op, f, None)) in names}
     return dataclasses.replace(op, **changed) if changed else op

@@ -30,10 +30,12 @@ from qpde.deploy.program import (
     Pool,
     Program,
     Quantize,
+    Resize,
     Smooth,
     Snap,
     accumulator_bound,
 )
+from qpde.models.images.segmentation import interpolation, resize
 
 __all__ = ["evaluate", "run", "run_reference"]
 
@@ -46,8 +48,8 @@ def run_reference(folded: Folded, images: np.ndarray, *, return_states: bool = F
       images: (N, H, W, C) float32.
       return_states: Whether the outputs of the stem and of every block are returned too.
     Returns:
-      Logits (N, classes) float32, and the codes of every quantizer by name, "block0.q0" and so on, int16; with states
-      also those, real numbers in float32.
+      Logits (N, classes) float32, of pixels (N, H, W, classes), and the codes of every quantizer by name, "block0.q0"
+      and so on, int16; with states also those, real numbers in float32.
     """
     images = _checked_images(folded, images)
     logits, codes, states = _outputs(folded, np.asarray(images, np.float32), _NUMPY)
@@ -64,8 +66,8 @@ def run(folded: Folded, *, return_codes: bool = False, return_states: bool = Fal
       return_codes: Whether the codes of every quantizer are returned too.
       return_states: Whether the outputs of the stem and of every block are returned too.
     Returns:
-      Function of images (N, H, W, C) float32: logits (N, classes); with codes or states a tuple of the logits, then
-      codes by name in float32, then states, real numbers in float32.
+      Function of images (N, H, W, C) float32: logits, as `run_reference` has them; with codes or states a tuple of the
+      logits, then codes by name in float32, then states, real numbers in float32.
     """
 
     @jax.jit
@@ -83,7 +85,7 @@ def run(folded: Folded, *, return_codes: bool = False, return_states: bool = Fal
 
 def evaluate(
     folded: Folded, images: Float[Array, "n h w c"], kernels: dict[str, Any] | None = None
-) -> tuple[Float[Array, "n classes"], dict[str, Array], tuple[Array, ...]]:
+) -> tuple[Float[Array, "n *pixels classes"], dict[str, Array], tuple[Array, ...]]:
     """Logits, codes and states of a folded network in JAX, to be traced.
 
     Args:
@@ -109,7 +111,8 @@ def _outputs(folded: Folded, images: Any, rules: dict[type, Callable]) -> tuple[
             values[op.out] = value
         return value
 
-    logits = _interpret(folded, images, rules, keep)[:, 0, 0]
+    logits = _interpret(folded, images, rules, keep)
+    logits = logits if folded.of_pixels else logits[:, 0, 0]
     real = [values[s.value] * np.float32(s.unit) for s in folded.states]
     return logits, codes, tuple(x.clip(0) if s.relu else x for x, s in zip(real, folded.states, strict=True))
 
@@ -144,12 +147,14 @@ def _numpy_conv(op: Conv, kernel: Kernel, x: np.ndarray) -> np.ndarray:
     values = (kernel.adjoint() if op.adjoint else kernel.values).astype(np.float64)
     kh, kw = values.shape[:2]
     x = np.pad(x.astype(np.float64), [(0, 0), (op.padding,) * 2, (op.padding,) * 2, (0, 0)])
-    height, width = ((n - k) // op.stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True))
+    reach = [op.dilation * (k - 1) for k in (kh, kw)]
+    height, width = ((n - r - 1) // op.stride + 1 for n, r in zip(x.shape[1:3], reach, strict=True))
     out: Any = 0.0
     for i in range(kh):
         for j in range(kw):
-            window = x[:, i : i + op.stride * (height - 1) + 1 : op.stride]
-            window = window[:, :, j : j + op.stride * (width - 1) + 1 : op.stride]
+            top, left = i * op.dilation, j * op.dilation
+            window = x[:, top : top + op.stride * (height - 1) + 1 : op.stride]
+            window = window[:, :, left : left + op.stride * (width - 1) + 1 : op.stride]
             out = out + (window * values[i, j, 0] if kernel.depthwise else window @ values[i, j])
     return out.astype(np.float32)
 
@@ -165,6 +170,11 @@ def _affine(op: Affine, *inputs: Any) -> Any:
 def _numpy_snap(op: Snap, x: np.ndarray) -> np.ndarray:
     level = op.table[np.searchsorted(op.middles, np.abs(x), side="left")]
     return np.sign(x) * level if op.signed else np.where(x > 0, level, np.float32(0))
+
+
+def _numpy_resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    rows, columns = (interpolation(n, n_out) for n, n_out in zip(x.shape[1:3], size, strict=True))
+    return np.einsum("ih,nhwc,jw->nijc", rows, x.astype(np.float64), columns, optimize=True).astype(np.float32)
 
 
 def _numpy_smooth(op: Smooth, x: np.ndarray) -> np.ndarray:
@@ -187,6 +197,7 @@ _NUMPY: dict[type, Callable] = {
     Smooth: _numpy_smooth,
     Pool: _pool,
     Concat: lambda op, x, y: np.concatenate([x, y[..., : op.channels]], axis=-1),
+    Resize: lambda op, x, like: _numpy_resize(x, like.shape[1:3]),
     Mean: lambda op, x: x.mean((1, 2), keepdims=True),
 }
 
@@ -205,6 +216,7 @@ def _jax_conv(op: Conv, kernel: Kernel, x: jax.Array, bound: int | None, kernels
         jnp.asarray(values).astype(dtype),
         window_strides=(op.stride,) * 2,
         padding=[(op.padding,) * 2] * 2,
+        rhs_dilation=(op.dilation,) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1] if kernel.depthwise else 1,
         precision="highest",
@@ -233,5 +245,6 @@ _JAX: dict[type, Callable] = {
     Smooth: _jax_smooth,
     Pool: _pool,
     Concat: lambda op, x, y: jnp.concatenate([x, y[..., : op.channels]], axis=-1),
+    Resize: lambda op, x, like: resize(x, (like.shape[1], like.shape[2])),
     Mean: lambda op, x: x.mean((1, 2), keepdims=True),
 }

@@ -37,6 +37,7 @@ from qpde.deploy.program import (
     Op,
     Pool,
     Quantize,
+    Resize,
     Smooth,
     Snap,
     accumulator_bound,
@@ -92,7 +93,8 @@ def onnx_model(
 ) -> Any:
     """Make the ONNX model of a folded network, checked by `onnx.checker`.
 
-    Its input "images" is (batch, H, W, C) float32 with a symbolic batch, its output "logits" (batch, classes).
+    Its input "images" is (batch, H, W, C) float32 with a symbolic batch, its output "logits" (batch, classes), or
+    (batch, H, W, classes) where it segments.
 
     Args:
       folded: Result of `fold` or `settle`.
@@ -138,7 +140,9 @@ class _Graph:
             self.emit(op)
         height, width = image_size or ("height", "width")
         images = helper.make_tensor_value_info("images", proto.FLOAT, ["batch", height, width, self.folded.channels])
-        outputs = [helper.make_tensor_value_info("logits", proto.FLOAT, ["batch", self.folded.num_classes])]
+        of_pixels = [height, width] if self.folded.of_pixels else []
+        shape = ["batch", *of_pixels, self.folded.num_classes]
+        outputs = [helper.make_tensor_value_info("logits", proto.FLOAT, shape)]
         outputs += [
             helper.make_tensor_value_info(name, kind, ["batch", None, None, None]) for name, kind in self.outputs
         ]
@@ -222,6 +226,7 @@ class _Graph:
             kernel_shape=list(side),
             strides=[op.stride] * 2,
             pads=[op.padding] * 4,
+            dilations=[op.dilation] * 2,
             group=shape.values.shape[3] if shape.depthwise else 1,
         )
 
@@ -295,6 +300,19 @@ class _Graph:
     def emit_concat(self, op: Concat) -> None:
         copied = self.slice(self.float(op.y), 1, 0, op.channels)
         self.node("Concat", [self.float(op.x), copied], op.out, axis=1)
+
+    def emit_resize(self, op: Resize) -> None:
+        def shape(x: str, start: int, end: int) -> str:
+            return self.node("Shape", [x], start=start, end=end)
+
+        x, like = self.float(op.x), self.float(op.like)
+        sizes = self.node("Concat", [shape(x, 0, 2), shape(like, 2, 4)], axis=0)
+        linear = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        if op.out == "logits":
+            wide = self.node("Resize", [x, "", "", sizes], **linear)
+            self.node("Transpose", [wide], op.out, perm=[0, 2, 3, 1])
+        else:
+            self.node("Resize", [x, "", "", sizes], op.out, **linear)
 
     def slice(self, x: str, axis: int, start: int, end: int) -> str:
         return self.node("Slice", [x, *(self.constant([v], np.int64) for v in (start, end, axis))])

@@ -12,6 +12,7 @@ codes times kernel codes. Sums of whole numbers are the same in any order while 
     Smooth      explicit steps of total-variation smoothing
     Pool        2x2 means
     Concat      channels of x, then the first channels of another value
+    Resize      bilinear interpolation to the height and width of another value
     Mean        mean over all pixels, (N, 1, 1, C)
 """
 
@@ -36,6 +37,7 @@ __all__ = [
     "Pool",
     "Program",
     "Quantize",
+    "Resize",
     "Smooth",
     "Snap",
     "accumulator_bound",
@@ -71,7 +73,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """Sums of x with a kernel; `padding` zeros on every side."""
+    """Sums of x with a kernel; `padding` zeros on every side, `dilation` the distance of the taps."""
 
     out: str
     x: str
@@ -79,6 +81,7 @@ class Conv:
     stride: int = 1
     padding: int = 0
     adjoint: bool = False
+    dilation: int = 1
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -175,11 +178,23 @@ class Concat(_Unary):
 
 
 @dataclasses.dataclass(frozen=True)
+class Resize(_Unary):
+    """Bilinear interpolation to the height and width of `like`, which are not smaller; corners of pixels coincide."""
+
+    like: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Values that the operation reads."""
+        return (self.x, self.like)
+
+
+@dataclasses.dataclass(frozen=True)
 class Mean(_Unary):
     """Mean over all pixels, which stays a map of one pixel."""
 
 
-Op = Conv | Affine | Quantize | Snap | Clip | Smooth | Pool | Concat | Mean
+Op = Conv | Affine | Quantize | Snap | Clip | Smooth | Pool | Concat | Resize | Mean
 
 
 @dataclasses.dataclass(frozen=True)

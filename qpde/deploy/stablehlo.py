@@ -8,9 +8,7 @@ Kernels lie in it packed and are unpacked by the program itself; XLA does that o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +17,14 @@ import numpy as np
 from jax import export
 from jaxtyping import Array
 
-from qpde.bits import Bits
 from qpde.deploy.folded import Folded
 from qpde.deploy.graphs import FoldedGraph
 from qpde.deploy.integer import evaluate
 from qpde.deploy.packing import pack, unpack_traced
 from qpde.deploy.program import Program
 from qpde.files import write_whole
-from qpde.models.images.network import Network
 
-__all__ = ["PLATFORMS", "export_graph", "export_images", "export_network", "save_stablehlo", "stablehlo_bytes"]
+__all__ = ["PLATFORMS", "export_graph", "export_images", "save_stablehlo", "stablehlo_bytes"]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -79,7 +75,7 @@ def export_images(folded: Folded, image_size: tuple[int, int], *, codes: bool = 
       image_size: Height and width.
       codes: Also return the codes of every quantizer by name, float32: for tests.
     Returns:
-      Program of images (batch, H, W, C) float32 with the logits (batch, classes).
+      Program of images (batch, H, W, C) float32 with the logits (batch, classes), or (batch, H, W, classes).
     """
     batch, *_ = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *image_size, folded.channels), jnp.float32)
@@ -118,27 +114,6 @@ def export_graph(folded: FoldedGraph, nodes: int, edges: int) -> export.Exported
     ends = jax.ShapeDtypeStruct((edges,), jnp.int32)
     x = jax.ShapeDtypeStruct((nodes, features), jnp.float32)
     return export.export(jax.jit(logits), platforms=PLATFORMS)(x, ends, ends)
-
-
-def export_network(
-    model: Network, variables: Mapping[str, Any], image_size: tuple[int, int], *, bits: Bits | None = None
-) -> export.Exported:
-    """Export an image network as it is trained, with weights that are rounded by the program in float32.
-
-    This is for networks that are no chain of parts, which have no integer program here.
-
-    Args:
-      model: Image network.
-      variables: Its collections, which become constants of the program.
-      image_size: Height and width.
-      bits: Bit-widths. Default: the model's own.
-    Returns:
-      Program of images (batch, H, W, C) float32 with the logits.
-    """
-    batch, *_ = export.symbolic_shape("batch")
-    channels = variables["params"]["stem"]["kernel"].shape[2]
-    images = jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.float32)
-    return export.export(jax.jit(lambda x: model.apply(variables, x, bits=bits)), platforms=PLATFORMS)(images)
 
 
 def _unpacked(folded: Program | FoldedGraph) -> dict[str, Array | np.ndarray]:

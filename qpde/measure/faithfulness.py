@@ -82,7 +82,7 @@ def compare(
     """A quantized network beside its high-precision twin, over a data set.
 
     Both run on the same batches, one batch at a time; nothing but a few numbers an input is kept, and these
-    are summed in float64. The network is compiled once for both and for all widths: a shorter batch is padded
+    are summed in float64. The network is compiled once for both and for all bits: a shorter batch is padded
     to the longest so far, and what was padded is not counted.
 
     Args:
@@ -142,7 +142,7 @@ def compare(
 
 
 def reestimate_statistics(model: Any, variables: Any, batches: Iterable[Batch], bits: Any) -> Any:
-    """Batch statistics of a network at given widths, estimated again from data.
+    """Batch statistics of a network at given bits, estimated again from data.
 
     Each statistic becomes the mean of the batches' own, weighted by their number of inputs: what a running
     average with infinite memory would hold. Weights stay as they are; every other collection too.

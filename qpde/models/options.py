@@ -22,19 +22,19 @@ class Smoothing:
     """Total-variation smoothing after the nonlinearities of a block, before their quantizers."""
 
     kind: str = "isotropic"
-    """Diffusivity: a name of `qpde.stencils.tv_step`."""
+    """Kind of diffusivity, a name that `qpde.stencils.tv_step` knows."""
     steps: int = 1
-    """Explicit steps."""
+    """Number of explicit steps."""
     gamma2: float = 0.025
-    """Size of a step; at most `qpde.stencils.max_stable_step`."""
+    """Size of a step, at most `qpde.stencils.max_stable_step`."""
     eps: float = 0.1
     """Width of the quadratic part of the energy sqrt(|grad x|^2 + eps^2)."""
     blocks: tuple[int, ...] | None = None
     """Indices of the blocks that smooth, counted through the network. None: all of them."""
     output: bool = False
-    """Smooth the block's output too (the next block's quantizer input), not only the hidden map."""
+    """Also smooth the block's output, which the next block quantizes, and not only its hidden map."""
     learned: bool = False
-    """Each block that smooths has a parameter gamma2 of its own, which starts at the one given."""
+    """Train gamma2: each block that smooths has its own, which starts at the value given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +44,27 @@ class BlockOptions:
     norm: Literal["separate", "tied", "spectral"] = "separate"
     """Norm of the symmetric steps: "separate" (published), "tied" or "spectral" (both non-expansive)."""
     residual: Literal["rounded", "precise"] = "rounded"
-    """Input of the shortcut: the rounded activation, as published, or the one that is only clipped."""
+    """Input of the shortcut: the rounded activation, as published, or the activation before rounding."""
     levels: Levels = "uniform"
-    """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
+    """Spacing of the quantized values: even, powers of two (pot), or sums of powers of two (apot)."""
     standardize: bool = True
-    """Round kernels after giving them mean 0 and variance 1; the norm behind takes up the scale. Off for a network that
-    was trained in full precision and is to keep its function."""
+    """Give kernels mean 0 and variance 1 before they are rounded; the norm that follows restores the scale. Turn it off
+    to quantize a network that was trained in full precision."""
     per_channel: bool = False
-    """A clip for each output channel of a kernel, instead of one for the kernel."""
+    """Give each output channel of a kernel a clip of its own. Otherwise the kernel has one clip."""
     clip_bits: tuple[int, ...] | None = None
-    """Bits that have clips of their own, ascending, for a network that serves at all of them (Jin et al., AdaBits, CVPR
-    2020). Bits in between take the clips of the next one. The twin runs at 32 bits, so give these clips too. None: one
-    clip for all."""
+    """Bits with clips of their own, ascending, for one network that runs at all of them (Jin et al., AdaBits, CVPR
+    2020). Other bits use the clips of the next larger ones. Include 32, at which the twin runs. None: one clip for
+    all bits."""
     signed_inputs: bool = False
-    """MobileNet's block inputs, which can be negative, are quantized with a sign, not clipped at 0 as published."""
+    """Quantize the inputs of MobileNet's blocks, which can be negative, with a sign. As published they are clipped at
+    0."""
     step_size: float | Literal["auto"] = 0.1
-    """h of the symmetric step x - h K^T s(K x). "auto" holds h |D K|^2 at `lipschitz_target` by a power iteration that
-    is carried in the collection "spectral"; it needs the tied norm. With the spectral norm h is 1."""
+    """h of the symmetric step x - h K^T s(K x). With "auto" each step finds its own h, so that h |D K|^2 is
+    `lipschitz_target`; this needs the tied norm. With the spectral norm h is 1."""
     lipschitz_target: float = LIPSCHITZ_TARGET
-    """h |D K|^2 of steps that find their own size (norm "spectral", or step_size "auto"), above 0 and at most 2, up to
-    which a step is non-expansive. How far a step moves the features is proportional to it."""
+    """h |D K|^2 of the steps that find their own size (norm "spectral", or step_size "auto"). Above 0 and at most 2, up
+    to which a step is non-expansive. A smaller one moves the features less."""
     smoothing: Smoothing | None = None
     """Total-variation smoothing before the activations' quantizers."""
 
@@ -73,22 +74,22 @@ class NetworkOptions(BlockOptions):
     """Everything about an image network but its architecture and its number of classes."""
 
     symmetric: bool = True
-    """Steps x - h K^T s(K x) with one kernel, instead of two kernels and h = 1. The first block of a stage stays plain
-    in ResNets and MobileNets."""
+    """Use symmetric steps x - h K^T s(K x) with one kernel, instead of two kernels and h = 1. In ResNets and MobileNets
+    the first block of a stage stays plain."""
     weight_bits: int | None = None
     """Bits of the kernels, 2 to 32 (16 and more clip without rounding). None: exact."""
     act_bits: int | None = None
     """Bits of the activations, 2 to 32 (16 and more clip without rounding). None: exact."""
     head: Literal["dense", "scaled"] = "dense"
-    """Logits of the pooled features by a dense layer ("dense"), or after division by their root mean square ("scaled").
-    Non-expansive steps shrink features; the scaled head sees them nevertheless."""
+    """How the pooled features become logits: by a dense layer ("dense"), or by one after division by their root mean
+    square ("scaled"). Non-expansive steps shrink features, and "scaled" makes up for it."""
     loop: Literal["auto", "scan", "unroll"] = "auto"
-    """How the equal blocks of a stage are run: "scan" compiles fast."""
+    """How the equal blocks of a stage are compiled: as a loop ("scan", compiles fast), or one by one ("unroll")."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the convolutions and of what their gradients keep. Parameters, quantizers, norms, sums and the head stay
-    float32. bfloat16 is for GPUs and TPUs."""
+    """Dtype of the convolutions; bfloat16 is for GPUs and TPUs. Parameters, quantizers, norms, sums and the head stay
+    float32."""
 
     def checked(self, *, num_classes: int, blocks: int, has_signed_inputs: bool, name: str) -> NetworkOptions:
         """These options, their numbers as Python's, after all of them were found to fit a network.

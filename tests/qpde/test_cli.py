@@ -168,8 +168,9 @@ def test_files_that_cannot_be_read_are_named_and_the_others_predicted(folder, pi
         ),
         (["predict", "NET", "a.png", "--newton-steps", "-1"], "newton steps (=-1) must be at least 0"),
         (["predict", "NET"], "the following arguments are required: FILE: `qpde predict --help` lists the options"),
-        (["predict", "NET", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
-        (["predict", "NET", "a.png", "--bit", "4"], "unrecognized arguments: --bit 4"),
+        (["predict", "NET", "a.png", "--format", "tabel"], "invalid choice 'tabel': did you mean 'table'? choose from"),
+        (["predict", "NET", "a.png", "--bit", "4"], "unrecognized arguments: --bit 4: did you mean '--bits'?"),
+        (["export", "NET", "--out", "e", "--format", "onxx"], "invalid choice 'onxx': did you mean 'onnx'?"),
         (
             ["predcit", "NET"],
             "there is no command 'predcit': did you mean 'predict'? choose from ['predict',",

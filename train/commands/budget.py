@@ -24,24 +24,24 @@ _COLUMNS = ("variant", "bits", "10^6 bit-ops", "accuracy", "agreement", "KL", "b
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Choose bits for each block of a finished run's networks, and show them beside uniform ones.
+    """Choose bits for each block of a finished run's networks, and compare them with the same bits everywhere.
 
-    For each of the uniform bits --at, weights and activations of the blocks get those of --bits that change the
-    outputs least and cost no more bit-operations. How much rounding the weights or the activations of a block alone
-    changes them is measured on training images, without labels; the table is of test images, agreement and KL are those
-    with 32 bits. Batch statistics are estimated again for every row.
+    Each of the uniform bits --at sets a budget of bit-operations. Within it, every block gets the bits of --bits that
+    change the network's outputs least. That change is measured on training images without labels, by rounding the
+    weights or the activations of one block at a time. The table is measured on test images: its agreement and KL
+    compare with the network at 32 bits. Batch statistics are estimated again for each row.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a finished run on images."""
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-    """Bits that weights and activations of a block can have."""
+    """Bits that the weights and the activations of a block may get."""
     at: tuple[str, ...] = ("3", "4")
-    """Uniform bits whose costs are the budgets: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    """Uniform bits whose costs are the budgets. W4A8 is 4-bit weights and 8-bit activations, 4 is both."""
     images: int = 512
-    """Training images on which blocks are measured."""
+    """Number of training images to measure the blocks on."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
 
 
 def prepare_budget(options: Budget) -> Callable[[Console], None]:

@@ -43,31 +43,31 @@ class Run(Generic[E]):
     """Train the variants of an experiment and compare each with its high-precision twin.
 
     Writes RUNS_DIR/NAME: config.json, metrics.jsonl, checkpoints, summary.json and pictures. The same command
-    takes up an interrupted run; a finished one is never overwritten silently.
+    continues an interrupted run. A finished run is never overwritten silently.
     """
 
     experiment: Annotated[E, tyro.conf.arg(name="")]
     recipe: str
-    """Which of the file's recipes."""
+    """Recipe of the file. The first is the default."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     runs_dir: Path = Path("runs")
-    """Where the run's folder goes."""
+    """Folder that the run's folder is written to."""
     overwrite: bool = False
-    """Delete what the run's folder holds and start anew."""
+    """Delete the contents of the run's folder and start again."""
     resume_changed: bool = False
-    """Go on with an unfinished run though some options differ from those it was started with. They are listed, and
-    recorded in config_history.jsonl."""
+    """Continue an unfinished run although some options have changed. The changes are listed, and recorded in
+    config_history.jsonl."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, below the run's folder."""
+    """Also write the metrics as TensorBoard events, below the run's folder."""
     distributed: str | None = None
-    """Train together with the other processes started with the same command, one a host, over a folder that all see:
-    "auto" where they find each other (SLURM, Open MPI, Kubernetes, Cloud TPU), or HOST:PORT of the first one, with
-    --processes and --process. --devices all then takes the devices of all."""
+    """Train on several hosts: start the same command on each, with a runs folder that all of them share. "auto" lets
+    the processes find each other (SLURM, Open MPI, Kubernetes, Cloud TPU). Elsewhere give HOST:PORT of the first
+    process, --processes and --process. Use --devices all to train on the devices of all hosts."""
     processes: int | None = None
-    """How many there are."""
+    """Number of processes, with --distributed HOST:PORT."""
     process: int | None = None
-    """Which one this is: 0, the one that writes and speaks, or 1, 2, ..."""
+    """Index of this process, from 0. Process 0 writes the files and prints."""
 
 
 def parse_run(arguments: Sequence[str]) -> Run[Experiment] | Run[GraphExperiment]:
@@ -142,6 +142,41 @@ def command_of(name: str, options: type, prepare: Callable) -> Callable[[Sequenc
 
 
 @dataclass(frozen=True)
+class Brief:
+    """What `--help` says of a command whose options depend on the file that comes first.
+
+    Attributes:
+      options: The command's dataclass, whose docstring is shown.
+      example: Words of a command that lists all options when it is followed by --help.
+      important: Some options, each with what it is for.
+    """
+
+    options: type
+    example: str
+    important: tuple[tuple[str, str], ...] = ()
+
+
+_OF_RUN = (
+    ("--recipe NAME", "another recipe of the file"),
+    ("--name NAME", "name of the run, and of its folder"),
+    ("--epochs N", "passes over the training data"),
+    ("--seed N", "seed of the weights and of the data's order"),
+    ("--model.weight-bits N", "bits of the kernels; None: full precision"),
+    ("--model.act-bits N", "bits of the activations; None: full precision"),
+    ("--optimizer.learning-rate X", "peak of the learning rate"),
+    ("--data.name NAME", "cifar10, folder/PATH, npz/PATH, tfds/NAME"),
+    ("--data-dir FOLDER", "root folder of the data"),
+    ("--overwrite", "delete an earlier run of this name"),
+)
+
+_OF_SWEEP = (
+    ("--seeds N", "number of seeds"),
+    ("--bits 2 W4A8 ...", "bits to compare"),
+    ("--symmetric both", "compare symmetric and plain networks"),
+)
+
+
+@dataclass(frozen=True)
 class Command:
     """A row of the table.
 
@@ -149,14 +184,13 @@ class Command:
       prepare: arguments -> what `main` then calls with a console, which returns None or an exit status; raises
         ValueError or OSError for bad input.
       usage, summary: its line in the help.
-      help: (dataclass, words of a command): what `--help` says where the options depend on what comes before them, the
-        dataclass's docstring and that those words with --help list them. None: `prepare` answers it.
+      brief: What `--help` says, where `prepare` cannot.
     """
 
     prepare: Callable[[Sequence[str]], Callable[[Console], int | None]]
     usage: str
     summary: str
-    help: tuple[type, str] | None = None
+    brief: Brief | None = None
 
 
 COMMANDS = {
@@ -164,62 +198,64 @@ COMMANDS = {
         prepare_run,
         "run CONFIG.py [--option value ...]",
         "train and evaluate an experiment",
-        (Run, "run configs/digits.py"),
+        Brief(Run, "run configs/digits.py", _OF_RUN),
     ),
     "sweep": Command(
         parse_sweep,
         "sweep CONFIG.py --seeds 5 --bits 2 4 8",
-        "many runs, one table with intervals",
-        (Sweep, "sweep configs/digits.py"),
+        "run many seeds and bits, for one table",
+        Brief(Sweep, "sweep configs/digits.py", _OF_SWEEP),
     ),
     "quantize": Command(
         command_of("quantize", Quantize, prepare_quantize),
         "quantize RUN --bits W8A8 W4A4",
-        "quantize a full-precision run, untrained",
+        "quantize a full-precision run without training",
     ),
     "certify": Command(
         command_of("certify", Certify, prepare_certify),
         "certify RUN --bits 8 6 4",
-        "predictions that rounding provably keeps",
+        "count predictions that rounding provably keeps",
     ),
     "elastic": Command(
         command_of("elastic", ElasticRun, prepare_elastic),
         "elastic RUN --bits 2 3 4 6 8 32",
-        "the same weights at several bits",
+        "evaluate the same weights at several bits",
     ),
     "budget": Command(
         command_of("budget", Budget, prepare_budget),
         "budget RUN --bits 2 3 4 6 8 --at 3 4",
-        "bits for each block, within a cost",
+        "choose bits for each block within a budget",
     ),
     "report": Command(
-        command_of("report", Report, prepare_report), "report RUN [RUN ...]", "one page of figures on finished runs"
+        command_of("report", Report, prepare_report),
+        "report RUN [RUN ...]",
+        "show finished runs on one page of figures",
     ),
     "export": Command(
         command_of("export", Export, prepare_export),
         "export RUN [--settle]",
-        "files for other runtimes, with a table",
+        "write files for other runtimes, and compare them",
     ),
     "predict": Command(
         parse_predict,
         "predict RUN FILE [FILE ...]",
-        "the classes of pictures",
+        "predict the classes of pictures",
     ),
     "paper": Command(
         command_of("paper", Paper, prepare_paper),
         "paper --minutes 60 --data-dir FOLDER",
-        "the paper's experiments, as far as time reaches",
+        "run the paper's experiments within a time",
     ),
     "data": Command(
         parse_data,
         "data prepare NAME [--data-dir FOLDER]",
         "download a set of images, once",
-        (Prepare, "data prepare"),
+        Brief(Prepare, "data prepare"),
     ),
     "reproduce": Command(
         command_of("reproduce", Reproduce, prepare_reproduce),
         "reproduce RUN [--option value ...]",
-        "repeat a run: is the result identical?",
+        "repeat a run and compare the results",
     ),
 }
 
@@ -240,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose from {list(COMMANDS)}")
     command = COMMANDS[name]
-    if rest[:1] in (["-h"], ["--help"]) and command.help:
-        print(_help_of(command.usage, *command.help))
+    if rest[:1] in (["-h"], ["--help"]) and command.brief:
+        print(_help_of(command.usage, command.brief))
         return 0
     try:
         try:
@@ -254,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         return _fail(str(interrupted), status=interrupted.exit_status)
     except KeyboardInterrupt:
-        return _fail("interrupted: the same command goes on after the last saved step", status=130)
+        return _fail("interrupted: the same command continues after the last saved step", status=130)
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
@@ -271,22 +307,25 @@ def _help() -> str:
     """In lines of at most 80 characters."""
     commands = "\n".join(f"  {command.usage}\n      {command.summary}" for command in COMMANDS.values())
     closing = (
-        f"`{_PROGRAM} run configs/digits.py` is the place to start: it needs no data and takes minutes. "
-        f"`{_PROGRAM} run CONFIG.py --help` lists the options with the experiment's own defaults.",
-        "Compiled programs are kept in the user's cache: JAX_COMPILATION_CACHE_DIR moves them, "
-        "JAX_ENABLE_COMPILATION_CACHE=false turns that off.",
+        f"Start with `{_PROGRAM} run configs/digits.py`: it downloads nothing and takes minutes. "
+        f"`{_PROGRAM} COMMAND --help` explains a command.",
+        "Compiled programs are kept in the user's cache folder. JAX_COMPILATION_CACHE_DIR names another folder, "
+        "JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
     )
     return (
         f"usage: {_PROGRAM} COMMAND ...\n\n"
-        f"{filled('Trains the quantized networks of qpde and reports how faithful they stay in few bits.')}\n\n"
+        f"{filled('Train the quantized networks of qpde, and measure how faithful they stay in few bits.')}\n\n"
         f"commands:\n{commands}\n\n" + "\n".join(map(filled, closing))
     )
 
 
-def _help_of(usage: str, options: type, words: str) -> str:
-    paragraphs = (inspect.getdoc(options) or "").split("\n\n")
-    paragraphs.append(f"`{_PROGRAM} {words} --help` lists the options with their defaults.")
-    return "\n\n".join((f"usage: {_PROGRAM} {usage}", *map(filled, paragraphs)))
+def _help_of(usage: str, brief: Brief) -> str:
+    paragraphs = [f"usage: {_PROGRAM} {usage}"]
+    paragraphs += map(filled, (inspect.getdoc(brief.options) or "").split("\n\n"))
+    if brief.important:
+        paragraphs.append("\n".join(["options:", *(f"  {option:30}{what}" for option, what in brief.important)]))
+    paragraphs.append(filled(f"`{_PROGRAM} {brief.example} --help` lists all options, with the recipe's own defaults."))
+    return "\n\n".join(paragraphs)
 
 
 def _fail(message: str, *, status: int = 2) -> int:

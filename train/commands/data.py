@@ -23,14 +23,14 @@ _NEEDED = ("tensorflow", "importlib_resources")
 class Prepare:
     """Download a set of images and write it into array_record files, from which training reads without TensorFlow.
 
-    Needed once for a set and folder. Some sets have to be downloaded by hand first, as imagenet2012: the message says
-    which files go where.
+    Do this once for each set. Some sets, such as imagenet2012, must be downloaded by hand first: a message then says
+    which files are needed, and where.
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """As in the catalogue of tensorflow-datasets: cifar100, imagenet2012, cifar10_corrupted/fog_3."""
+    """Name in the catalogue of tensorflow-datasets, such as cifar100, imagenet2012 or cifar10_corrupted/fog_3."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
 
 
 def parse_data(arguments: Sequence[str]) -> Callable[[Console], int | None]:
@@ -42,17 +42,14 @@ def parse_data(arguments: Sequence[str]) -> Callable[[Console], int | None]:
     """
     if list(arguments[:1]) != ["prepare"]:
         word = arguments[0] if arguments else ""
-        found = f"{word!r} is nothing to do with data" if arguments else "say what to do with data"
+        found = f"{word!r} is no command for data" if arguments else "a command for data is missing"
         meant = did_you_mean(word, ["prepare"])
-        raise ValueError(f"{found}: {meant}python -m train data prepare NAME [--data-dir FOLDER]")
+        raise ValueError(f"{found}: {meant}use python -m train data prepare NAME [--data-dir FOLDER]")
     options = parse(Prepare, arguments[1:], prog="python -m train data prepare")
     root = data_root(options.name, options.data_dir)
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise ImportError(
-            f"to prepare {options.name} takes {' and '.join(missing)}, which training does not: install the "
-            "[prepare] extra"
-        )
+        raise ImportError(f"preparing {options.name} needs {' and '.join(missing)}: pip install -e '.[prepare]'")
     builder = find_builder(PREFIX + options.name.removeprefix(PREFIX), root, file_format="array_record")
 
     def work(console: Console) -> int:

@@ -33,17 +33,17 @@ _FIELDS = ("accuracy", "accuracy_twin", "agreement", "agreement_full", "kl", "kl
 class ElasticRun:
     """Evaluate the networks of a finished run at several bits, with one set of weights and clips.
 
-    Batch statistics are estimated again for each of them. Each is compared with its own high-precision twin, which has
-    the same rounded weights, and with W32A32, which rounds nothing. Writes RUN/elastic.csv and
-    RUN/elastic.png. A network trained with bits drawn at random (annealing) is made for this.
+    Batch statistics are estimated again at each number of bits. The network is compared with two others: with its
+    high-precision twin, which has the same rounded weights, and with W32A32, which rounds nothing. Networks trained
+    with bits drawn at random (a recipe such as any_bit) are made for this. Writes RUN/elastic.csv and RUN/elastic.png.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a finished run on images."""
     bits: tuple[str, ...] = ("2", "3", "4", "6", "8", "32")
-    """Bits: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    """Bits: W4A8 is 4-bit weights and 8-bit activations, 4 is both."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
 
 
 def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:

@@ -36,35 +36,36 @@ _FORMATS, _GRAPH_FORMATS = tuple(deploy.FORMATS), ("packed", "stablehlo")
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the networks of a finished run as files for other runtimes, and measure these on test images.
+    """Write the networks of a finished run as files for other runtimes, and compare the runtimes on test images.
 
-    RUN/export/VARIANT holds the files of `qpde export`, and deployment.json, .csv and .md the table: for every runtime
-    the codes that differ from those of the NumPy integers, of how many, accuracy, agreement with the high-precision
-    twin, the share of answers that are proven to be the twin's, and milliseconds for a batch on one core beside
-    float32. A run on a graph has networks by variant and bits, of its first seed, in the formats packed and stablehlo.
+    RUN/export/VARIANT holds the files that `qpde export` writes. RUN/export/VARIANT/deployment.json, .csv and .md hold
+    the table. For each runtime it lists: codes that differ from those of the integer program in NumPy; accuracy;
+    agreement with the high-precision twin; the share of answers proven to be the twin's; milliseconds for a batch on
+    one core, beside float32. For a run on a graph the networks of its first seed are written, one for each variant and
+    number of bits, in the formats packed and stablehlo.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a finished run."""
     format: tuple[str, ...] = ()
-    """Formats to write: packed, onnx, stablehlo, c. Without it all that there are. The table has a line for every
-    runtime in any case."""
+    """Formats to write, some of packed, onnx, stablehlo and c. Default: all that the network can have. The table always
+    lists every runtime."""
     bits: str | None = None
-    """Bits, such as W4A4. Without it the network's own."""
+    """Bits, such as W4A4. Default: the network's own."""
     settle: bool = False
-    """Move norms by the least that keeps every runtime from rounding a code otherwise."""
+    """Shift norms slightly, so that every runtime rounds every code alike."""
     outer_bits: int | None = None
-    """8 for integer kernels of stem, neck and head."""
+    """Bits of the kernels of stem, neck and head: 8, or None to keep them in float32."""
     images: int = 1000
-    """Test images, from the first on."""
+    """Number of test images, the first ones."""
     newton_steps: int = 2
-    """Steps of Newton's method before the proof, see `qpde.certify`."""
+    """Steps of Newton's method before the proof, see `qpde.certify`. More steps prove more answers."""
     rounds: int = 10
-    """Measured calls of every runtime for the latencies. 0 leaves them out."""
+    """Timed calls of each runtime. 0 measures no latencies."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     output: Path | None = None
-    """Where the folders go instead."""
+    """Folder to write to, instead of RUN/export."""
 
 
 def prepare_export(options: Export) -> Callable[[Console], None]:
@@ -94,6 +95,8 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
         inputs = dict.fromkeys(networks, (task.graph, task.test))
         size, work_on = (task.graph.nodes.shape[0], len(task.graph.senders)), measure_graph
     formats = options.format or (_FORMATS if size is None else _GRAPH_FORMATS)
+    if not options.format and any(getattr(network, "is_segmenting", False) for network in networks.values()):
+        formats = tuple(name for name in formats if name != "c")
     made = {
         name: make_files(
             network, formats, bits=bits, settle=options.settle, outer_bits=options.outer_bits, graph_size=size

@@ -30,19 +30,19 @@ Recipes = Mapping[str, Experiment | GraphExperiment]
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-    """Run the experiments behind the paper's claims, in order of importance, for so many minutes.
+    """Run the experiments behind the paper's claims, the most important first, for the given number of minutes.
 
-    Takes up what was stopped and never repeats what is finished: the same command, given again, goes on. Writes a run's
-    folder for each experiment and results.md, their tables and figures with the commands that make them, and a list of
-    what was not run.
+    The same command continues where the last one stopped, and never repeats a finished experiment. Each experiment gets
+    a run's folder. results.md holds their tables and figures, the commands that make them, and a list of the
+    experiments that were not run.
     """
 
     config: Annotated[Path, tyro.conf.Positional] = Path("configs/paper.py")
-    """File whose recipes are worked through in their order."""
+    """File whose recipes are run, in their order."""
     minutes: float = 60.0
     """Time for all of it. A training that is not done by then is saved."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     runs_dir: Path = Path("runs/paper")
     """Where the folders and results.md go."""
 

@@ -12,7 +12,7 @@ from qpde.predictions import predict_files
 from qpde.suggestions import did_you_mean
 from train.runs.directory import read_experiment, read_results
 
-_DESCRIPTION = "Predict the classes of pictures with the networks of a finished run, one beside the other."
+_DESCRIPTION = "Predict the classes of pictures with each network of a finished run."
 
 
 def parse_predict(arguments: Sequence[str]) -> Callable[[Console], int]:
@@ -23,7 +23,7 @@ def parse_predict(arguments: Sequence[str]) -> Callable[[Console], int]:
       SystemExit: an option is unknown or wrong, or help was asked for; it is printed.
     """
     parser = Parser(prog="python -m train predict", description=_DESCRIPTION)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
     add_prediction_arguments(parser)
     parser.add_argument("--variant", metavar="NAME", help="one of the run's networks; default: all of them")
     options = parser.parse_args(arguments)

@@ -23,24 +23,24 @@ from train.trained.finished import check_data
 class Quantize:
     """Quantize the networks of a full-precision run after their training, and print the faithfulness table.
 
-    Each pair of bits gives a run of its own, RUNS_DIR/RUN_W4A4 and so on, as if it had been trained: it can be
-    reproduced, and trained further by `run --start-from`. Clips are chosen from training images without their labels.
-    Finished runs are kept: the same command goes on after an interruption, and one with more bits adds to them.
+    Each pair of bits becomes a run of its own, such as RUNS_DIR/RUN_W4A4. It is like a trained run: `reproduce` repeats
+    it, and `run --start-from` trains it further. Clips are chosen from training images, without their labels. The same
+    command continues after an interruption. With more bits it keeps the finished runs and adds the new ones.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a finished full-precision run on images."""
     bits: tuple[str, ...]
-    """Bits: W4A8 for 4-bit weights and 8-bit activations, or 4 for both."""
+    """Bits: W4A8 is 4-bit weights and 8-bit activations, 4 is both."""
     calibration: Annotated[Calibration, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Calibration)
     per_channel: bool = False
-    """A clip for each output channel of a kernel."""
+    """Give each output channel of a kernel a clip of its own."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     runs_dir: Path = Path("runs")
-    """Where the folders go."""
+    """Folder that the new runs are written to."""
     overwrite: bool = False
-    """Delete earlier ones."""
+    """Delete earlier runs of the same names."""
 
 
 def prepare_quantize(options: Quantize) -> Callable[[Console], None]:

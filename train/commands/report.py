@@ -27,27 +27,27 @@ PAGE = "report.html"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Show what finished runs measured, and measure more, on one page.
+    """Show finished runs on one page: their results, and what is measured now.
 
-    Writes report.html, which holds its figures and needs no network, into RUN/report of the first run.
+    Writes RUN/report/report.html, for the first run. The file holds its figures and opens without a network connection.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs: one or several on images, or one on a graph."""
+    """Folders of finished runs: one or several on images, or one on a graph."""
     bits: tuple[int, ...] = (2, 4, 6, 8)
-    """Bits of activations to run the networks at."""
+    """Bits of the activations at which accuracy and agreement are measured."""
     certify: tuple[int, ...] = (8, 6, 4)
-    """Bits of activations to certify predictions at."""
+    """Bits of the activations at which predictions are certified."""
     images: int = 500
-    """Test images to measure on, from the first on."""
+    """Number of test images to measure on, the first ones."""
     certify_images: int = 64
-    """Test images to certify, from the first on: one takes as long as a hundred predictions."""
+    """Number of test images to certify, the first ones. One takes as long as a hundred predictions."""
     smoothing: bool = False
-    """Also smooth the feature maps of networks that do not smooth, to show what smoothing would make of them."""
+    """Also show what smoothing would do to the feature maps of networks that do not smooth."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     output: Path | None = None
-    """Where the page goes instead."""
+    """Folder to write the page to, instead of RUN/report."""
 
 
 def prepare_report(options: Report) -> Callable[[Console], None]:
@@ -102,7 +102,9 @@ def prepare_report(options: Report) -> Callable[[Console], None]:
         if isinstance(first, SegmentationExperiment):
             for name, finished in found.items():
                 console.print(f"measuring {name}", markup=False, highlight=False)
-                measured[name] = measure_scenes(finished, act_bits=options.bits, images=options.images)
+                measured[name] = measure_scenes(
+                    finished, act_bits=options.bits, certify_at=options.certify, images=options.images
+                )
             return map_sections.sections(first, named, measured, lines)
         for name, finished in found.items():
             console.print(f"measuring {name}", markup=False, highlight=False)

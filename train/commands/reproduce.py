@@ -33,18 +33,18 @@ _COMPARED = {METRICS: read_lines, SUMMARY: read_results}
 class Reproduce:
     """Repeat a finished run from its saved configuration and say whether the result is identical.
 
-    The repetition goes to INTO/NAME, and is taken up again there if it is interrupted. Metrics, results and the
-    trained networks are compared bit by bit; only the times may differ. Exit status 1 says that they differ.
+    The repeated run is written to INTO/NAME. The same command continues it after an interruption. Metrics, results and
+    trained networks are compared bit by bit; only the times may differ. If anything else differs, the exit status is 1.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a finished run."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     into: Path = Path("reproduced")
-    """Where the repetition's folder goes."""
+    """Folder that the repeated run is written to."""
     overwrite: bool = False
-    """Delete an earlier repetition."""
+    """Delete an earlier repeated run."""
 
 
 def prepare_reproduce(options: Reproduce) -> Callable[[Console], int]:

@@ -47,26 +47,26 @@ _CSV = ("accuracy", "accuracy_twin", "agreement", "mean_layer_error", "mean_rela
 class Sweep:
     """Run an experiment at several bits and with several seeds, and compare its variants.
 
-    Writes RUNS_DIR/NAME_sweep: a run for each pair of bits and seed, sweep.csv and sweep.png. Finished runs are kept:
-    the same command goes on after an interruption, and one with more seeds or bits adds to them.
+    Writes RUNS_DIR/NAME_sweep: a run for each combination of bits and seed, sweep.csv and sweep.png. The same command
+    continues after an interruption. With more seeds or bits it keeps the finished runs and adds the new ones.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     recipe: str
-    """Which of the file's recipes."""
+    """Recipe of the file. The first is the default."""
     seeds: int = 5
-    """Number of seeds, from the experiment's own on."""
+    """Number of seeds, counted up from the experiment's own."""
     bits: tuple[str, ...] | None = None
-    """Bits: W4A8 for 4-bit weights and 8-bit activations, or 4 for both. None: those of the model."""
+    """Bits: W4A8 is 4-bit weights and 8-bit activations, 4 is both. Default: the model's."""
     symmetric: Literal["both", "yes", "no"] | None = None
-    """Symmetric and plain networks, or one kind of them, instead of the experiment's variants."""
+    """Compare symmetric and plain networks ("both"), or run one kind, instead of the experiment's variants."""
     at_once: int | None = None
-    """Runs that share each compiled step (vmap), whatever their seeds and bits. None is 1 on a CPU, where more are
-    slower, and as many as there are seeds elsewhere. Sums are then taken in another order than alone."""
+    """Number of runs that train together in one compiled step (vmap). Default: 1 on a CPU, where more are slower, and
+    the number of seeds elsewhere. Several at once sum in another order than one alone, so last digits differ."""
     data_dir: Path | None = None
-    """Root of the data. Without it the environment variable QPDE_DATA_DIR counts."""
+    """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
     runs_dir: Path = Path("runs")
-    """Where the sweep's folder goes."""
+    """Folder that the sweep's folder is written to."""
 
 
 def prepare_sweep(options: Sweep) -> Callable[[Console], None]:

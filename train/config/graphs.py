@@ -21,12 +21,12 @@ class GraphData:
     """The graph and which of its labels are known."""
 
     name: str = "digits"
-    """digits, the graph of nearest neighbours that comes with scikit-learn; cora, citeseer or pubmed, read from the
-    data folder; or npz/PATH, your own graph, see `qpde.datasets.load_node_graph`. PATH is kept as an absolute one."""
+    """The graph: digits (nearest neighbours, made from scikit-learn's digits), cora, citeseer or pubmed (read from the
+    data folder), or npz/PATH (your own, see `qpde.datasets.load_node_graph`). PATH is stored as an absolute path."""
     split: Literal["public", "full", "random"] = "public"
-    """Labels to train on: of the citation graphs the published ones, all others beside validation and test, or 20
-    a class drawn by `split_seed`. The digits have the random split only, also called public. Of your own graph public
-    are the parts that the file names, or 60, 20 and 20% drawn by `split_seed`."""
+    """Labels to train on. public: the published ones; for your own graph, the parts that its file names, or 60, 20 and
+    20% drawn by `split_seed`. full: all but those of validation and test. random: 20 for each class, drawn by
+    `split_seed`. The digits have a random split only."""
     split_seed: int = 0
     """Seed of the random split."""
 
@@ -44,36 +44,34 @@ class GraphData:
 
 @dataclass(frozen=True)
 class GraphModel:
-    """Arguments of `qpde.models.create`, which checks them and knows the names. Options that the named network does
-    not have are left out, so that variants may be other networks.
-    """
+    """The network: options of `qpde.models.create`. Options that the named network does not have are ignored."""
 
     name: Literal["pde_gcn", "gcn", "gcnii", "gat"] = "pde_gcn"
     """Architecture."""
     layers: int = 8
-    """Hidden layers between the two dense ones."""
+    """Number of hidden layers, between the two dense ones."""
     width: int = 64
     """Channels of the hidden layers."""
     dropout: float = 0.7
-    """Rate, before and after the stem and before the head."""
+    """Rate of dropout before and after the stem, and before the head."""
     symmetric: bool = True
-    """Layers of pde_gcn use one matrix K and its transpose. Variants usually set this."""
+    """Use one matrix K and its transpose in each layer of pde_gcn. Variants usually set this."""
     dynamics: Literal["diffusion", "wave", "mixed"] = "diffusion"
     """Differential equation of pde_gcn."""
     nonlinearity: Literal["identity", "tanh", "huber", "relu"] = "identity"
-    """On the edges of pde_gcn."""
+    """Nonlinearity on the edges of pde_gcn."""
     step_size: float | Literal["auto"] = 0.7
-    """h of pde_gcn."""
+    """Step size h of pde_gcn."""
     gradient_kind: Literal["normalized", "gcn"] = "normalized"
-    """Which gradient pde_gcn takes."""
+    """Gradient on the edges of pde_gcn."""
     rounding: Literal["branch", "state"] = "branch"
     """What pde_gcn rounds."""
     kernel_init: Literal["identity", "orthogonal"] = "identity"
-    """Start of pde_gcn's K."""
+    """Initial value of pde_gcn's K."""
     smoothing: tyro.conf.AvoidSubcommands[GraphSmoothing | None] = None
     """Total-variation smoothing of pde_gcn's states."""
     levels: Levels = "uniform"
-    """Values that quantized numbers take: evenly spaced, or (sums of) powers of two."""
+    """Spacing of the quantized values: even, powers of two (pot), or sums of powers of two (apot)."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -100,24 +98,25 @@ class GraphExperiment(Comparison):
     model: GraphModel = field(default_factory=GraphModel)
     optimizer: Adam = field(default_factory=Adam)
     epochs: int = 200
-    """Steps in full precision, each on the whole graph; the best one on the validation nodes counts."""
+    """Steps in full precision, each on the whole graph. The best step on the validation nodes is kept."""
     bits: tuple[tuple[int, int], ...] = ((8, 8), (4, 8), (4, 4))
-    """Pairs of bits of weights and of activations to quantize to."""
+    """Pairs of bits to quantize to: of weights, then of activations."""
     start: Literal["trained", "random"] = "trained"
-    """Quantized networks start from the full-precision one, or from random weights (quantization-aware throughout)."""
+    """Start of the quantized networks: the trained full-precision network, or random weights."""
     tune_epochs: int = 20
-    """Steps from a trained start, after its clips are read off the graph. 0 leaves it at that."""
+    """Training steps of a quantized network after a trained start. 0: its clips are set from the graph, and that is
+    all."""
     tune_learning_rate: float = 0.1
-    """Share of the learning rate in these steps."""
+    """Learning rate of these steps, as a share of the optimizer's."""
     seeds: int = 10
-    """Networks trained, from seeds `seed`, `seed` + 1 and so on; results are means and standard deviations."""
+    """Number of seeds, counted up from `seed`. Results are means and standard deviations over them."""
     seeds_at_once: int | None = None
-    """Seeds that run side by side (vmap), a divisor of `seeds`; the others follow in the same call. None is 1 on a
-    CPU, where that is faster, and all elsewhere."""
+    """Seeds that train side by side (vmap), a divisor of `seeds`. Default: 1 on a CPU, where that is faster, and all of
+    them elsewhere."""
     seed: int = 0
-    """The first seed: initial weights and dropout follow from it."""
+    """First seed, of the initial weights and of dropout."""
     report_every: int = 50
-    """Steps in one compiled call; progress is logged and saved after each."""
+    """Steps in one compiled call. Progress is logged and saved after each call."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -39,34 +39,34 @@ class Data:
     """The images, and how each training batch is varied."""
 
     name: str = "digits"
-    """digits, which come with scikit-learn; cifar10, read from its binary files in the data folder; tfds/NAME, any
-    set of labelled images that `python -m train data prepare NAME` has put there, as tfds/imagenet2012; folder/PATH,
-    your own pictures, a folder for each class; or npz/PATH, your own arrays. PATH is kept as an absolute one."""
+    """The set of images: digits (part of scikit-learn), cifar10 (binary files in the data folder), tfds/NAME (written
+    by `python -m train data prepare NAME`), folder/PATH (your own pictures, a folder for each class) or npz/PATH (your
+    own arrays). PATH is stored as an absolute path."""
     test: str | None = None
-    """Test on the test images of a prepared set, as tfds/cifar10_corrupted/fog_3. None: on the set's own."""
+    """Another prepared set to test on, such as tfds/cifar10_corrupted/fog_3. None: the set's own test images."""
     validation: float = 0.1
-    """Share of the training images held out to choose the best epoch. The digits have their own split, and so has a
-    folder or a file with a part "validation"."""
+    """Share of the training images held out to choose the best epoch. It has no effect on sets with a validation part
+    of their own, such as the digits."""
     test_share: float = 0.2
-    """Share of your own images to test on, where they have no part "test"."""
+    """Share of your own images held out for the test. It has no effect where they have a part "test"."""
     size: int = 16
-    """Side in pixels of the digits, and of the squares that photographs are cropped to. Other images have their own."""
+    """Side in pixels of the digits, and of the squares that photographs are cropped to. Other sets keep their size."""
     channels: Literal[1, 3] = 3
-    """Channels of pictures in a folder: 3 for colours, 1 for shades of grey."""
+    """Channels of the pictures in a folder: 3 for colour, 1 for grey."""
     centre: float = CENTRE
-    """Evaluation looks at the square in the middle of a photograph, of this share of its short side."""
+    """Side of the square in the middle of a photograph that evaluation sees, as a share of the short side."""
     skip_unreadable: bool = False
-    """Leave pictures of a folder that cannot be read out, and say which, instead of refusing the folder."""
+    """Leave out the pictures of a folder that cannot be read, and list them. Otherwise one of them is an error."""
     smallest_crop: float = 0.08
-    """Each training photograph is a random part, at least this share of its area, resized."""
+    """Training sees a random part of each photograph, resized. This is the part's smallest share of the area."""
     streamed: bool | None = None
-    """Read images when a step needs them instead of keeping them on the device. None: photographs and what is large."""
+    """Read images when a step needs them, instead of keeping all on the device. None: photographs and large sets."""
     crop_padding: int = 4
-    """Each training image is padded by so many pixels and cropped back at random. 0 turns it off."""
+    """Pad each training image by this many pixels and crop it back at a random place. 0 turns it off."""
     flip: bool = True
-    """Mirror half of the training images. Off for digits, whose mirror images are other signs."""
+    """Mirror half of the training images. Turn it off for digits, which mean something else when mirrored."""
     mixup: float = 0.0
-    """Mix pairs of training images and their labels, with a share drawn from Beta(mixup, mixup). 0 turns it off."""
+    """Mix pairs of training images and of their labels; the share is drawn from Beta(mixup, mixup). 0 turns it off."""
 
     def __post_init__(self):
         if self.name in (FOLDER, NPZ):
@@ -88,14 +88,14 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Model(NetworkOptions):
-    """Arguments of `qpde.models.create`, which checks them and knows the names."""
+    """The network: options of `qpde.models.create`."""
 
     name: str = field(default="resnet20", kw_only=False)
     """Architecture."""
     weight_bits: int | None = 4
-    """Bits of the kernels; None trains them in full precision."""
+    """Bits of the kernels. None: full precision."""
     act_bits: int | None = 4
-    """Bits of the activations; None leaves them as they are."""
+    """Bits of the activations. None: full precision."""
     smoothing: tyro.conf.AvoidSubcommands[Smoothing | None] = None
     """Total-variation smoothing before the activations' quantizers."""
 
@@ -137,23 +137,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Gradient descent: with momentum, or Adam's."""
+    """How parameters are updated."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Momentum (sgd); Adam with the decay in the gradient, as in PyTorch; or Adam with decoupled decay (adamw)."""
+    """Gradient descent with momentum (sgd), Adam with weight decay in the gradient as in PyTorch (adam), or Adam with
+    decoupled weight decay (adamw)."""
     learning_rate: float = 0.1
-    """Peak of the schedule. Adam wants far less than sgd: about 0.001."""
+    """Peak of the learning rate. Adam needs far less than sgd, about 0.001."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Shape of the learning rate over the run."""
     momentum: float = 0.9
-    """Share of the last step kept in the next; beta1 of Adam, whose beta2 is 0.999."""
+    """Momentum of sgd, and beta1 of Adam. Adam's beta2 is 0.999."""
     nesterov: bool = False
-    """Look ahead along the momentum."""
+    """Use Nesterov's momentum."""
     weight_decay: float = 1e-4
-    """Added to the gradient, times the parameter; by adamw to the step."""
+    """Weight decay. adamw adds it to the step, the others to the gradient."""
     averaging: float = 0.0
-    """Share that the moving average of parameters keeps a step, near 1. The average is what is evaluated. 0 turns it
-    off."""
+    """Decay of a moving average of the parameters, such as 0.999. The average is what is evaluated. 0 turns it off."""
     rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
     """Exceptions by parameter path; the first match counts."""
 
@@ -174,9 +174,9 @@ class Adam:
     """Adam (Kingma and Ba, 2015) with a constant learning rate; decay is part of the gradient, as in PyTorch."""
 
     learning_rate: float = 0.01
-    """Of all parameters that no rule names."""
+    """Learning rate of all parameters that no rule names."""
     weight_decay: float = 0.0
-    """Added to the gradient, times the parameter."""
+    """Weight decay, added to the gradient."""
     rules: tyro.conf.Fixed[tuple[Rule, ...]] = ()
     """Exceptions by parameter path; the first match counts."""
 
@@ -188,17 +188,17 @@ class Adam:
 
 @dataclass(frozen=True)
 class BitSchedule:
-    """Bits of weights or of activations over the epochs; they end at the model's."""
+    """Bits of the weights or of the activations over the epochs. They end at the model's own bits."""
 
     schedule: Literal["constant", "staircase", "listed", "random"] = "constant"
-    """The model's bits throughout; one bit less after every so many epochs; those of a list one after the other; or for
-    every step a number drawn from the list and the model's, so that one network serves at all of them."""
+    """constant: the model's bits throughout. staircase: one bit less every few epochs. listed: the bits of a list, one
+    after the other. random: bits drawn for each step from the list and the model's, for one network at all of them."""
     start: int = 16
-    """First bits of the staircase."""
+    """First bits of a staircase."""
     every: int = 10
-    """Epochs at each number of bits of a staircase or a list."""
+    """Epochs at each number of bits, of a staircase or a list."""
     bits: tuple[int, ...] = ()
-    """The list, from the first on, without the model's; where bits are drawn, the model's may be in it."""
+    """The list of bits, in their order. The model's own bits follow it, so leave them out, except with "random"."""
 
     def __post_init__(self):
         check_at_least("every", self.every, 1)
@@ -211,13 +211,13 @@ class BitSchedule:
 
 @dataclass(frozen=True)
 class SmoothingSchedule:
-    """Share of the model's total-variation smoothing over the epochs, a factor of gamma2, learned or not."""
+    """Scale of the model's total-variation smoothing over the epochs, a factor of gamma2."""
 
     schedule: Literal["constant", "rise", "fall"] = "constant"
-    """1 throughout, or what start_from ended with; from 0 to 1 in equal steps; or from 1 to 0, where smoothing helps to
-    train a network that then does without."""
+    """constant: 1 throughout, or the final scale of start_from. rise: from 0 to 1. fall: from 1 to 0, for networks
+    that smooth only during training."""
     epochs: int = 10
-    """Steps of a rise or a fall, one an epoch: the epoch after so many is the first at the final smoothing scale."""
+    """Epochs of a rise or a fall. The epoch after them is the first at the final scale."""
 
     def __post_init__(self):
         check_at_least("annealing.smoothing.epochs", self.epochs, 1)
@@ -225,15 +225,17 @@ class SmoothingSchedule:
 
 @dataclass(frozen=True)
 class Annealing:
-    """How bits and smoothing change over a run. Only epochs at the model's own bits and at the final smoothing can be
-    the best. Where bits are drawn for every step, an epoch is validated at the model's, with batch statistics of
-    these."""
+    """How bits and smoothing change over a run.
+
+    The best epoch is chosen among those at the model's own bits and at the final smoothing. With random bits every
+    epoch is validated at the model's own bits, with batch statistics estimated for them.
+    """
 
     weights: BitSchedule = field(default_factory=BitSchedule)
     activations: BitSchedule = field(default_factory=BitSchedule)
     smoothing: SmoothingSchedule = field(default_factory=SmoothingSchedule)
     reestimate: bool = False
-    """Estimate batch statistics again after each change, from training images as the network now takes them."""
+    """Estimate batch statistics again, from training images, after each change of bits or smoothing."""
 
 
 @dataclass(frozen=True)
@@ -241,14 +243,15 @@ class Loss:
     """What is minimised, see `train.steps.losses`."""
 
     name: Literal["cross_entropy", "distillation", "similarity"] = "cross_entropy"
-    """Cross entropy; that of the network and of its high-precision twin, and their similarity; or this alone, which
-    needs no labels, to tune a trained network (start_from)."""
+    """cross_entropy: of the network alone. distillation: of the network and of its high-precision twin, plus the
+    distance between the two (similarity). similarity: only that distance; it needs no labels and tunes a trained
+    network (start_from)."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
     similarity_weight: float = 1e-5
-    """c, the weight of the similarity, which is a sum over the images of a batch."""
+    """Weight of the similarity, which is a sum over the images of a batch."""
     similarity_target: float = 0.0
-    """The loss "similarity" stops after the epoch whose mean similarity of an image is at most this."""
+    """With the loss "similarity", training stops after the first epoch whose mean similarity is at most this."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -259,18 +262,18 @@ class Loss:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Post-training quantization of the network that training starts from, see `qpde.ptq.quantize`."""
+    """Quantization of the trained network that the run starts from, see `qpde.ptq.quantize`."""
 
     weights: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
     """How the clips of kernels are chosen."""
     activations: Literal["absmax", "percentile", "mse", "entropy"] = "mse"
-    """How the clips of activations are."""
+    """How the clips of activations are chosen."""
     equalize: bool = False
-    """Rescale channels first, where the network's function does not depend on it."""
+    """Rescale channels first, so that their ranges agree. The full-precision network computes the same."""
     bias_correction: bool = True
-    """Lead the moments of every channel back to those of full precision."""
+    """Correct each channel's mean and variance to those of the full-precision network."""
     images: int = 1024
-    """Training images that it sees, without their labels."""
+    """Number of training images used, without their labels."""
 
     def __post_init__(self):
         check_at_least("calibration.images", self.images, 1)
@@ -287,10 +290,10 @@ class Comparison:
             """The network, a dataclass of options."""
 
     name: str
-    """The run lives in the folder of this name."""
+    """Name of the run, and of its folder."""
     variants: tyro.conf.Fixed[tuple[Variant, ...]]
     only: tuple[str, ...] = ()
-    """Train only the variants of these names."""
+    """Train only the variants with these names."""
 
     def __post_init__(self):
         check_folder_name("name", self.name)
@@ -302,7 +305,7 @@ class Comparison:
             unknown = sorted(set(variant.changes) - set(known))
             if unknown:
                 raise ValueError(
-                    f"variant {variant.name!r} changes {unknown}, no fields of the model: "
+                    f"variant {variant.name!r} changes {unknown}, which are no fields of the model: "
                     f"{did_you_mean(unknown[0], known)}choose from {known}"
                 )
         unknown = sorted(set(self.only) - set(names))
@@ -331,30 +334,29 @@ class Experiment(Comparison):
     optimizer: Optimizer = field(default_factory=Optimizer)
     annealing: Annealing = field(default_factory=Annealing)
     epochs: int = 10
-    """Passes over the training images. 0 evaluates what training would start from."""
+    """Passes over the training images. 0 only evaluates the network that start_from names."""
     batch_size: int = 128
-    """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
+    """Images in a step, on all devices together. Images left over at the end of an epoch are dropped."""
     accumulate: int = 1
-    """Parts of a batch whose gradients are computed one after the other and averaged, where the whole one needs too
-    much memory. Batch norms then see one part at a time: its statistics normalise it and move the running ones."""
+    """Split each batch into this many parts and average their gradients, to save memory. Batch norms then see one part
+    at a time."""
     devices: int | Literal["all"] = 1
-    """Devices that share each batch: a number, or all there are, as runs of several processes need. The result depends
-    on it by the rounding of sums alone."""
+    """Number of devices that share each batch, or "all", which runs on several hosts need. Results differ only by the
+    order of sums."""
     clip_start: str = "rms"
-    """How the first clips are read off a batch: a method of `qpde.quantizers.initial_clip`."""
+    """Method of `qpde.quantizers.initial_clip` that sets the first clips from a batch."""
     start_from: str | None = None
-    """Folder of another run: its best states, of the variants of the same names, are where training starts. Clips that
-    were not trained there, because the network was not quantized, are read off a batch, or chosen by `calibration`."""
+    """Folder of another run. Training starts from the best states of its variants with the same names. If that run was
+    not quantized, the clips are set from a batch, or by `calibration`."""
     calibration: tyro.conf.AvoidSubcommands[Calibration | None] = None
-    """Quantize the full-precision networks of start_from with care. `python -m train quantize` sets it."""
+    """Quantize the full-precision networks of start_from first. `python -m train quantize` sets this."""
     checkpoint_every: int = 0
-    """Steps between saves. The end of each epoch is saved anyway, and so is the step that SIGTERM or Ctrl-C ends; only
-    what a harder end would cost depends on this."""
+    """Steps between saves, in addition to the end of each epoch. SIGTERM and Ctrl-C always save the current step, so
+    this only matters for a crash. 0 turns it off."""
     workers: int = 0
-    """Processes that read images during training, where they are streamed. 0 reads in threads of this one. The images
-    of a step do not depend on it."""
+    """Processes that read streamed images. 0: threads of the main process. The images of a step are the same."""
     seed: int = 0
-    """Initial weights, order and variation of the images follow from it."""
+    """Seed of the initial weights, and of the order and the variation of the images."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -25,7 +25,8 @@ def load_recipes(path: Path) -> dict[str, Experiment] | dict[str, GraphExperimen
       ValueError: It is no Python file, it fails, it exits, or its `recipes` are none. Names the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no experiment file {path}: see configs/")
+        meant = did_you_mean(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise FileNotFoundError(f"there is no experiment file {path}: {meant}examples are in configs/")
     if path.suffix != ".py":
         raise ValueError(f"{path} is no Python file: experiments are .py files that define `recipes`, see configs/")
     try:

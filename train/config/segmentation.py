@@ -102,4 +102,4 @@ class SegmentationExperiment(Experiment):
     model: SegmentationModel = field(default_factory=SegmentationModel)
     loss: SegmentationLoss = field(default_factory=SegmentationLoss)
     batch_size: int = 8
-    """Images a step, of all devices together. The images left over at the end of an epoch are dropped."""
+    """Images in a step, on all devices together. Images left over at the end of an epoch are dropped."""

@@ -34,13 +34,13 @@ def keep_compiled_programs() -> Path | None:
 
 
 def compile_quickly() -> None:
-    """Tell XLA to hardly optimize machine code, for a command that compiles much and runs each program a few times.
+    """Tell XLA not to optimize machine code, for a command that compiles much and runs each program a few times.
 
     On processors alone: an accelerator's programs would be slow. Flags that the environment holds go before. To be
     called before JAX is imported.
     """
     if "XLA_FLAGS" in os.environ or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
         return
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
-    if version("jaxlib").startswith("0.10."):  # other versions may not know the flag, and refuse to start with it
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # other versions may not know the flags, and refuse to start with them
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -61,7 +61,7 @@ def sections(
             ("Accuracy and agreement against bits", bits_section(low, every)),
             ("Where network and twin disagree", _disagreements(low)),
         ]
-    found.append(("What is taken for what", _confusion(measured)))
+    found.append(("Which classes are confused", _confusion(measured)))
     if low:
         smoothed = any(m.maps is not None and m.maps.smoothing is not None for m in low.values())
         found += [
@@ -149,9 +149,10 @@ def _comparison(measured: Mapping[str, Measured]) -> str:
     images = len(next(iter(measured.values())).predictions.labels)
     text = (
         "<h3>Is one more accurate than the other?</h3>"
-        "<p>Of the same images only those tell that one network gets right and the other wrong. McNemar's exact test "
-        "asks how often equally accurate networks would share them at least so unevenly: a large p means that these "
-        "images do not tell the two apart. It speaks of these trained networks, and not of other seeds.</p>"
+        "<p>Only the images that one network gets right and the other wrong can answer that. p, of McNemar's exact "
+        "test, is the probability that two equally accurate networks divide them at least as unevenly. A large p means "
+        "that these images do not tell the two apart. The test compares these trained networks; another seed may give "
+        "another answer.</p>"
     )
     return text + table(("", "only the first right", "only the second", "p"), rows, f"On {images:,} test images.")
 
@@ -188,9 +189,9 @@ def layer_error_section(experiment, results, stages, every) -> str:
         over(difference, "‖a‖"),
     ) + formula(name("SQNR"), "=−20", sub(name("log"), "10"), over(difference, "‖a‖"))
     lead = (
-        "<p>What the rounding of activations changes in the <i>n</i> numbers of each block's output: <i>a</i> of the "
-        "high-precision twin, whose activations are clipped and not rounded, <i>a<sub>q</sub></i> of the quantized "
-        "network, over all test images.</p>"
+        "<p>How far rounding moves the output of each block, over all test images. <i>a</i> is the output of the "
+        "high-precision twin, whose activations are clipped and not rounded; <i>a<sub>q</sub></i> is that of the "
+        "quantized network, and <i>n</i> counts its numbers.</p>"
     )
     return lead + what + figure(pictures, caption)
 
@@ -223,8 +224,8 @@ def bits_section(measured, every, *, of_pixels: bool = False) -> str:
         "(Wilson) over {images} test images."
     )
     caption = fill(
-        "One set of weights, trained at the run's own bits, run at other bits of activations; the weights keep "
-        f"theirs, and batch statistics are estimated again each time. Agreement is {what}",
+        "The weights were trained at the run's own bits and stay at them. Only the bits of the activations change, and "
+        f"batch statistics are estimated again for each. Agreement is {what}",
         images=f"{_samples(measured):,}",
     )
     return figure(pictures, caption)
@@ -247,7 +248,10 @@ def _with_interval(share: float, samples: int) -> tuple[float, tuple[float, floa
 
 
 def _disagreements(measured) -> str:
-    parts = ["<p>The test images that rounding moved to another class, with what each is and what it is taken for.</p>"]
+    parts = [
+        "<p>Test images that the network and its twin put into different classes. Below each: its true class, then the "
+        "predictions.</p>"
+    ]
     for network, m in measured.items():
         p = m.predictions
         (where,) = np.nonzero(p.predicted != p.twin)
@@ -354,13 +358,13 @@ def _maps(measured) -> str:
     body = figure(pictures, caption)
     smoothed = {network: m for network, m in measured.items() if m.maps.smoothing is not None}
     if not smoothed:
-        return "<p>What rounding makes of feature maps.</p>" + body
+        return "<p>Feature maps before and after rounding.</p>" + body
     return _smoothing(smoothed) + body + _smoothed_spread(smoothed)
 
 
 def _smoothing(measured) -> str:
     lead = fill(
-        "<p>What total-variation smoothing makes of the inputs of blocks. {how}.</p>", how=_smoothings(measured)
+        "<p>The inputs of some blocks before and after total-variation smoothing. {how}.</p>", how=_smoothings(measured)
     )
     gradient = row("∇x")
     what = formula(
@@ -381,7 +385,7 @@ def _smoothed_spread(measured) -> str:
         )
         for i, (heading, spread) in enumerate(m.maps.spread.items())
     ]
-    caption = fill("What becomes of the outliers of {first}: shares of the values, in clips.", first=first)
+    caption = fill("Outliers of {first} before and after smoothing: shares of the values, in clips.", first=first)
     return figure(pictures, caption)
 
 
@@ -408,15 +412,15 @@ def _spectra(measured, every) -> str:
     ]
     lead = (
         "<p>A step that is a gradient step on a convex energy has a symmetric Jacobian with eigenvalues between −1 and "
-        "1: it carries an error along and never amplifies it.</p>"
+        "1. It passes an error on, and never amplifies it.</p>"
     )
     what = formula(
         "J=I−h", sup("K", "T"), "DK,", words("with"), "0≤D≤1,", "h", sup(row("‖K‖"), "2"), "≤2", "⇒", "−1≤λ≤1"
     )
     caption = (
-        "Dashes are Ritz values: they lie inside the true spectrum, the outermost first, at four test images. A "
-        "network whose dashes leave the grey band amplifies some perturbations; the published blocks are no "
-        "gradient steps. Blocks that change the shape, and the first, are left out."
+        "Dashes are Ritz values at four test images: estimates of eigenvalues, best for the outermost, that lie inside "
+        "the true spectrum. A network whose dashes leave the grey band amplifies some perturbations. The published "
+        "blocks are not gradient steps. The first block and blocks that change the shape are left out."
     )
     alt = "; ".join(f"{name}: from {low} to {high}" for name, low, high in rows)
     numbers = table(("", "smallest eigenvalue", "largest"), rows)
@@ -439,9 +443,9 @@ def _certificates(measured, every) -> str:
             label = f"Proven bound over measured error at {bits} bits: every point above the diagonal."
             pictures.append(Picture(f"bound-{bits}", drawing, label))
     lead = (
-        "<p>A bound on how far rounding can move the difference of two logits, proven for each image, above what it "
-        "moves it in fact. An image is certified where the bound is smaller than the margin: its class provably does "
-        "not change.</p>"
+        "<p>For each image it is proven how far rounding can move the difference of two logits. The figures compare "
+        "this bound with what rounding does move. Where the bound is smaller than the margin the image is certified: "
+        "its class provably does not change.</p>"
     )
     j, before = "j", row("j−1")
     states = formula(
@@ -453,10 +457,10 @@ def _certificates(measured, every) -> str:
         "‖", over("E", root("HW")),
     )  # fmt: skip
     caption = (
-        "Each point is one logit difference of one test image. All lie above the dashed diagonal, where the bound "
-        "would be the error; the closer the tighter. The states c are the quantized network's after two steps of "
-        "Newton's method towards those of its twin, x; L is 1 where the step is proven non-expansive. “A priori” "
-        "counts images for which clips and bits alone suffice."
+        "Each point is one logit difference of one test image. On the dashed diagonal the bound would equal the error: "
+        "all points lie above it, and the closer they are, the tighter is the bound. x are the states of the twin. The "
+        "states c start as those of the quantized network and approach x in two steps of Newton's method. L is 1 where "
+        "the step is proven non-expansive. “A priori” counts images for which clips and bits alone suffice."
     )
     header = ("", "agree", "certified", "a priori", "bound / error")
     drawn = figure(pictures, caption) if pictures else f"<p>{caption}</p>"
@@ -484,8 +488,8 @@ def _examples(measured) -> str:
             )
             parts.append(_thumbnails(p.images, where, captions))
     lead = (
-        "<p>A certificate says that the twin chooses the same class, and not that the class is right. What the network "
-        "takes an image for is at its own bits.</p>"
+        "<p>A certificate says that the twin chooses the same class. It does not say that the class is right. The "
+        "predictions shown are those at the network's own bits.</p>"
     )
     return lead + "".join(parts)
 
@@ -507,7 +511,7 @@ def sizes_section(measured) -> str:
     header = ("", "parameters", "bytes", "in float32", "MACs", "bit-operations", "saved, times")
     what = formula(name("bit-operations"), "=∑", name("MACs"), "×", name("weight bits"), "×", name("activation bits"))
     text = (
-        "<p>What one image costs, and what the parameters take when kernels are packed at their bits. A symmetric "
+        "<p>The cost of one image, and the size of the parameters when kernels are packed at their bits. A symmetric "
         "step stores one kernel and uses it twice. Full precision counts as 32 bits.</p>"
     )
     return text + what + table(header, rows)

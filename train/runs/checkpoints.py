@@ -115,8 +115,8 @@ class Checkpoints:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"a state could not be written to {self._directory}: {_reason(error)}. What was saved before stays: "
-                "when that is mended, the same command goes on from there"
+                f"a state could not be written to {self._directory}: {_reason(error)}. Earlier checkpoints are kept. "
+                "Once the cause is removed, the same command continues from there"
             ) from error
 
     def _seal(self) -> None:

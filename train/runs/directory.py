@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
+from qpde.suggestions import did_you_mean
 from qpde.trained import weights_digest
 from train.config.graphs import GraphExperiment
 from train.config.images import Experiment
@@ -215,7 +216,8 @@ def read_experiment(path: Path) -> Experiment | GraphExperiment:
       ValueError: its config.json is not one of this version, or damaged.
     """
     if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is no folder of a run: it has no {CONFIG}")
+        meant = did_you_mean(path.name, [file.parent.name for file in path.parent.glob(f"*/{CONFIG}")])
+        raise FileNotFoundError(f"{path} is no folder of a run: it has no {CONFIG}{meant and ': '}{meant.rstrip()}")
     try:
         return from_json((path / CONFIG).read_text())
     except ValueError as error:

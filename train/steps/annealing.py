@@ -118,7 +118,7 @@ def bits_of(annealing: Annealing, target: Bits, epochs: int) -> Callable[[int], 
         if scheduled(epochs) != bits:
             raise ValueError(
                 f"annealing.{name} ends at {scheduled(epochs)} bits after {epochs} epochs, not at the model's {bits}: "
-                "give more --epochs, or less to start from or to hold (start, every, bits)"
+                f"give more --epochs, or shorten it by annealing.{name}.start, .every or .bits"
             )
         return scheduled
 

@@ -140,7 +140,7 @@ class Training:
             results = self.evaluate(state, variables)
         except ValueError as error:
             raise FloatingPointError(
-                f"{self.variant.name}: training went astray and ended with a network that cannot be measured: {error}. "
+                f"{self.variant.name}: training diverged: the trained network cannot be evaluated: {error}. "
                 "Try a smaller --optimizer.learning-rate, or a smaller one for the clips (optimizer.rules)"
             ) from error
         if is_first():

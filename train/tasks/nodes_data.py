@@ -60,5 +60,5 @@ def check_same_graph(run: RunDirectory, fingerprint: str) -> None:
         path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
     elif json.loads(path.read_text())["fingerprint"] != fingerprint:
         raise DataError(
-            f"the graph has changed since {run.path} began: take the old file, or start anew with --name or --overwrite"
+            f"the graph has changed since {run.path} began: restore the old file, or give --name or --overwrite"
         )

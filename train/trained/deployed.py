@@ -24,8 +24,8 @@ from train.trained.runtimes import Runtime, float_runtimes, one_core, runtimes
 BATCHES = (1, 32)
 """Images at once, for latencies."""
 
-_AT_ONCE = 50
-"""Images whose codes are held at once."""
+_AT_ONCE, _PIXELS_AT_ONCE = 50, 2**18
+"""Images whose codes are held at once, and the pixels that they have at most."""
 
 
 @dataclasses.dataclass
@@ -98,28 +98,29 @@ def measure(
       `Deployed`.
     """
     images, labels = (np.concatenate([np.asarray(v) for v in part]) for part in zip(*batches, strict=True))
+    counted, at_once = labels >= 0, _at_once(images)
     size, variables = images.shape[1:3], converge_norms(model, variables, images[:1], bits=bits)
     with tempfile.TemporaryDirectory() as scratch:
         found, missing = runtimes(model, variables, folded, bits, size, Path(scratch))
         rows = {name: RuntimeRow(name, 0, 0, 0.0) for name in found}
         answers: dict[str, list[np.ndarray]] = {name: [] for name in found}
-        for x in _cut(images):
+        for x in _cut(images, at_once):
             logits, codes = deploy.run_reference(folded, x)
             for name, runtime in found.items():
-                answers[name].append(_compare(rows[name], runtime, x, logits, codes))
+                answers[name].append(_compare(rows[name], runtime, _padded(x, at_once), logits, codes))
         predictions = {name: np.concatenate(parts) for name, parts in answers.items()}
-        twin, proven = _proofs(model, variables, folded, bits, images, newton_steps)
+        twin, proven = _proofs(model, variables, folded, bits, _cut(images, at_once), newton_steps)
         for name, row in rows.items():
-            row.accuracy = float(np.mean(predictions[name] == labels))
-            row.agreement = float(np.mean(predictions[name] == twin))
+            row.accuracy = float(np.mean((predictions[name] == labels)[counted]))
+            row.agreement = float(np.mean((predictions[name] == twin)[counted]))
             if proven is not None:
-                row.certified = float(np.mean(predictions[name] == proven))
+                row.certified = float(np.mean((predictions[name] == proven)[counted]))
         if rounds:
             exact, absent = float_runtimes(model, variables, Path(scratch))
             missing |= absent
             rows |= {name: RuntimeRow(name) for name in exact}
             _time(rows, found | exact, images, rounds)
-    return Deployed(len(images), float(np.mean(twin == labels)), list(rows.values()), missing)
+    return Deployed(len(images), float(np.mean((twin == labels)[counted])), list(rows.values()), missing)
 
 
 def measure_graph(
@@ -157,7 +158,7 @@ def measure_graph(
 
 def _compare(row: RuntimeRow, runtime: Runtime, x, logits, codes) -> np.ndarray:
     """Count what differs into the row; the answers."""
-    x, count = _padded(x), len(x)
+    count = len(logits)
     if runtime.codes is not None:
         own = runtime.codes(x)
         for name, value in own.items():
@@ -168,32 +169,36 @@ def _compare(row: RuntimeRow, runtime: Runtime, x, logits, codes) -> np.ndarray:
     return found.argmax(-1)
 
 
-def _padded(x: np.ndarray) -> np.ndarray:
+def _padded(x: np.ndarray, count: int) -> np.ndarray:
     """All batches have one size, for one compiled program."""
-    return np.pad(x, [(0, _AT_ONCE - len(x)), (0, 0), (0, 0), (0, 0)])
+    return np.pad(x, [(0, count - len(x)), (0, 0), (0, 0), (0, 0)])
 
 
-def _proofs(model, variables, folded, bits, images, newton_steps) -> tuple[np.ndarray, np.ndarray | None]:
+def _proofs(model, variables, folded, bits, batches, newton_steps) -> tuple[np.ndarray, np.ndarray | None]:
     """The twin's answers, and the deployed ones that are proven to be the twin's, -1 elsewhere."""
     if bits.activations is None:
         logits = jax.jit(partial(model.apply, variables, bits=bits))
-        parts = [np.asarray(logits(_padded(x)))[: len(x)].argmax(-1) for x in _cut(images)]
+        parts = [np.asarray(logits(_padded(x, len(batches[0]))))[: len(x)].argmax(-1) for x in batches]
         return np.concatenate(parts), None
     if model.clip_bits is not None:
         model, variables = model.at_bits(variables, bits)
     run = deploy.run(folded, return_states=True)
-    steps = step_bounds(model, variables, images.shape[1:3], bits)
+    steps = step_bounds(model, variables, batches[0].shape[1:3], bits)
     twins, proven = [], []
-    for x in _cut(images):
-        count, x = len(x), _padded(x)
+    for x in batches:
+        count, x = len(x), _padded(x, len(batches[0]))
         found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps, deployed=run(x))
         twins.append(exact_twin(model, variables, x, bits)[:count].argmax(-1))
         proven.append(np.where(found.certified, found.prediction, -1)[:count])
     return np.concatenate(twins), np.concatenate(proven)
 
 
-def _cut(images: np.ndarray) -> list[np.ndarray]:
-    return [images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)]
+def _at_once(images: np.ndarray) -> int:
+    return max(1, min(_AT_ONCE, _PIXELS_AT_ONCE // (images.shape[1] * images.shape[2])))
+
+
+def _cut(images: np.ndarray, count: int) -> list[np.ndarray]:
+    return [images[start : start + count] for start in range(0, len(images), count)]
 
 
 def _time(rows: dict[str, RuntimeRow], programs: dict[str, Runtime], images: np.ndarray, rounds: int) -> None:

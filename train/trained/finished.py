@@ -125,7 +125,7 @@ def check_data(run: Path, fingerprint: str, networks: Iterable[qpde.TrainedNetwo
         trained_on = network.about.get("data_fingerprint")
         if trained_on != fingerprint:
             raise ValueError(
-                f"{run} was trained on other data than those that are here under the name {network.about.get('data')!r}"
-                f" (fingerprint {str(trained_on)[:12]} then, {fingerprint[:12]} now): give the --data-dir that it was "
-                "trained with, or train again"
+                f"{run} was trained on other data: those found as {network.about.get('data')!r} have fingerprint "
+                f"{fingerprint[:12]}, not {str(trained_on)[:12]}. Give the --data-dir that it was trained with, or "
+                "train again"
             )

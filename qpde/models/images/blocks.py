@@ -25,7 +25,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_n
 from qpde.models.options import BlockOptions
 
 __all__ = ["BasicBlock", "Block", "InvertedBlock", "Scaling", "StableBlock"]
+
+
+_LARGEST_PROOF = 3e11  # products of numbers for the norm of a map with its borders: a minute
 
 
 class Scaling(NamedTuple):
@@ -79,6 +82,7 @@ class Block(Part, BlockOptions):
     dilation_after: int = 1
 
     has_signed_inputs = False  # whether a block's input can be negative
+    depthwise: ClassVar[tuple[str, ...]] = ()  # names of its depthwise kernels
     keeps_width = False  # whether the first block of a stage can be symmetric: it keeps its width inside
 
     @property
@@ -238,6 +242,44 @@ class Block(Part, BlockOptions):
             return self._symmetric_bound(factors, first, radii[1], size)
         return self._plain_bound(factors, first, radii[1:], size)
 
+    def local_norms(self, factors: Factors) -> dict[str, np.ndarray]:
+        """Norms of the single taps of what the block multiplies by, (kh, kw, 1, 1): what `spread` takes.
+
+        Args:
+          factors: What the block multiplies by.
+        """
+        if self.symmetric:
+            kernel, _ = self.composed_kernel(factors.kernels)
+            first = kernel * factors.scales["norm1"]
+            last = kernel * factors.scales["norm2"][:, None] if self.norm == "separate" else first
+            return {"forward": _tap_norms(first), "back": float(factors.step_size) * _tap_norms(last)}
+        norms = {"shortcut_kernel": "shortcut_norm"}
+        scaled = {
+            name: kernel * factors.scales[norms.get(name, name.replace("kernel", "norm"))]
+            for name, kernel in factors.kernels.items()
+        }
+        return {name: _tap_norms(kernel, depthwise=name in self.depthwise) for name, kernel in scaled.items()}
+
+    @abc.abstractmethod
+    def spread(self, norms: dict[str, Any], e: Float[Array, "n h w 1"]) -> Float[Array, "n h_out w_out 1"]:
+        """Bound the change of every pixel of the twin's output, from that of every pixel of its input, in the 2-norm.
+
+        It is no bound where the block smooths.
+
+        Args:
+          norms: Result of `local_norms`.
+          e: Bounds, not negative.
+        """
+
+    def _symmetric_spread(self, norms: dict[str, Any], e: jax.Array) -> jax.Array:
+        linear, _ = self.linear_pair(self.tap_kernels(norms["forward"]))
+        _, adjoint = self.linear_pair(self.tap_kernels(norms["back"]))
+        return e + adjoint(linear(e))
+
+    def tap_kernels(self, taps: Any) -> dict[str, Any]:
+        """Kernels of one channel for `linear_pair`, whose composition has these taps."""
+        return {"kernel1": taps}
+
     def _symmetric_bound(self, factors: Factors, first: float, radius: float, size: tuple[int, int]) -> StepBound:
         """Of xc - h D2 K^T s(D1 K xc): 1 + h |D2 K^T| |D1 K|, or that of a gradient step, max(1, h |D K|^2 - 1).
 
@@ -257,7 +299,8 @@ class Block(Part, BlockOptions):
             scaled = kernel * factors.scales["norm1"]
             # A dilated convolution is an ordinary one on each of the coarse grids that make up the map.
             height, width = (-(-n // self.dilation) for n in size)
-            if forward > limit and conv_norm_is_at_most(scaled, limit, (height, width), padding=padding):
+            fits = height * (width * kernel.shape[2]) ** 3 <= _LARGEST_PROOF
+            if forward > limit and fits and conv_norm_is_at_most(scaled, limit, (height, width), padding=padding):
                 forward = limit
             back = forward
             # Smoothing between s and K^T, itself non-expansive, leaves no gradient step.
@@ -348,6 +391,13 @@ class BasicBlock(Block):
             injected += shortcut * first
         return StepBound(shortcut + norms[0] * norms[1], injected)
 
+    def spread(self, norms, e):
+        if self.symmetric:
+            return self._symmetric_spread(norms, e)
+        hidden = operators.conv(e, norms["kernel1"], stride=self.stride, dilation=self.dilation)
+        shortcut = operators.conv(e, norms["shortcut_kernel"], stride=self.stride) if self.has_projection else e
+        return shortcut + operators.conv(hidden, norms["kernel2"], dilation=self.dilation_after)
+
     def linear_pair(self, kernels):
         kernel, d = kernels["kernel1"], self.dilation
 
@@ -422,6 +472,13 @@ class StableBlock(BasicBlock):
         halving = 2 if self.stride == 2 else 1
         return StepBound(lipschitz / halving, injected / halving)
 
+    def spread(self, norms, e):
+        at_full_size = dataclasses.replace(self, stride=1, dilation_after=self.dilation)
+        out = BasicBlock.spread(at_full_size, norms, e)
+        if self.width_out > self.width_in:
+            out = jnp.hypot(out, e)
+        return average_pool(out) if self.stride == 2 else out
+
     def residual_branch(self, xq, kernels, variables, step_size, call):
         # The stride lies in the pooling, so the convolutions run at full size, all on the grid of the input.
         at_full_size = dataclasses.replace(self, stride=1, dilation_after=self.dilation)
@@ -448,6 +505,7 @@ class InvertedBlock(Block):
     padded: bool = False
 
     has_signed_inputs = True
+    depthwise = ("kernel2",)
 
     @property
     def act_count(self):
@@ -514,6 +572,17 @@ class InvertedBlock(Block):
         if self.residual == "rounded":
             injected += shortcut * first
         return StepBound(shortcut + math.prod(norms), injected)
+
+    def tap_kernels(self, taps):
+        return {"kernel1": jnp.ones((1, 1, 1, 1), taps.dtype), "kernel2": taps}
+
+    def spread(self, norms, e):
+        if self.symmetric:
+            return self._symmetric_spread(norms, e)
+        hidden = operators.conv(e, norms["kernel1"])
+        hidden = operators.conv(hidden, norms["kernel2"], stride=self.stride, dilation=self.dilation)
+        branch = operators.conv(hidden, norms["kernel3"])
+        return e + branch if self.keeps_shape else branch
 
     @property
     def keeps_shape(self) -> bool:
@@ -710,6 +779,12 @@ def _largest_sum(codes: jax.Array, *, is_adjoint: bool) -> jax.Array:
     """The largest sum of magnitudes that one output of a convolution, or of its adjoint, adds up."""
     summed = (0, 1, 3) if is_adjoint and not is_depthwise(codes.shape) else (0, 1, 2)
     return jnp.abs(codes).sum(summed).max()
+
+
+def _tap_norms(kernel: np.ndarray, *, depthwise: bool = False) -> np.ndarray:
+    """Norm of the matrix of every tap, (kh, kw, 1, 1); one of a depthwise kernel is diagonal."""
+    norms = np.abs(kernel).max((2, 3)) if depthwise else np.linalg.norm(kernel, 2, axis=(2, 3))
+    return norms[:, :, None, None]
 
 
 def _torch_kernel(name: str) -> str:

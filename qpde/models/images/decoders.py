@@ -17,7 +17,9 @@ import math
 import jax
 
 from qpde import operators
+from qpde.kernel_norms import conv_norm_bound, depthwise_norm_bound
 from qpde.models.images.blocks import Block, Scaling
+from qpde.models.images.parts import StepBound
 
 __all__ = ["ConvBlock", "PooledBlock", "SeparableBlock"]
 
@@ -33,9 +35,6 @@ class _DecoderBlock(Block):
         raise TypeError(f"{type(self).__name__} is no symmetric step: it has no K^T")
 
     composed_kernel = linear_pair
-
-    def _plain_bound(self, factors, first, radii, size):
-        raise TypeError(f"no bound of {type(self).__name__} is proven: networks with decoders are no chains")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,13 @@ class ConvBlock(_DecoderBlock):
     def macs(self, height, width):
         return {"kernel1": height * width * math.prod(self.kernel_shapes()["kernel1"])}
 
+    def _plain_bound(self, factors, first, radii, size):
+        norm = conv_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])
+        return StepBound(norm, norm * first)
+
+    def spread(self, norms, e):
+        return operators.conv(e, norms["kernel1"], dilation=self.dilation)
+
     def step(self, x, variables, step_size, call):
         xq = call.activation(x, 0, signed=self.signed_inputs)
         hidden = call.conv(xq, 0, call.kernels(), "kernel1", dilation=self.dilation)
@@ -72,6 +78,8 @@ class ConvBlock(_DecoderBlock):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeparableBlock(_DecoderBlock):
     """A 3x3 depthwise and a 1x1 convolution, each with norm, ReLU and smoothing. The depthwise kernel has 8 bits."""
+
+    depthwise = ("kernel1",)
 
     def kernel_shapes(self):
         return {"kernel1": (3, 3, 1, self.width_in), "kernel2": (1, 1, self.width_in, self.width_out)}
@@ -86,6 +94,15 @@ class SeparableBlock(_DecoderBlock):
 
     def macs(self, height, width):
         return {name: height * width * math.prod(shape) for name, shape in self.kernel_shapes().items()}
+
+    def _plain_bound(self, factors, first, radii, size):
+        depthwise = depthwise_norm_bound(factors.kernels["kernel1"] * factors.scales["norm1"])
+        pointwise = conv_norm_bound(factors.kernels["kernel2"] * factors.scales["norm2"])
+        second = radii[0] * math.sqrt(math.prod(size) * self.width_in)
+        return StepBound(depthwise * pointwise, pointwise * (depthwise * first + second))
+
+    def spread(self, norms, e):
+        return operators.conv(operators.conv(e, norms["kernel1"], dilation=self.dilation), norms["kernel2"])
 
     def step(self, x, variables, step_size, call):
         kernels = call.kernels()
@@ -107,6 +124,13 @@ class PooledBlock(ConvBlock):
 
     def macs(self, height, width):
         return super().macs(1, 1)
+
+    def step_bound(self, factors, bits, size):
+        lipschitz, injected = super().step_bound(factors, bits, (1, 1))
+        return StepBound(lipschitz / math.sqrt(math.prod(size)), injected)
+
+    def spread(self, norms, e):
+        return operators.conv(e.mean((1, 2), keepdims=True), norms["kernel1"])
 
     def step(self, x, variables, step_size, call):
         xq = call.activation(x.mean((1, 2), keepdims=True), 0, signed=self.signed_inputs)

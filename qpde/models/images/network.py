@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,17 @@ from qpde.models.images.parts import ExactConv, Head, Part
 from qpde.models.layers import Mode, Observe
 from qpde.models.options import NetworkOptions, Smoothing
 
-__all__ = ["Architecture", "BoundPart", "Network", "Pooled", "Stage", "bits_of_block", "blocks_of_stage", "groups"]
+__all__ = [
+    "Architecture",
+    "BoundPart",
+    "Layer",
+    "Network",
+    "Pooled",
+    "Stage",
+    "bits_of_block",
+    "blocks_of_stage",
+    "groups",
+]
 
 
 def groups(blocks: tuple[Block, ...], first: int = 0) -> list[tuple[str, Block, int, int]]:
@@ -167,6 +177,20 @@ class Architecture:
         return dataclasses.replace(self, stages=stages)
 
 
+class Layer(NamedTuple):
+    """A stage of a network with what it takes.
+
+    Attributes:
+      name: Its name.
+      sources: Names of the stages, or stems, whose outputs it takes; several are joined as channels.
+      blocks: Its blocks.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    blocks: tuple[Block, ...]
+
+
 class BoundPart(NamedTuple):
     """A part of a network with what it is called with.
 
@@ -205,9 +229,6 @@ class Network(nn.Module):
     num_classes: int
     options: NetworkOptions
 
-    is_chain: ClassVar[bool] = True
-    """Whether each part takes the output of the one before, and no other."""
-
     @functools.cached_property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
         """The blocks by stage."""
@@ -215,10 +236,18 @@ class Network(nn.Module):
             blocks_of_stage(self.architecture.block, stage, self.options) for stage in self.architecture.stages
         )
 
+    @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The stages, each with the stages or stems that it takes."""
+        names = [self.stem_parts()[-1][0], *(f"stage{s}" for s in range(len(self.stages)))]
+        return tuple(
+            Layer(name, (source,), blocks) for source, name, blocks in zip(names, names[1:], self.stages, strict=False)
+        )
+
     @property
     def stage_names(self) -> list[str]:
         """Names of the stages, in order."""
-        return [f"stage{s}" for s in range(len(self.stages))]
+        return [layer.name for layer in self.layers]
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -278,6 +307,31 @@ class Network(nn.Module):
             found.append((name, part, (height, width)))
             height, width = part.output_size(height, width)
         return found
+
+    def map_sizes(self, image_shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+        """Height and width of what each stem and each stage makes, by its name.
+
+        Args:
+          image_shape: (H, W, C) of one image.
+        """
+        sizes: dict[str, tuple[int, int]] = {}
+        height, width, channels = image_shape
+        for name, part in self.stem_parts(channels):
+            height, width = sizes[name] = part.output_size(height, width)
+        for layer in self.layers:
+            size = max(sizes[source] for source in layer.sources)
+            for block in layer.blocks:
+                size = block.output_size(*size)
+            sizes[layer.name] = size
+        return sizes
+
+    @property
+    def depth(self) -> int:
+        """Blocks on the longest way from the images to the logits."""
+        depths = dict.fromkeys((name for name, _ in self.stem_parts()), 0)
+        for layer in self.layers:
+            depths[layer.name] = max(depths[source] for source in layer.sources) + len(layer.blocks)
+        return depths[self.layers[-1].name]
 
     @property
     def clip_bits(self) -> tuple[int, ...] | None:

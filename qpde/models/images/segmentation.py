@@ -17,16 +17,17 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qpde.models.images.blocks import BasicBlock, Block
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
-from qpde.models.images.network import Architecture, Network, Pooled, Stage, blocks_of_stage
+from qpde.models.images.network import Architecture, Layer, Network, Pooled, Stage, blocks_of_stage
 from qpde.models.images.parts import ExactConv, Head
 from qpde.models.layers import Mode, row
 
@@ -81,20 +82,6 @@ class SegmentationArchitecture(Architecture):
             )
         if self.decoder_width < 8:
             raise ValueError(f"decoder_width (={self.decoder_width}) must be at least 8")
-
-
-class Layer(NamedTuple):
-    """A stage of a segmentation network.
-
-    Attributes:
-      name: Its name.
-      sources: Names of the stages, or stems, whose outputs it takes.
-      blocks: Its blocks.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    blocks: tuple[Block, ...]
 
 
 class _Map(NamedTuple):
@@ -165,7 +152,6 @@ class SegmentationNetwork(Network):
     """
 
     architecture: SegmentationArchitecture
-    is_chain: ClassVar[bool] = False
 
     @functools.cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -212,10 +198,6 @@ class SegmentationNetwork(Network):
     def stages(self) -> tuple[tuple[Block, ...], ...]:
         return tuple(layer.blocks for layer in self.layers)
 
-    @property
-    def stage_names(self) -> list[str]:
-        return [layer.name for layer in self.layers]
-
     def stem_parts(self, channels: int = 3) -> list[tuple[str, ExactConv]]:
         width, stride = self.architecture.stages[0][0], self.architecture.stem_stride
         first = ("stem", ExactConv(channels, width, 3, "conv1", "bn1", min(stride, 2)))
@@ -230,21 +212,18 @@ class SegmentationNetwork(Network):
         return _SMALLEST_IMAGE
 
     def sized_parts(self, image_shape):
-        parts = iter(self.parts(image_shape[-1]))
-        *size, _ = image_shape
-        sizes, found = {}, []
+        parts, sizes, found = iter(self.parts(image_shape[-1])), self.map_sizes(image_shape), []
 
         def follow(count, size):
             for name, part in itertools.islice(parts, count):
                 found.append((name, part, tuple(size)))
                 size = part.output_size(*size)
-            return size
 
-        for name, _ in self.stem_parts():
-            sizes[name] = size = follow(1, size)
-        for name, sources, blocks in self.layers:
-            sizes[name] = size = follow(len(blocks), max(sizes[source] for source in sources))
-        follow(1, size)
+        stems = [name for name, _ in self.stem_parts()]
+        follow(len(stems), image_shape[:-1])
+        for _, sources, blocks in self.layers:
+            follow(len(blocks), max(sizes[source] for source in sources))
+        follow(1, sizes[self.layers[-1].name])
         return found
 
     @nn.compact
@@ -341,6 +320,17 @@ def join(maps: Sequence[Float[Array, "n _ _ _"]]) -> Float[Array, "n h w c"]:
     """Maps side by side as channels, all at the size of the largest."""
     size = max((x.shape[1], x.shape[2]) for x in maps)
     return maps[0] if len(maps) == 1 else jnp.concatenate([resize(x, size) for x in maps], axis=-1)
+
+
+def interpolation(size: int, size_out: int) -> np.ndarray:
+    """Weights of `resize` along one axis, float64 (size_out, size): not negative, and those of an output sum to 1.
+
+    Args:
+      size: Number of pixels.
+      size_out: Number of pixels that they become, not smaller.
+    """
+    places = np.clip((np.arange(size_out) + 0.5) * size / size_out - 0.5, 0, size - 1)
+    return np.maximum(0.0, 1 - np.abs(places[:, None] - np.arange(size)))
 
 
 def resize(x: Float[Array, "n h w c"], size: tuple[int, int]) -> Float[Array, "n h_out w_out c"]:

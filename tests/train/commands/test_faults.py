@@ -61,8 +61,8 @@ def test_a_full_disk_and_several_ctrl_c_are_short_and_the_same_command_goes_on(t
     status, _, errors = _run(tmp_path, "full 4")
     place = tmp_path / "runs" / "tiny" / "checkpoints" / "plain"
     assert errors.splitlines()[-1] == (
-        f"error: a state could not be written to {place}: File too large. What was saved before stays: when that is "
-        "mended, the same command goes on from there"
+        f"error: a state could not be written to {place}: File too large. Earlier checkpoints are kept. Once the "
+        "cause is removed, the same command continues from there"
     )
     assert "Traceback" not in errors
     assert status == 1

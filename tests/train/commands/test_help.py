@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from train.commands.cli import COMMANDS, main
-from train.commands.options import WIDTH, filled
+from train.commands.options import WIDTH, filled, joined
 
 RUN = "run configs/digits.py"
 
@@ -31,6 +31,38 @@ def test_no_line_of_help_is_wider_than_a_plain_terminal(command, terminal, monke
     assert lines[0].startswith("usage: python -m train")
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_brief_help_names_options_that_there_are(command, monkeypatch, capsys, pytestconfig):
+    monkeypatch.chdir(pytestconfig.rootpath)
+    assert main([command, "--help"]) == 0
+    brief = re.findall(r"^  (--[\w.-]+)", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main([command, "configs/digits.py", "--help"])
+    listed = re.findall(r"--[\w.-]+", capsys.readouterr().out)
+    assert len(brief) == {"run": 10, "sweep": 3}[command]
+    assert set(brief) <= set(listed)
+
+
+def test_texts_in_boxes_break_where_the_box_ends():
+    box = [
+        "│ --epochs INT                 │",
+        "│       Passes over            │",
+        "│       the images of the      │",
+        "│       set.                   │",
+        "│ --seed INT   First seed      │",
+        "│              of all.         │",
+        "│              --processes too │",
+    ]
+    assert joined(box) == [
+        "│ --epochs INT                 │",
+        "│       Passes over the images │",
+        "│       of the set.            │",
+        "│ --seed INT   First seed of   │",
+        "│              all.            │",
+        "│              --processes too │",
+    ]
+
+
 def test_words_stay_whole_and_colours_take_no_room():
     text = "\x1b[1mword\x1b[0m " * 40  # 16 words fill a line
     lines = filled(text).split("\n")
@@ -48,7 +80,8 @@ def test_words_stay_whole_and_colours_take_no_room():
         (f"{RUN} --model.name resnt20", "unknown name 'resnt20'; did you mean 'resnet20'? valid: "),
         (f"{RUN} --data.name digit", "is no set of images: did you mean 'digits'?"),
         (f"{RUN} --optimizer.learning-rat 1", "Perhaps you meant: --optimizer.learning-rate"),
-        ("data prepar cifar10", "'prepar' is nothing to do with data: did you mean 'prepare'?"),
+        ("run configs/digit.py", "there is no experiment file configs/digit.py: did you mean 'digits.py'?"),
+        ("data prepar cifar10", "'prepar' is no command for data: did you mean 'prepare'?"),
     ],
 )
 def test_what_was_meant_is_named(arguments, message, monkeypatch, capsys, pytestconfig, tmp_path):

@@ -102,7 +102,7 @@ def test_a_folder_whose_pictures_changed_is_noticed(home, tmp_path, capsys):
     file.write_bytes((home / "pictures/above/02.png").read_bytes())
     try:
         assert main(["certify", run, "--bits", "8"]) == 2
-        assert "was trained on other data than those that are here under the name" in capsys.readouterr().err
+        assert "was trained on other data: those found as" in capsys.readouterr().err
     finally:
         file.write_bytes(content)
 

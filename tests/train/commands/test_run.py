@@ -487,7 +487,7 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
 
     monkeypatch.setattr(lockstep, "Together", Interrupting)
     assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 143
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command continues from there" in capsys.readouterr().err
     monkeypatch.setattr(lockstep, "Together", Together)
     assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 0
     assert [_summary(tmp_path, f"parts_sweep/{name}")["symmetric"] for name in names] == whole
@@ -512,7 +512,7 @@ def test_a_trained_network_that_cannot_be_measured_ends_the_run_with_the_reason(
     monkeypatch.setattr("train.tasks.images.compare", refuse)
     assert main(["run", config, "--only", "plain", "--epochs", "1"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: plain: training went astray")
+    assert error.startswith("error: plain: training diverged")
     assert "activations of block 0 are NaN or infinite. Try a smaller --optimizer.learning-rate" in error
     assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
 
@@ -591,7 +591,7 @@ def test_ctrl_c_is_an_error_of_one_line_wherever_it_comes(place, monkeypatch, ca
     prepare = {"prepare": interrupt, "work": lambda arguments: interrupt}[place]
     monkeypatch.setitem(COMMANDS, "run", Command(prepare, "", ""))
     assert main(["run"]) == 130
-    assert capsys.readouterr().err == "error: interrupted: the same command goes on after the last saved step\n"
+    assert capsys.readouterr().err == "error: interrupted: the same command continues after the last saved step\n"
 
 
 def test_help_lists_the_commands_and_the_options_with_the_experiments_defaults(config, capsys):

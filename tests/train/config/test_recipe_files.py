@@ -26,7 +26,8 @@ FAULTS = {
     ),
     "an unknown change": (
         GOOD.replace('Variant("plain")', 'Variant("plain", {"symetric": True})'),
-        "tiny.py, line 3: variant 'plain' changes ['symetric'], no fields of the model: did you mean 'symmetric'? ",
+        "tiny.py, line 3: variant 'plain' changes ['symetric'], which are no fields of the model: did you mean "
+        "'symmetric'? ",
     ),
     "a value out of its range": (
         GOOD.replace("Optimizer()", "Optimizer(learning_rate=-1)"),

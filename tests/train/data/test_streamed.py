@@ -231,8 +231,8 @@ def test_preparing_says_what_it_needs(tmp_path, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorflow" else real(name))
     for words, expected in (
-        (["prepare", "cifar100"], r"tensorflow.*, which training does not: install the \[prepare\] extra"),
-        (["convert"], "'convert' is nothing to do with data: python -m train data prepare NAME"),
+        (["prepare", "cifar100"], r"preparing cifar100 needs tensorflow.*: pip install -e '\.\[prepare\]'"),
+        (["convert"], "'convert' is no command for data: use python -m train data prepare NAME"),
         ([], "say what to do with data"),
     ):
         assert main(["data", *words, *(["--data-dir", str(tmp_path)] if words else [])]) == 2

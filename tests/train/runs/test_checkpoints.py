@@ -122,8 +122,8 @@ def test_a_full_disk_is_one_line_and_what_was_saved_before_stays(tmp_path, full,
     with pytest.raises(CheckpointError) as caught:
         act()
     assert str(caught.value) == (
-        f"a state could not be written to {tmp_path / 'states'}: No space left on device. What was saved before stays: "
-        "when that is mended, the same command goes on from there"
+        f"a state could not be written to {tmp_path / 'states'}: No space left on device. Earlier checkpoints are "
+        "kept. Once the cause is removed, the same command continues from there"
     )
     assert capfd.readouterr().err == ""
     with Checkpoints(tmp_path / "states") as again:

@@ -122,7 +122,7 @@ def test_a_run_killed_at_any_point_ends_bit_for_bit_as_the_one_that_was_never_st
     # SIGTERM in the first epoch: the step in hand is finished and saved.
     status, printed = _run(folder, "cut", "SIGTERM step 3")
     assert status == 143, printed
-    assert "symmetric is saved after step 3 of 15; the same command goes on from there" in printed
+    assert "symmetric is saved after step 3 of 15; the same command continues from there" in printed
     assert steps()[-1] == 3
 
     # A bit of that state turns over: the one before it is used. Then Ctrl-C in the second epoch.

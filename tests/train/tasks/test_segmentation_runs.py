@@ -10,13 +10,14 @@ from PIL import Image
 import qpde
 from train.commands.cli import main
 
-RECIPE = """from train.config.images import Optimizer, Variant
+RECIPE = """from qpde.models import Smoothing
+from train.config.images import Optimizer, Variant
 from train.config.segmentation import SegmentationData, SegmentationExperiment, SegmentationLoss, SegmentationModel
 
 recipes = {{
     "fast": SegmentationExperiment(
         name="scenes",
-        variants=(Variant("symmetric", {{"symmetric": True}}),),
+        variants=(Variant("symmetric", {{"symmetric": True, "smoothing": Smoothing()}}),),
         data=SegmentationData("folder/{root}", smallest_scale=1.0, largest_scale=1.2, crop=(32, 32)),
         model=SegmentationModel("deeplabv3plus", encoder="stablenet20", decoder_width=8, weight_bits=4, act_bits=4),
         loss=SegmentationLoss(dice=0.5),
@@ -95,8 +96,24 @@ def test_the_network_predicts_from_its_folder_and_writes_maps_of_a_photograph(ru
     assert _pixels(tmp_path / "out" / "symmetric" / "wide_overlay.png").shape[:2] == (64, 96)
 
 
-def test_the_report_shows_scenes_and_classes(run):
-    assert main(["report", str(run), "--images", "2", "--bits", "4"]) == 0
+def test_the_report_shows_scenes_proofs_and_classes(run):
+    assert main(["report", str(run), "--images", "1", "--bits", "4", "--certify", "4"]) == 0
     page = (run / "report" / "report.html").read_text()
-    for text in ("Scenes", "Intersection over union by class", "Layer-wise error", *CLASSES):
+    for text in ("Scenes", "Proofs", "the same, unproven", "Intersection over union by class", "Smoothing", *CLASSES):
         assert text in page
+
+
+def test_its_pixels_are_certified_and_the_parts_of_the_bound_shown(run, capsys):
+    assert main(["certify", str(run), "--bits", "4", "--images", "1", "--newton-steps", "20"]) == 0
+    out = capsys.readouterr().out
+    line = next(line.split() for line in out.splitlines() if "symmetric" in line and "%" in line)
+    assert line[3] == line[4]  # as deep as the network, the proof is the twin: all that agree are certified
+    assert "aspp4.block0" in out
+
+
+def test_its_files_are_measured_pixel_by_pixel(run):
+    assert main(["export", str(run), "--images", "1", "--rounds", "0", "--format", "packed", "onnx"]) == 0
+    found = json.loads((run / "export" / "symmetric" / "deployment.json").read_text())
+    assert {row["runtime"] for row in found["runtimes"]} >= {"JAX, integers", "StableHLO"}
+    assert all(row["differing"] == 0 for row in found["runtimes"] if row["runtime"] == "JAX, integers")
+    assert "no C code" in found["missing"]["C"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qpde
-from qpde import certify, deploy, measure, models, ptq
+from qpde import deploy, measure, models, ptq
 from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
 from qpde.models.images.segmentation import SegmentationArchitecture, resize
 
@@ -240,24 +240,45 @@ def test_saved_and_loaded_it_predicts_the_same_map(calibrated, tmp_path):
     assert network.predict(x[:0]).shape == (0, 33, 46)
 
 
-def test_what_needs_a_chain_of_parts_says_so(calibrated):
-    model, variables = calibrated
-    with pytest.raises(ValueError, match="maps that several parts take"):
-        certify.certify(model, variables, images(), BITS)
-    with pytest.raises(ValueError, match="maps that several parts take"):
-        deploy.fold(model, variables)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decoder": "unet", "symmetric": True},
+        {"encoder": "mobilenetv2", "stages": (1, 1, 2, 2), "symmetric": True, "weight_bits": 4, "act_bits": 8},
+        {"encoder": "resnet20", "stages": (1, 2, 2), "symmetric": False, "weight_bits": 4, "act_bits": 8},
+    ],
+    ids=str,
+)
+def test_its_integer_program_computes_what_it_does(options):
+    """Dilated, depthwise and strided convolutions, joined and interpolated maps, two stems."""
+    is_unet = options.get("decoder") == "unet"
+    model, variables = made(**options) if is_unet else made(output_stride=16, **options)
+    if not is_unet:  # the same parameters, at half the stride
+        model = tiny(output_stride=8, **options)
+    logits, codes = deploy.run_reference(deploy.fold(model, variables), np.asarray(images()))
+    expected = apply(model, variables, images())
+    assert logits.shape == (2, 33, 46, CLASSES)
+    # A sum in another order can move a value across a rounding threshold.
+    assert float(np.abs(logits - expected).mean()) < 1e-3 * float(np.abs(expected).mean())
+    assert len(codes) == 0 if is_unet else min(code.max() for code in codes.values()) > 0
 
 
-def test_it_runs_elsewhere_as_a_program_of_its_own(calibrated, tmp_path):
+def test_it_runs_elsewhere_from_every_file(calibrated, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
     model, variables = calibrated
     network = qpde.TrainedNetwork(model, variables, ("a", "b", "c"), (33, 46, 3))
-    with pytest.raises(ValueError, match="its format is 'stablehlo'"):
-        deploy.export(network, tmp_path, ("packed", "stablehlo"))
-    (path,) = deploy.export(network, tmp_path, ("stablehlo",))
-    logits = jax.export.deserialize(bytearray(path.read_bytes())).call(images(3))
-    expected = apply(model, variables, images(3))
-    # A sum in another order can move a value across a rounding threshold.
-    assert float(jnp.abs(logits - expected).mean()) < 1e-3 * float(jnp.abs(expected).mean())
+    packed, graph, program = deploy.export(network, tmp_path, ("packed", "onnx", "stablehlo"), settle=True)
+    x = np.asarray(images(3))
+    folded = deploy.load_packed(packed)
+    expected, codes = deploy.run_reference(folded, x)
+    found, found_codes = deploy.run(folded, return_codes=True)(x)
+    assert all(np.array_equal(codes[name], found_codes[name]) for name in codes)
+    session = onnxruntime.InferenceSession(str(graph))
+    logits = jax.export.deserialize(bytearray(program.read_bytes())).call(x)
+    for other in (found, session.run(["logits"], {"images": x})[0], logits):
+        np.testing.assert_allclose(other, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="export by onnx or stablehlo"):
+        deploy.export(network, tmp_path, ("c",))
 
 
 @pytest.mark.parametrize(
