@@ -19,6 +19,9 @@ FONT_LIST = None
 if "MPLCONFIGDIR" not in os.environ:
     FONT_LIST = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="qpde_fonts_")
 
+# The threads of NumPy's library wait for each other by computing, which costs ten times the work where tests share cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
 os.environ.setdefault("CI", "true")
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
     if sys.argv[1:2] == ["report"]:
         compile_quickly()
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on its small matrices, threads only wait for each other
     keep_freed_memory()
     keep_compiled_programs()
     from train.commands.cli import main
