@@ -19,7 +19,7 @@ FONT_LIST = None
 if "MPLCONFIGDIR" not in os.environ:
     FONT_LIST = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="qpde_fonts_")
 
-# The threads of NumPy's library wait for each other by computing, which costs ten times the work where tests share cores.
+# The threads of NumPy wait for each other by computing: where tests share cores, that costs ten times the work.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
