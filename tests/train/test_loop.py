@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +143,7 @@ def test_a_signal_ends_the_step_in_hand_and_its_state_is_saved(tmp_path, number,
 
     def step(state, totals, bits):
         if int(state.step) == 4:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return plan.step(state, totals, bits)
 
     error, _, last, _ = _fit(tmp_path, dataclasses.replace(plan, step=step))
@@ -182,7 +181,7 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_without_steps_when_its_state_is_saved(tmp_path, number, status):
     def evaluate(variables, bits):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         return {"accuracy": 0.5, "loss": 1.0}
 
     error, _, _, lines = _fit(tmp_path, _plan(epochs=0, evaluate=evaluate))
@@ -229,7 +228,7 @@ def test_only_epochs_at_the_final_widths_can_be_the_best_and_a_change_is_entered
     def step(state, totals, bits):
         seen.append(bits.weights)
         if len(seen) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return count(state, totals, bits)
 
     # The wider the better, so that a choice among all epochs would take the first.

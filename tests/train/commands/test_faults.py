@@ -37,7 +37,7 @@ def faulty(*arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     if left[0] == 0 and name == "impatient":
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     return step(*arguments)
 
 Display.step = faulty

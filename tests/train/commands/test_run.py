@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -401,7 +400,7 @@ def test_widths_drawn_at_every_step_train_one_network_with_clips_for_each_and_su
     def interrupt(display):
         steps.append(1)
         if len(steps) == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         step(display)
 
     monkeypatch.setattr(Display, "step", interrupt)
@@ -482,7 +481,7 @@ def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(
         def __call__(self, trainings, batches):
             self.count += 1
             if self.count == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return super().__call__(trainings, batches)
 
     monkeypatch.setattr(lockstep, "Together", Interrupting)

@@ -41,7 +41,7 @@ import importlib.abc, os, signal, sys
 class Press(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == {moment!r}:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Press())
 """
@@ -61,10 +61,10 @@ import os, signal, sys
 from train.host.interrupt import StopRequest, end_at_once
 end_at_once()
 with StopRequest() as stop:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     print(stop.signal_number, flush=True)
     for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     print("still here")
 """
     process = _python("-c", program)
@@ -107,7 +107,7 @@ def test_an_ignored_ctrl_c_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_at_once()
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert stop.signal_number is None
 
 

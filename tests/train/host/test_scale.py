@@ -60,7 +60,7 @@ left, step = [int(count)], Display.step
 def disturbed(display):
     left[0] -= 1
     if left[0] == 0:
-        os.kill(os.getpid(), getattr(signal, name))
+        signal.raise_signal(getattr(signal, name))
     step(display)
 
 if int(count):

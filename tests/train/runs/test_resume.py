@@ -45,7 +45,7 @@ def disturbed(function, name, left):
     def call(*arguments):
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), getattr(signal, name))
+            signal.raise_signal(getattr(signal, name))
         return function(*arguments)
     return call
 
@@ -181,10 +181,10 @@ def test_a_run_goes_on_under_another_configuration_only_when_told_and_records_it
 def test_the_first_signal_is_noted_and_the_second_acts():
     with StopRequest() as stop:
         assert stop.signal_number is None
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.signal_number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -192,7 +192,7 @@ def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert stop.signal_number is None
     finally:
         signal.signal(signal.SIGINT, before)

@@ -49,7 +49,7 @@ def test_a_run_on_streamed_photographs_that_is_stopped_within_an_epoch_ends_bit_
         step(display)
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Display, "step", stop)
     assert main([*command, "--runs-dir", "cut"]) == 143
