@@ -190,8 +190,8 @@ class Progress:
             self._checkpoints.save(self.step, (self.state, self.totals))
         if stopped:
             raise Interrupted(
-                f"interrupted: {plan.title} is saved after step {self.step} of {self._last}; the same command goes on "
-                "from there",
+                f"interrupted: {plan.title} is saved after step {self.step} of {self._last}; the same command "
+                "continues from there",
                 stopped,
             )
 

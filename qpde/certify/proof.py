@@ -156,6 +156,7 @@ def _margins(logits, prediction):
 
 
 def norms(x):
+    """The norm of each array of a batch."""
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
 
 

@@ -187,7 +187,7 @@ def test_a_signal_ends_a_run_without_steps_when_its_state_is_saved(tmp_path, num
     error, _, _, lines = _fit(tmp_path, _plan(epochs=0, evaluate=evaluate))
     assert isinstance(error, Interrupted)
     assert error.exit_status == status
-    assert "a is saved; the same command goes on" in str(error)
+    assert "a is saved; the same command continues" in str(error)
     state, *_, again = _fit(tmp_path, _plan(epochs=0))
     assert (int(state.step), len(lines), len(again)) == (0, 1, 1)
 

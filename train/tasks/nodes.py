@@ -163,7 +163,7 @@ class Training:
                 display.step(length)
                 if stop.signal_number:
                     raise Interrupted(
-                        f"interrupted: {name} is saved after epoch {done} of {epochs}; the same command goes on from "
+                        f"interrupted: {name} is saved after epoch {done} of {epochs}; the same command continues from "
                         "there",
                         stop.signal_number,
                     )

@@ -95,7 +95,6 @@ def test_bad_requests_are_refused_and_leave_the_old_files(folder, tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for arguments, message in (
         (["--bits", "4x4"], "neither like W4A8"),
-        (["--format", "tflite"], "unknown format 'tflite'; valid: packed, onnx, stablehlo, c"),
         (["--outer-bits", "4"], "outer_bits=4 must be 8"),
         (["--format", "c", "--image-size", "1", "8"], "too small"),
     ):

@@ -122,7 +122,7 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
 
     monkeypatch.setattr(Display, "step", interrupt)
     assert main(["run", config, "--name", "cut"]) == 130
-    assert "same command goes on" in capsys.readouterr().err
+    assert "same command continues" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "cut" / "summary.json").exists()
     assert main(["run", config, "--name", "cut", "--epochs", "4"]) == 2
     assert "epochs: 3 there, 4 now" in capsys.readouterr().err

@@ -233,7 +233,7 @@ def test_preparing_says_what_it_needs(tmp_path, monkeypatch, capsys):
     for words, expected in (
         (["prepare", "cifar100"], r"preparing cifar100 needs tensorflow.*: pip install -e '\.\[prepare\]'"),
         (["convert"], "'convert' is no command for data: use python -m train data prepare NAME"),
-        ([], "say what to do with data"),
+        ([], "a command for data is missing"),
     ):
         assert main(["data", *words, *(["--data-dir", str(tmp_path)] if words else [])]) == 2
         assert re.search(expected, capsys.readouterr().err)

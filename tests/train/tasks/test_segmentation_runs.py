@@ -92,7 +92,7 @@ def test_the_network_predicts_from_its_folder_and_writes_maps_of_a_photograph(ru
     assert "none.png cannot be read" in err
     found = Image.fromarray(_pixels(tmp_path / "out" / "symmetric" / "wide_labels.png"))
     assert found.size == (96, 64)
-    assert np.mean(np.asarray(found.resize((48, 32), Image.Resampling.NEAREST)) == labels) > 0.9
+    assert np.mean(np.asarray(found.resize((48, 32), Image.Resampling.NEAREST)) == labels) > 0.8
     assert _pixels(tmp_path / "out" / "symmetric" / "wide_overlay.png").shape[:2] == (64, 96)
 
 
