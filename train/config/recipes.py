@@ -5,7 +5,7 @@ from typing import Any
 
 from qpde.models import Smoothing
 from train.config.images import Annealing, BitSchedule, Data, Experiment, Model, Optimizer, Rule, Variant
-from train.config.segmentation import SegmentationData, SegmentationExperiment, SegmentationModel
+from train.config.segmentation import SegmentationData, SegmentationExperiment, SegmentationLoss, SegmentationModel
 
 
 def cifar10(model: str, *, fast_epochs: int, clip_rate: float = 3.0) -> dict[str, Experiment]:
@@ -140,7 +140,8 @@ def camvid(decoder: str, **model: Any) -> dict[str, SegmentationExperiment]:
             weight_decay=0.01,
             rules=(Rule("clip", learning_rate=1.0, weight_decay=0.0),),
         ),
-        epochs=40,
+        loss=SegmentationLoss(class_weights="none", dice=1.0),
+        epochs=45,
         batch_size=8,
         clip_start="mse",
     )
