@@ -72,6 +72,26 @@ with StopRequest() as stop:
     assert (process.returncode, printed, errors) == (-signal.SIGINT, "2\n", "")
 
 
+def test_after_the_first_signal_handlers_are_what_they_were():
+    program = """
+import signal
+from train.host.interrupt import StopRequest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with StopRequest() as stop:
+    print(stop.signal_number)
+    signal.raise_signal(signal.SIGINT)
+    print(stop.signal_number)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("raised")
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+"""
+    process = _python("-c", program)
+    printed, errors = process.communicate()
+    assert (process.returncode, printed, errors) == (0, "None\n2\nraised\nTrue\n", "")
+
+
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "sysv_signal"), reason="the C library has no handlers for one signal"
 )

@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from train.config.images import Experiment, Variant
-from train.host.interrupt import StopRequest
 from train.runs.checkpoints import damage, seal
 from train.runs.directory import open_run
 
@@ -176,26 +175,6 @@ def test_a_run_goes_on_under_another_configuration_only_when_told_and_records_it
     }
     with open_run(tmp_path, longer) as run:
         assert run.changes == []
-
-
-def test_the_first_signal_is_noted_and_the_second_acts():
-    with StopRequest() as stop:
-        assert stop.signal_number is None
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signal_number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with StopRequest() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert stop.signal_number is None
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_damage_names_the_file(tmp_path):
