@@ -10,7 +10,7 @@ from pathlib import Path
 
 SLOW = Path(__file__).parent / "slow.txt"
 
-BUDGET = 150.0
+BUDGET = 75.0
 """Seconds of processor time that the fast tests take together."""
 
 HEADER = f"""\
