@@ -104,6 +104,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     """The kernels, if they can be called, and the line that says so. The first call makes them known to XLA."""
     missing = "convolutions on CPUs are the compiler's: "
     most = os.environ.get(SWITCH, "512")
+    if most not in ("0", "256", "512"):
+        raise ValueError(f"the environment variable {SWITCH} (={most!r}) must be 512, 256 or 0: leave it out for 512")
     if most == "0":
         return None, f"{missing}{SWITCH}=0"
     paths = sorted(Path(__file__).parent.glob("kernels*.so"))
@@ -117,6 +119,6 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         for name in KERNELS:
             symbol = f"qpde_{name}"
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    except Exception as error:  # whatever is wrong with it, the compiler's convolutions do the work
+    except (OSError, AttributeError, RuntimeError) as error:  # of another platform, build or JAX: not used
         return None, f"{missing}native kernels do not load ({error})"
     return library, f"convolutions on CPUs are native kernels ({_SETS[bits]})"

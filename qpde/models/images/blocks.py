@@ -42,9 +42,6 @@ from qpde.models.options import BlockOptions
 __all__ = ["BasicBlock", "Block", "InvertedBlock", "Scaling", "StableBlock"]
 
 
-_LARGEST_PROOF = 3e11  # products of numbers for the norm of a map with its borders: a minute
-
-
 class Scaling(NamedTuple):
     """A scale, one number a channel, that a block's function does not depend on; see `qpde.ptq.equalize`.
 
@@ -299,8 +296,7 @@ class Block(Part, BlockOptions):
             scaled = kernel * factors.scales["norm1"]
             # A dilated convolution is an ordinary one on each of the coarse grids that make up the map.
             height, width = (-(-n // self.dilation) for n in size)
-            fits = height * (width * kernel.shape[2]) ** 3 <= _LARGEST_PROOF
-            if forward > limit and fits and conv_norm_is_at_most(scaled, limit, (height, width), padding=padding):
+            if forward > limit and conv_norm_is_at_most(scaled, limit, (height, width), padding=padding):
                 forward = limit
             back = forward
             # Smoothing between s and K^T, itself non-expansive, leaves no gradient step.

@@ -90,7 +90,7 @@ def test_a_graph_network_is_exported_by_the_same_command(tmp_path):
     assert json.loads((out / DESCRIPTION).read_text())["graph_size"] == [5, 4]
 
 
-def test_bad_requests_are_refused_and_leave_the_old_files(folder, tmp_path):
+def test_bad_requests_are_refused_and_leave_the_old_files(folder, tmp_path, capsys):
     export(folder, "--out", tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for arguments, message in (
@@ -100,6 +100,9 @@ def test_bad_requests_are_refused_and_leave_the_old_files(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             export(folder, "--out", tmp_path, *arguments)
+    with pytest.raises(SystemExit, match="2"):
+        export(folder, "--out", tmp_path, "--format", "tflite")
+    assert "invalid choice: 'tflite'" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(FileNotFoundError, match="holds no trained network"):
         export(tmp_path, "--out", tmp_path / "new")
