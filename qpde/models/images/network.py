@@ -301,11 +301,17 @@ class Network(nn.Module):
         Args:
           image_shape: (H, W, C) of one image.
         """
-        height, width, channels = image_shape
-        found = []
-        for name, part in self.parts(channels):
-            found.append((name, part, (height, width)))
-            height, width = part.output_size(height, width)
+        parts, sizes, found = iter(self.parts(image_shape[-1])), self.map_sizes(image_shape), []
+
+        def follow(count, size):
+            for name, part in itertools.islice(parts, count):
+                found.append((name, part, tuple(size)))
+                size = part.output_size(*size)
+
+        follow(len(self.stem_parts()), image_shape[:-1])
+        for layer in self.layers:
+            follow(len(layer.blocks), max(sizes[source] for source in layer.sources))
+        follow(None, sizes[self.layers[-1].name])  # neck and head
         return found
 
     def map_sizes(self, image_shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -210,21 +209,6 @@ class SegmentationNetwork(Network):
     @property
     def smallest_image(self) -> int:
         return _SMALLEST_IMAGE
-
-    def sized_parts(self, image_shape):
-        parts, sizes, found = iter(self.parts(image_shape[-1])), self.map_sizes(image_shape), []
-
-        def follow(count, size):
-            for name, part in itertools.islice(parts, count):
-                found.append((name, part, tuple(size)))
-                size = part.output_size(*size)
-
-        stems = [name for name, _ in self.stem_parts()]
-        follow(len(stems), image_shape[:-1])
-        for _, sources, blocks in self.layers:
-            follow(len(blocks), max(sizes[source] for source in sources))
-        follow(1, sizes[self.layers[-1].name])
-        return found
 
     @nn.compact
     def __call__(
