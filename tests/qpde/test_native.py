@@ -1,5 +1,8 @@
 """The native kernels: the sums of the operators, where a program may call them, and nowhere else."""
 
+import os
+import platform
+import shutil
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +18,21 @@ from qpde import native, operators
 
 LIBRARY, LINE = native._library()
 built = pytest.mark.skipif(LIBRARY is None, reason=LINE)
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("g++") or os.environ.get(native.SWITCH) == "0",
+    reason="kernels are for x86, built by g++, and not wanted where QPDE_NATIVE=0",
+)
+def test_the_kernels_are_there_where_they_can_be_built():
+    assert LIBRARY is not None or "AVX2" in LINE, LINE
+
+
+@pytest.mark.parametrize("value", ["1024", "yes", ""])
+def test_another_value_of_the_switch_is_refused(value, monkeypatch):
+    monkeypatch.setenv(native.SWITCH, value)
+    with pytest.raises(ValueError, match=f"QPDE_NATIVE .={value!r}. must be 512, 256 or 0"):
+        native._library.__wrapped__()
 
 
 class Case(NamedTuple):
