@@ -4,6 +4,7 @@
 // All of them are one small product of matrices, `multiply_add`, whose sums stay in registers.
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 template <class Vector> static inline Vector load(const void* from) {
   Vector v;
@@ -15,42 +16,77 @@ template <class Vector> static inline void store(void* to, Vector v) { memcpy(to
 
 constexpr int REGISTERS = LANES;  // sums that a tile holds: half of the registers
 
-// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...]
-template <int P, int V>
-static inline __attribute__((always_inline)) void multiply_add(Floats (&sum)[P][V],
-                                                               const float* a, int64_t a_step,
-                                                               int64_t a_next, const float* b,
+// A product takes four bytes of an image at a time, GROUP numbers, and as many weights in each lane.
+struct Reals {
+  using Number = float;
+  using Weight = float;
+  using Sums = Floats;
+  static constexpr int GROUP = 1;
+  static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) { return sum + *a * b; }
+};
+
+// Whole numbers from 0 to 255 times whole numbers from -128 to 127, exactly. AVX2 has a product of bytes too, but its
+// sums of two saturate at 16 bits, and it is no faster.
+struct Codes {
+#if LANES == 16
+  using Number = uint8_t;
+  using Weight = int8_t;
+#else
+  using Number = int16_t;
+  using Weight = int16_t;
+#endif
+  using Sums = Ints;
+  static constexpr int GROUP = 4 / sizeof(Number);
+  static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) {
+    int32_t group;
+    memcpy(&group, a, sizeof group);
+#if LANES == 16
+    return (Sums)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(group), (__m512i)b);
+#else
+    return sum + (Sums)_mm256_madd_epi16(_mm256_set1_epi32(group), (__m256i)b);
+#endif
+  }
+};
+
+// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...], in groups.
+template <class Product, int P, int V>
+static inline __attribute__((always_inline)) void multiply_add(typename Product::Sums (&sum)[P][V],
+                                                               const typename Product::Number* a, int64_t a_step,
+                                                               int64_t a_next, const typename Product::Weight* b,
                                                                int64_t b_next, int64_t count) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; k++, a += a_next, b += b_next) {
-    Floats columns[V];
+    typename Product::Sums columns[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) columns[v] = load<Floats>(b + v * LANES);
+    for (int v = 0; v < V; v++) columns[v] = load<typename Product::Sums>(b + v * LANES * Product::GROUP);
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[p][v] += a[p * a_step] * columns[v];
+      for (int v = 0; v < V; v++) sum[p][v] = Product::add(sum[p][v], a + p * a_step, columns[v]);
   }
 }
 
 // P pixels of a row, V registers of channels: the sums over the taps and the channels of the input.
-template <int P, int V>
-static void conv_tile(const Phase& phase, int64_t in_channels, const float* in, int64_t in_step, const float* kernel,
-                      float* out, int64_t out_step, int64_t channels) {
-  Floats sum[P][V] = {};
+template <class Product, int P, int V>
+static void conv_tile(const Phase& phase, int64_t in_channels, const typename Product::Number* in, int64_t in_step,
+                      const typename Product::Weight* kernel, float* out, int64_t out_step, int64_t channels) {
+  typename Product::Sums sum[P][V] = {};
   for (const Run& run : phase.runs) {
-    multiply_add<P, V>(sum, in + run.first * in_channels, in_step, 1, kernel, V * LANES, run.pixels * in_channels);
-    kernel += run.pixels * in_channels * V * LANES;
+    const int64_t count = run.pixels * in_channels;
+    multiply_add<Product, P, V>(sum, in + run.first * in_channels, in_step, Product::GROUP, kernel,
+                                V * LANES * Product::GROUP, count / Product::GROUP);
+    kernel += count * V * LANES;
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       const int64_t left = channels - v * LANES;
+      const Floats reals = __builtin_convertvector(sum[p][v], Floats);
       if (left >= LANES)
-        store(out + p * out_step + v * LANES, sum[p][v]);
+        store(out + p * out_step + v * LANES, reals);
       else if (left > 0)
-        memcpy(out + p * out_step + v * LANES, &sum[p][v], 4 * left);
+        memcpy(out + p * out_step + v * LANES, &reals, 4 * left);
     }
 }
 
@@ -64,7 +100,7 @@ static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[p][v] = load<Floats>(kernel + p * kernel_step + v * LANES);
   for (int64_t i = 0; i < rows; i++)
-    multiply_add<P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
+    multiply_add<Reals, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -72,8 +108,8 @@ static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x
 }
 
 // Tiles of 1 to REGISTERS / V pixels or inputs, by their number less one.
-template <int V, int... P> static constexpr auto conv_tiles(std::integer_sequence<int, P...>) {
-  return std::array<decltype(&conv_tile<1, V>), sizeof...(P)>{&conv_tile<P + 1, V>...};
+template <class Product, int V, int... P> static constexpr auto conv_tiles(std::integer_sequence<int, P...>) {
+  return std::array<decltype(&conv_tile<Product, 1, V>), sizeof...(P)>{&conv_tile<Product, P + 1, V>...};
 }
 
 template <int V, int... P> static constexpr auto gradient_tiles(std::integer_sequence<int, P...>) {
@@ -93,34 +129,80 @@ static inline int64_t block_width(const Plan& plan, int64_t first) {
   return plan.out_channels - first > LANES ? 2 * LANES : LANES;
 }
 
-// The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap.
-static const float* packed(const Plan& plan, const float* kernel) {
+// The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap, one group
+// of the input's channels after the other.
+template <class Product>
+static const typename Product::Weight* packed(const Plan& plan, Place place, const float* kernel) {
   int64_t taps = 0;
   for (const Phase& phase : plan.phases) taps += phase.taps.size();
-  float* const start = scratch<float>(0, taps * plan.in_channels * rounded_up(plan.out_channels, LANES));
-  float* to = start;
+  auto* const start =
+      scratch<typename Product::Weight>(place, taps * plan.in_channels * rounded_up(plan.out_channels, LANES));
+  auto* to = start;
   for (const Phase& phase : plan.phases)
     for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
       const int64_t end = first + block_width(plan, first), last = std::min(end, plan.out_channels);
       for (const Tap& tap : phase.taps) {
         const float* from = kernel + tap.index * plan.in_channels * plan.out_channels;
-        for (int64_t c = 0; c < plan.in_channels; c++) {
-          for (int64_t o = first; o < last; o++) *to++ = from[c * plan.kernel_in + o * plan.kernel_out];
-          for (int64_t o = last; o < end; o++) *to++ = 0.0f;
+        for (int64_t c = 0; c < plan.in_channels; c += Product::GROUP) {
+          for (int64_t o = first; o < last; o++)
+            for (int g = 0; g < Product::GROUP; g++) *to++ = from[(c + g) * plan.kernel_in + o * plan.kernel_out];
+          to = std::fill_n(to, (end - last) * Product::GROUP, 0);
         }
       }
     }
   return start;
 }
 
+// Whether images can be convolved as codes with this kernel: its numbers are codes, the sums fit into 32 bits, and the
+// products are enough to pay for the conversion of the images.
+static bool takes_codes(const Plan& plan, const float* kernel) {
+  const int64_t terms = plan.kernel_taps * plan.in_channels, numbers = terms * plan.out_channels;
+  const int64_t products_of_number = plan.kernel_taps * plan.out_channels / (plan.in_stride * plan.in_stride);
+  if (plan.in_channels % Codes::GROUP != 0 || terms > INT32_MAX / (255 * 128) || products_of_number < 64) return false;
+  if (LANES == 16 && !__builtin_cpu_supports("avx512vnni")) return false;
+  return std::all_of(kernel, kernel + numbers, [](float weight) {
+    return weight >= -128.0f && weight <= 127.0f && weight == static_cast<float>(static_cast<int32_t>(weight));
+  });
+}
+
+// Numbers as codes. False if one is none: what follows is then unfinished.
+static bool encode(const float* from, int64_t count, Codes::Number* to) {
+  typedef Codes::Number Numbers __attribute__((vector_size(LANES * sizeof(Codes::Number))));
+  Ints others = {};
+  const auto codes_of = [&](Floats numbers) {
+    const Ints codes = __builtin_convertvector(numbers, Ints);  // the least one for NaN and what is out of range
+    others |= (codes & ~255) | (__builtin_convertvector(codes, Floats) != numbers);
+    return __builtin_convertvector(codes, Numbers);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, codes_of(load<Floats>(from + i)));
+  Floats last = {};
+  memcpy(&last, from + i, 4 * (count - i));
+  const Numbers codes = codes_of(last);
+  memcpy(to + i, &codes, sizeof(Codes::Number) * (count - i));
+  int32_t any = 0;
+  for (int lane = 0; lane < LANES; lane++) any |= others[lane];
+  return any == 0;
+}
+
+// The image as codes between its zeros; nullptr if a number of it is no code.
+static const Codes::Number* coded(const Plan& plan, const float* image) {
+  const int64_t c = plan.in_channels, width = plan.in_size[1] * c, row = plan.padded[1] * c;
+  auto* const start = scratch<Codes::Number>(IMAGE, plan.padded[0] * row);
+  memset(start, 0, plan.padded[0] * row * sizeof(Codes::Number));
+  for (int64_t i = 0; i < plan.in_size[0]; i++)
+    if (!encode(image + i * width, width, start + (plan.low[0] + i) * row + plan.low[1] * c)) return nullptr;
+  return start;
+}
+
 // One phase of an image, V registers of channels.
-template <int V>
-static void conv_columns(const Plan& plan, const Phase& phase, const float* in, const float* kernel, float* out,
-                         int64_t channels) {
-  static constexpr auto tiles = conv_tiles<V>(Sizes<V>{});
+template <class Product, int V>
+static void conv_columns(const Plan& plan, const Phase& phase, const typename Product::Number* in,
+                         const typename Product::Weight* kernel, float* out, int64_t channels) {
+  static constexpr auto tiles = conv_tiles<Product, V>(Sizes<V>{});
   const int64_t in_step = plan.in_stride * plan.in_channels, out_step = plan.out_stride * plan.out_channels;
   for (int64_t i = 0; i < phase.count[0]; i++) {
-    const float* row = in + plan.in_stride * i * plan.padded[1] * plan.in_channels;
+    const auto* row = in + plan.in_stride * i * plan.padded[1] * plan.in_channels;
     float* to = out + ((plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1]) * plan.out_channels;
     in_parts(phase.count[1], REGISTERS / V, [&](int64_t j, int64_t count) {
       tiles[count - 1](phase, plan.in_channels, row + j * in_step, in_step, kernel, to + j * out_step, out_step,
@@ -129,19 +211,30 @@ static void conv_columns(const Plan& plan, const Phase& phase, const float* in, 
   }
 }
 
-// The convolution or its adjoint, as the plan says.
+template <class Product>
+static void conv_image(const Plan& plan, const typename Product::Number* in, const typename Product::Weight* kernel,
+                       float* out) {
+  for (const Phase& phase : plan.phases)
+    for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
+      const int64_t width = block_width(plan, first);
+      (width > LANES ? conv_columns<Product, 2> : conv_columns<Product, 1>)(plan, phase, in, kernel, out + first,
+                                                                            plan.out_channels - first);
+      kernel += phase.taps.size() * plan.in_channels * width;
+    }
+}
+
+// The convolution or its adjoint, as the plan says. An image of codes is convolved as such where the kernel allows it:
+// as long as sums are below 2^24, floats hold them exactly, and the result is the same in every bit.
 static void conv(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
-  const float* const weights = packed(plan, kernel);
+  const auto* weights = packed<Reals>(plan, KERNEL, kernel);
+  const auto* codes = takes_codes(plan, kernel) ? packed<Codes>(plan, KERNEL_CODES, kernel) : nullptr;
   in_parallel(pool, images, [&](int64_t image) {
-    const float *in = x + image * plan.in_numbers(), *block = weights;
-    if (!plan.is_direct()) in = padded(plan, in);
-    for (const Phase& phase : plan.phases)
-      for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
-        float* out = y + image * plan.out_numbers() + first;
-        const int64_t width = block_width(plan, first);
-        (width > LANES ? conv_columns<2> : conv_columns<1>)(plan, phase, in, block, out, plan.out_channels - first);
-        block += phase.taps.size() * plan.in_channels * width;
-      }
+    const float* in = x + image * plan.in_numbers();
+    float* out = y + image * plan.out_numbers();
+    if (const auto* in_codes = codes ? coded(plan, in) : nullptr)
+      conv_image<Codes>(plan, in_codes, codes, out);
+    else
+      conv_image<Reals>(plan, plan.is_direct() ? in : padded(plan, in), weights, out);
   });
 }
 
@@ -168,7 +261,7 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
   const int64_t channels = rounded_up(plan.out_channels, LANES), pixels = plan.out_size[0] * plan.out_size[1];
   const int64_t groups = std::min(images, std::max<int64_t>(4, std::min<int64_t>(16, (1 << 20) / (inputs * channels))));
   const int64_t most_rows = std::max<int64_t>(1, 128 / plan.out_size[1]);
-  float* sums = scratch<float>(0, groups * inputs * channels);
+  float* sums = scratch<float>(KERNEL, groups * inputs * channels);
   in_parallel(pool, groups, [&](int64_t group) {
     float* sum = sums + group * inputs * channels;
     std::fill_n(sum, inputs * channels, 0.0f);
@@ -242,7 +335,7 @@ static void depthwise_gradient_row(const Plan& plan, int64_t i, const float* x, 
 static void depthwise_gradient(const Plan& plan, const float* x, const float* y, float* kernel, int64_t images,
                                Pool& pool) {
   const int64_t size = plan.phases[0].taps.size() * plan.in_channels, groups = std::min<int64_t>(images, 16);
-  float* sums = scratch<float>(0, groups * size);
+  float* sums = scratch<float>(KERNEL, groups * size);
   in_parallel(pool, groups, [&](int64_t group) {
     float* sum = sums + group * size;
     std::fill_n(sum, size, 0.0f);

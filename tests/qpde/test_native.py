@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -136,6 +138,88 @@ def test_what_runs_in_place_of_a_kernel_is_the_same_sums(case):
     programs = (operators._full_conv, operators._full_adjoint, operators._full_kernel_gradient)
     assert_textbook_sums(case, *(jax.jit(program, static_argnums=0) for program in programs))
     assert_depthwise_textbook_sum(case, jax.jit(operators._depthwise_kernel_gradient, static_argnums=0))
+
+
+def codes(case, *, images=3):
+    """As `operands`, of whole numbers: 0 to 15 in x and y, -8 to 7 in the kernel."""
+    form, *arrays = operands(case, images=images)
+    rng = np.random.default_rng(1)
+    ranges = (0, 15), (-8, 7), (0, 15)
+    return form, *(
+        rng.integers(*ends, a.shape, endpoint=True).astype(np.float32) for a, ends in zip(arrays, ranges, strict=True)
+    )
+
+
+def exact(form, x, kernel):
+    """The convolution's sums of whole numbers, rounded to float32 at the end."""
+    _, met = meetings(form, x)
+    sums = sum(met[t].astype(np.int64) @ kernel[t].astype(np.int64) for t in met)
+    return sums.astype(np.float32)
+
+
+@st.composite
+def cases(draw):
+    """Convolutions that integers take, and some that they leave to floats."""
+    size, taps = draw(st.tuples(*[st.integers(9, 20)] * 2)), draw(st.sampled_from([(1, 1), (3, 3), (5, 3)]))
+    c_in, c_out = draw(st.integers(1, 80)), draw(st.integers(1, 80))
+    stride, dilation, padding = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from([None, 0, 2]))
+    return Case(size, (draw(st.sampled_from([c_in, 4 * c_in])), c_out), taps, stride, padding, dilation)
+
+
+@built
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases())
+@pytest.mark.usefixtures("registers")
+def test_codes_are_convolved_exactly(case):
+    form, x, kernel, y = codes(case)
+    out, back = operators._conv(form, x, kernel), operators._conv_adjoint(form, y, kernel)
+    np.testing.assert_array_equal(out, exact(form, x, kernel))
+    np.testing.assert_array_equal(out, jax.jit(operators._full_conv, static_argnums=0)(form, x, kernel))
+    np.testing.assert_array_equal(back, jax.jit(operators._full_adjoint, static_argnums=0)(form, y, kernel))
+
+
+@built
+@pytest.mark.parametrize("case", [Case((9, 9), (64, 40)), Case((5, 6), (16, 70), (1, 1))], ids=str)
+@pytest.mark.parametrize("other", [0.5, -1.0, 256.0, 65536.0, 1e10, np.inf, np.nan], ids=str)
+@pytest.mark.usefixtures("registers")
+def test_an_image_of_other_numbers_among_images_of_codes(case, other):
+    form, x, kernel, _ = codes(case)
+    expected = exact(form, x, kernel)
+    x[1, -1, -1, -1] = other
+    out = operators._conv(form, x, kernel)
+    np.testing.assert_array_equal(out[::2], expected[::2])
+    np.testing.assert_allclose(out[1], jax.jit(operators._full_conv, static_argnums=0)(form, x, kernel)[1], rtol=1e-6)
+
+
+@built
+@pytest.mark.parametrize("other", [0.5, -128.5, -129.0, 128.0, 1e10], ids=str)
+@pytest.mark.usefixtures("registers")
+def test_a_kernel_with_one_number_that_is_no_code(other):
+    form, x, kernel, _ = codes(Case())
+    kernel[-1, -1, -1, -1] = other
+    close(operators._conv(form, x, kernel), jax.jit(operators._full_conv, static_argnums=0)(form, x, kernel))
+
+
+@built
+@pytest.mark.usefixtures("registers")
+def test_codes_at_the_ends_of_their_ranges():
+    form, x, kernel, _ = codes(Case())
+    for weight in (-128.0, 127.0):
+        out = operators._conv(form, np.full_like(x, 255.0), np.full_like(kernel, weight))
+        np.testing.assert_array_equal(out, exact(form, np.full_like(x, 255), np.full_like(kernel, weight)))
+    zeros = operators._conv(form, np.full_like(x, -0.0), kernel)
+    np.testing.assert_array_equal(np.signbit(zeros), False)
+
+
+@built
+def test_sums_of_codes_above_what_floats_hold_are_rounded_once():
+    form, x, kernel, _ = codes(Case(channels=(256, 16)))
+    x, kernel = x + 240, kernel + 120
+    before = LIBRARY.qpde_instructions(256)  # AVX-512 has no integers before VNNI
+    try:
+        np.testing.assert_array_equal(operators._conv(form, x, kernel), exact(form, x, kernel))
+    finally:
+        LIBRARY.qpde_instructions(before)
 
 
 @built
