@@ -306,5 +306,7 @@ extern "C" int qpde_instructions(int most) {
 HANDLER(qpde_conv, CONV, conv);
 HANDLER(qpde_conv_adjoint, ADJOINT, conv);
 HANDLER(qpde_kernel_gradient, GRADIENT, kernel_gradient);
+HANDLER(qpde_depthwise, CONV, depthwise);
+HANDLER(qpde_depthwise_adjoint, ADJOINT, depthwise);
 HANDLER(qpde_depthwise_kernel_gradient, GRADIENT, depthwise_gradient);
 #endif

@@ -284,68 +284,157 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
              sums + (tap * plan.in_channels + c) * channels, 4 * plan.out_channels);
 }
 
+// The taps that meet pixels of the image, for a row of outputs or one of them, and the outputs from `first` to `end` at
+// which all of them do.
+struct Meeting {
+  int64_t taps = 0, first = 0, end = 0;
+  std::array<int64_t, MOST_TAPS> offsets, columns, weights;  // places in the image and in the kernel, in numbers
+
+  void add(int64_t offset, int64_t column, int64_t weight) {
+    offsets[taps] = offset, columns[taps] = column, weights[taps++] = weight;
+  }
+};
+
+static Meeting meeting_of_row(const Plan& plan, const Phase& phase, int64_t i) {
+  const int64_t channels = plan.in_channels, row = plan.in_size[1] * channels;
+  Meeting met;
+  met.end = phase.count[1];
+  for (const Tap& tap : phase.taps)
+    if (const int64_t place = plan.in_stride * i + tap.row; plan.is_inside(0, place)) {
+      met.add((place - plan.low[0]) * row + (tap.column - plan.low[1]) * channels, tap.column, tap.index * channels);
+      while (met.first < met.end && !plan.is_inside(1, plan.in_stride * met.first + tap.column)) met.first++;
+      while (met.end > met.first && !plan.is_inside(1, plan.in_stride * (met.end - 1) + tap.column)) met.end--;
+    }
+  return met;
+}
+
+// f(j, met) for every output of a row at which some taps meet no pixel, with the others.
+template <class F> static inline void at_edges(const Plan& plan, const Meeting& row, int64_t count, F f) {
+  for (int64_t j = 0; j < count; j++)
+    if (j < row.first || j >= row.end) {
+      Meeting met;
+      for (int64_t t = 0; t < row.taps; t++)
+        if (plan.is_inside(1, plan.in_stride * j + row.columns[t]))
+          met.add(row.offsets[t], row.columns[t], row.weights[t]);
+      f(j, met);
+    }
+}
+
+// f(first, T) for groups of T taps: as many as stay in registers.
+template <class F> static inline __attribute__((always_inline)) void by_taps(const Meeting& met, F f) {
+  int64_t t = 0;
+  for (; t + 9 <= met.taps; t += 9) f(t, std::integral_constant<int, 9>());
+  for (; t + 3 <= met.taps; t += 3) f(t, std::integral_constant<int, 3>());
+  for (; t < met.taps; t++) f(t, std::integral_constant<int, 1>());
+}
+
+// f(c, T()) for all channels, T being the type of a register of channels or of one.
+template <class F> static inline __attribute__((always_inline)) void by_registers(int64_t channels, F f) {
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) f(c, Floats());
+  for (; c < channels; c++) f(c, 0.0f);
+}
+
+// P pixels of a row, V times the channels that `Values` holds.
+template <class Values, int P, int V>
+static inline __attribute__((always_inline)) void depthwise_tile(const Meeting& met, const float* in, int64_t in_step,
+                                                                 const float* kernel, float* out, int64_t out_step) {
+  constexpr int64_t NUMBERS = sizeof(Values) / sizeof(float);
+  Values sum[P][V] = {};
+  for (int64_t t = 0; t < met.taps; t++) {
+    const float *from = in + met.offsets[t], *weights = kernel + met.weights[t];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+      const Values weight = load<Values>(weights + v * NUMBERS);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) sum[p][v] += load<Values>(from + p * in_step + v * NUMBERS) * weight;
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) store(out + p * out_step + v * NUMBERS, sum[p][v]);
+}
+
+template <int P>
+static void depthwise_pixels(const Meeting& met, int64_t channels, const float* in, int64_t in_step,
+                             const float* kernel, float* out, int64_t out_step) {
+  int64_t c = 0;
+  for (; c + 2 * LANES <= channels; c += 2 * LANES)
+    depthwise_tile<Floats, P, 2>(met, in + c, in_step, kernel + c, out + c, out_step);
+  for (; c + LANES <= channels; c += LANES)
+    depthwise_tile<Floats, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
+  for (; c < channels; c++) depthwise_tile<float, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
+}
+
+template <int... P> static constexpr auto depthwise_tiles(std::integer_sequence<int, P...>) {
+  return std::array<decltype(&depthwise_pixels<1>), sizeof...(P)>{&depthwise_pixels<P + 1>...};
+}
+
+// The depthwise convolution or its adjoint, as the plan says.
+static void depthwise(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
+  static constexpr auto tiles = depthwise_tiles(Sizes<2>{});
+  const int64_t channels = plan.in_channels, in_step = plan.in_stride * channels;
+  const int64_t out_step = plan.out_stride * channels;
+  in_parallel(pool, images, [&](int64_t image) {
+    const float* in = x + image * plan.in_numbers();
+    for (const Phase& phase : plan.phases)
+      for (int64_t i = 0; i < phase.count[0]; i++) {
+        const int64_t row = (plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1];
+        float* out = y + image * plan.out_numbers() + row * channels;
+        const auto pixels = [&](const Meeting& met, int64_t j, int64_t count) {
+          tiles[count - 1](met, channels, in + j * in_step, in_step, kernel, out + j * out_step, out_step);
+        };
+        const Meeting met = meeting_of_row(plan, phase, i);
+        at_edges(plan, met, phase.count[1], [&](int64_t j, const Meeting& taps) { pixels(taps, j, 1); });
+        in_parts(met.end - met.first, tiles.size(),
+                 [&](int64_t j, int64_t count) { pixels(met, met.first + j, count); });
+      }
+  });
+}
+
 // sum[t] += x at tap t times y, over `count` pixels of a row.
 template <class Values, int T>
 static inline __attribute__((always_inline)) void depthwise_sums(const int64_t* offsets, const float* x, int64_t x_step,
                                                                  const float* y, int64_t channels, int64_t count,
-                                                                 float* const* sums) {
+                                                                 const int64_t* places, float* kernel) {
   Values sum[T];
 #pragma GCC unroll 9
-  for (int t = 0; t < T; t++) sum[t] = load<Values>(sums[t]);
+  for (int t = 0; t < T; t++) sum[t] = load<Values>(kernel + places[t]);
   for (int64_t j = 0; j < count; j++) {
     const Values factor = load<Values>(y + j * channels);
 #pragma GCC unroll 9
     for (int t = 0; t < T; t++) sum[t] += load<Values>(x + offsets[t] + j * x_step) * factor;
   }
 #pragma GCC unroll 9
-  for (int t = 0; t < T; t++) store(sums[t], sum[t]);
-}
-
-template <class Values>
-static void depthwise_gradient_row(const Plan& plan, int64_t i, const float* x, const float* y, float* kernel) {
-  const Phase& phase = plan.phases[0];
-  const int64_t channels = plan.in_channels, row = plan.in_size[1] * channels, x_step = plan.in_stride * channels;
-  const float* in = x + (plan.in_stride * i - plan.low[0]) * row - plan.low[1] * channels;
-  const float* out = y + i * plan.out_size[1] * channels;
-  int64_t offsets[MOST_TAPS], columns[MOST_TAPS], rows = 0, first = 0, end = phase.count[1];
-  float* sums[MOST_TAPS];
-  for (const Tap& tap : phase.taps)
-    if (plan.is_inside(0, plan.in_stride * i + tap.row)) {
-      offsets[rows] = tap.row * row + tap.column * channels;
-      columns[rows] = tap.column;
-      sums[rows++] = kernel + tap.index * channels;
-      while (first < end && !plan.is_inside(1, plan.in_stride * first + tap.column)) first++;
-      while (end > first && !plan.is_inside(1, plan.in_stride * (end - 1) + tap.column)) end--;
-    }
-  for (int64_t j = 0; j < phase.count[1]; j++)  // the edges
-    if (j < first || j >= end)
-      for (int64_t t = 0; t < rows; t++)
-        if (plan.is_inside(1, plan.in_stride * j + columns[t]))
-          depthwise_sums<Values, 1>(offsets + t, in + j * x_step, x_step, out + j * channels, channels, 1, sums + t);
-  const float *from = in + first * x_step, *factors = out + first * channels;
-  int64_t t = 0;
-  for (; t + 9 <= rows; t += 9)
-    depthwise_sums<Values, 9>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
-  for (; t + 3 <= rows; t += 3)
-    depthwise_sums<Values, 3>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
-  for (; t < rows; t++)
-    depthwise_sums<Values, 1>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
+  for (int t = 0; t < T; t++) store(kernel + places[t], sum[t]);
 }
 
 static void depthwise_gradient(const Plan& plan, const float* x, const float* y, float* kernel, int64_t images,
                                Pool& pool) {
-  const int64_t size = plan.phases[0].taps.size() * plan.in_channels, groups = std::min<int64_t>(images, 16);
+  const Phase& phase = plan.phases[0];
+  const int64_t channels = plan.in_channels, x_step = plan.in_stride * channels;
+  const int64_t size = phase.taps.size() * channels, groups = std::min<int64_t>(images, 16);
   float* sums = scratch<float>(KERNEL, groups * size);
   in_parallel(pool, groups, [&](int64_t group) {
     float* sum = sums + group * size;
     std::fill_n(sum, size, 0.0f);
     for (int64_t image = images * group / groups; image < images * (group + 1) / groups; image++) {
       const float *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
-      for (int64_t i = 0; i < plan.out_size[0]; i++) {
-        int64_t c = 0;
-        for (; c + LANES <= plan.in_channels; c += LANES)
-          depthwise_gradient_row<Floats>(plan, i, in + c, out + c, sum + c);
-        for (; c < plan.in_channels; c++) depthwise_gradient_row<float>(plan, i, in + c, out + c, sum + c);
+      for (int64_t i = 0; i < phase.count[0]; i++) {
+        const Meeting met = meeting_of_row(plan, phase, i);
+        const auto pixels = [&](const Meeting& taps, int64_t j, int64_t count) {
+          const float* from = in + j * x_step;
+          const float* factors = out + (i * phase.count[1] + j) * channels;
+          by_registers(channels, [&](int64_t c, auto values) {
+            by_taps(taps, [&](int64_t t, auto group) {
+              depthwise_sums<decltype(values), group>(&taps.offsets[t], from + c, x_step, factors + c, channels, count,
+                                                      &taps.weights[t], sum + c);
+            });
+          });
+        };
+        at_edges(plan, met, phase.count[1], [&](int64_t j, const Meeting& taps) { pixels(taps, j, 1); });
+        pixels(met, met.first, met.end - met.first);
       }
     }
   });

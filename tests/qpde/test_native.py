@@ -112,10 +112,18 @@ def assert_textbook_sums(case, conv, adjoint, kernel_gradient):
     close(kernel_gradient(form, x, y), products.reshape(kernel.shape))
 
 
-def assert_depthwise_textbook_sum(case, kernel_gradient):
-    """Of the kernel gradient of a depthwise convolution."""
+def assert_depthwise_textbook_sums(case, conv, adjoint, kernel_gradient):
+    """Of the three maps (form, a, b) -> c of a depthwise convolution."""
     form, x, kernel, y = operands(case, depthwise=True)
     _, met = meetings(form, x)
+    close(conv(form, x, kernel), sum(met[t] * np.asarray(kernel[t]) for t in met))
+
+    back, to = meetings(form, np.zeros_like(x))
+    for t in to:
+        to[t][...] += np.asarray(y) * np.asarray(kernel[t])
+    (p, q), (h, w) = form.padding, form.size
+    close(adjoint(form, y, kernel), back[:, p : p + h, q : q + w])
+
     close(kernel_gradient(form, x, y), np.stack([(met[t] * y).sum((0, 1, 2)) for t in met]).reshape(kernel.shape))
 
 
@@ -130,14 +138,16 @@ def gradient_of(conv, form, x, y):
 @pytest.mark.usefixtures("registers")
 def test_kernels_are_the_textbook_sums(case):
     assert_textbook_sums(case, operators._conv, operators._conv_adjoint, partial(gradient_of, operators._conv))
-    assert_depthwise_textbook_sum(case, partial(gradient_of, operators._depthwise))
+    depthwise = operators._depthwise, operators._depthwise_adjoint
+    assert_depthwise_textbook_sums(case, *depthwise, partial(gradient_of, operators._depthwise))
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_what_runs_in_place_of_a_kernel_is_the_same_sums(case):
     programs = (operators._full_conv, operators._full_adjoint, operators._full_kernel_gradient)
     assert_textbook_sums(case, *(jax.jit(program, static_argnums=0) for program in programs))
-    assert_depthwise_textbook_sum(case, jax.jit(operators._depthwise_kernel_gradient, static_argnums=0))
+    programs = (operators._depthwise_conv, operators._depthwise_transpose, operators._depthwise_kernel_gradient)
+    assert_depthwise_textbook_sums(case, *(jax.jit(program, static_argnums=0) for program in programs))
 
 
 def codes(case, *, images=3):
