@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,7 @@ def openvino_runtime(folded: Folded, scratch: Path, **options_of_graph: Any) -> 
       scratch: A folder for the file that it reads.
       **options_of_graph: Options of `qpde.deploy.onnx_model`.
     """
-    # OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
-    os.environ.setdefault("CI", "true")
-    openvino = deploy.require("openvino")
-    core = openvino.Core()
+    core = _openvino_core()
 
     def compiled(codes):
         path = scratch / "openvino.onnx"
@@ -196,6 +193,19 @@ def openvino_runtime(folded: Folded, scratch: Path, **options_of_graph: Any) -> 
         return {name: np.moveaxis(value, 1, 3) for name, value in values.items()}
 
     return Runtime(lambda images: plain({"images": images})[0], codes)
+
+
+@cache
+def _openvino_core() -> Any:
+    """OpenVINO itself, one for the life of the process.
+
+    Each one gives the thread a stack of its own to handle signals on, and puts back what it found when it goes. Of two
+    that go in the order in which they came, the second puts back the stack of the first, whose memory is gone: the next
+    signal then kills the process without a word.
+    """
+    # OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
+    os.environ.setdefault("CI", "true")
+    return deploy.require("openvino").Core()
 
 
 def _stablehlo(folded, size) -> Runtime:

@@ -1,6 +1,7 @@
 """The ONNX file gives the codes of the NumPy integers, in every runtime."""
 
 import builtins
+from functools import cache
 
 import numpy as np
 import onnx
@@ -22,10 +23,15 @@ def run_onnxruntime(model, images, *, optimized=True):
     return dict(zip(names, session.run(None, {"images": images}), strict=True))
 
 
+@cache
+def openvino_core():
+    """One for all tests: of several, one may leave the main thread a stack for signals that is gone."""
+    return openvino.Core()
+
+
 def run_openvino(model, images, folder):
-    path = folder / "network.onnx"
+    path, core = folder / "network.onnx", openvino_core()
     path.write_bytes(model.SerializeToString())
-    core = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", deploy.OPENVINO_OPTIONS)
     results = compiled({"images": images})
     known = {output.name for output in model.graph.output}

@@ -1,16 +1,21 @@
 """`export` writes the files of a finished run and measures them on its test images, in the real runtimes."""
 
 import csv
+import ctypes
 import json
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+import qpde
 from qpde import deploy
 from qpde.models import Architecture, registry
 from qpde.models.images.blocks import BasicBlock
 from train.commands.cli import main
 from train.trained.deployed import latencies
+from train.trained.runtimes import openvino_runtime
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -92,6 +97,24 @@ def test_every_runtime_is_measured_and_the_table_is_written(run, capsys):
         assert f"| {row} |" in text
         assert row in printed
     assert f"network.safetensors: {found['bytes']['network.safetensors']:,} bytes" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenVINO leaves the stack alone")
+def test_signals_are_handled_on_memory_that_is_there_when_openvino_has_gone(run, tmp_path):
+    """A handler in Python would crash without a word on the stack of an OpenVINO that is no more."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    network = qpde.load(run / "plain")
+    folded = deploy.fold(network.model, network.variables)
+    programs = [openvino_runtime(folded, tmp_path) for _ in range(2)]
+    while programs:
+        programs.pop(0)
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert any(int(first, 16) <= stack.start < int(end, 16) for first, end in mapped)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 import qpde
+from qpde.models import Architecture, registry
+from qpde.models.images.blocks import StableBlock
 from qpde.pictures import read_picture
 from train.commands.cli import main
 
@@ -20,7 +22,7 @@ recipes = {{
         name="scenes",
         variants=(Variant("symmetric", {{"symmetric": True, "smoothing": Smoothing()}}),),
         data=SegmentationData("folder/{root}", smallest_scale=1.0, largest_scale=1.2, crop=(32, 32)),
-        model=SegmentationModel("deeplabv3plus", encoder="stablenet20", decoder_width=8, weight_bits=4, act_bits=4),
+        model=SegmentationModel("deeplabv3plus", encoder="tiny", decoder_width=8, weight_bits=4, act_bits=4),
         loss=SegmentationLoss(dice=0.5),
         optimizer=Optimizer("adam", learning_rate=0.01, schedule="constant"),
         epochs=2,
@@ -57,7 +59,16 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(scenes, tmp_path_factory, compiled_once):
+def tiny():
+    """An encoder of three stages, each of one stable block but the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        stages = ((8, 8, 1, 1, 1), (8, 8, 1, 2, 1), (8, 8, 2, 2, 1))
+        patch.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", StableBlock, stages))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tiny, scenes, tmp_path_factory, compiled_once):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "scenes.py").write_text(RECIPE.format(root=scenes))
