@@ -7,6 +7,7 @@
 // meet different taps, so no zero is multiplied. A `Plan` lists the phases and their taps.
 //
 // Sums are added in an order that the shapes alone decide, whatever threads there are: results repeat bit for bit.
+// Where an image and a kernel are of codes, small whole numbers, `conv` multiplies integers.
 
 #include <algorithm>
 #include <array>
@@ -18,6 +19,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 

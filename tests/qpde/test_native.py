@@ -186,7 +186,7 @@ def cases(draw):
 
 
 @built
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases())
 @pytest.mark.usefixtures("registers")
 def test_codes_are_convolved_exactly(case):
