@@ -457,8 +457,8 @@ _conv, _conv_adjoint = _trilinear(
     native.faster("kernel_gradient", _full_kernel_gradient, lambda form, x, y: (*form.taps, x.shape[3], y.shape[3])),
 )
 _depthwise, _depthwise_adjoint = _trilinear(
-    _depthwise_conv,
-    _depthwise_transpose,
+    native.faster("depthwise", _depthwise_conv, lambda form, x, k: (x.shape[0], *form.size_out, k.shape[3])),
+    native.faster("depthwise_adjoint", _depthwise_transpose, lambda form, y, k: (y.shape[0], *form.size, k.shape[3])),
     native.faster(
         "depthwise_kernel_gradient", _depthwise_kernel_gradient, lambda form, x, y: (*form.taps, 1, y.shape[3])
     ),

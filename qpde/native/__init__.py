@@ -25,7 +25,14 @@ __all__ = ["describe", "faster"]
 SWITCH = "QPDE_NATIVE"
 """Environment variable: the bits of the registers that kernels may use, 512 or 256; 0 leaves the kernels out."""
 
-KERNELS = ("conv", "conv_adjoint", "kernel_gradient", "depthwise_kernel_gradient")
+KERNELS = (
+    "conv",
+    "conv_adjoint",
+    "kernel_gradient",
+    "depthwise",
+    "depthwise_adjoint",
+    "depthwise_kernel_gradient",
+)
 """Names of the kernels; with qpde_ before it each is a symbol of the library."""
 
 _MOST_TAPS = 49

@@ -7,6 +7,7 @@
 // meet different taps, so no zero is multiplied. A `Plan` lists the phases and their taps.
 //
 // Sums are added in an order that the shapes alone decide, whatever threads there are: results repeat bit for bit.
+// Where an image and a kernel are of codes, small whole numbers, `conv` multiplies integers.
 
 #include <algorithm>
 #include <array>
@@ -18,8 +19,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -30,14 +36,16 @@ namespace {
 
 int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+enum Place { KERNEL, KERNEL_CODES, IMAGE, WIDENED, PLACES };
+
 // What one thread keeps from call to call: fresh pages of memory would cost as much as the sums.
-template <class T> T* scratch(int place, int64_t count) {
+template <class T> T* scratch(Place place, int64_t count) {
   struct Memory {
     void* data = nullptr;
     size_t size = 0;
     ~Memory() { std::free(data); }
   };
-  thread_local Memory memories[3];
+  thread_local Memory memories[PLACES];
   Memory& memory = memories[place];
   const size_t needed = rounded_up(count * sizeof(T), 64);
   if (memory.size < needed) {
@@ -94,7 +102,7 @@ struct Phase {
 
 struct Plan {
   std::array<int64_t, 2> in_size, out_size, low, padded;
-  int64_t in_channels, out_channels, in_stride, out_stride;
+  int64_t in_channels, out_channels, in_stride, out_stride, kernel_taps;
   int64_t kernel_in, kernel_out;  // steps of the two in the kernel
   std::vector<Phase> phases;
 
@@ -156,6 +164,7 @@ Plan plan_of(const Geometry& g, bool is_adjoint) {
   plan.out_channels = is_adjoint ? g.c_in : g.c_out;
   plan.in_stride = is_adjoint ? 1 : g.stride;
   plan.out_stride = is_adjoint ? g.stride : 1;
+  plan.kernel_taps = g.taps[0] * g.taps[1];
   plan.kernel_in = is_adjoint ? 1 : g.c_out;
   plan.kernel_out = is_adjoint ? g.c_out : 1;
   for (size_t i = 0; i < axes[0].places.size(); i++)
@@ -192,7 +201,7 @@ Plan plan_of(const Geometry& g, bool is_adjoint) {
 // The image between its zeros.
 const float* padded(const Plan& plan, const float* image) {
   const int64_t c = plan.in_channels, width = plan.in_size[1] * c, row = plan.padded[1] * c;
-  float* const start = scratch<float>(1, plan.padded[0] * row);
+  float* const start = scratch<float>(IMAGE, plan.padded[0] * row);
   for (int64_t i = 0; i < plan.padded[0]; i++) {
     float *to = start + i * row, *inside = to + plan.low[1] * c;
     if (!plan.is_inside(0, i)) {
@@ -208,7 +217,7 @@ const float* padded(const Plan& plan, const float* image) {
 
 // Pixels with zeros behind their channels.
 const float* widened(const float* from, int64_t pixels, int64_t channels, int64_t width) {
-  float* to = scratch<float>(2, pixels * width);
+  float* to = scratch<float>(WIDENED, pixels * width);
   for (int64_t i = 0; i < pixels; i++) {
     memcpy(to + i * width, from + i * channels, 4 * channels);
     std::fill(to + i * width + channels, to + (i + 1) * width, 0.0f);
@@ -219,7 +228,7 @@ const float* widened(const float* from, int64_t pixels, int64_t channels, int64_
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // Clang spells the pragmas otherwise
 #define NATIVE 1
 #pragma GCC push_options
-#pragma GCC target("avx512f,fma")
+#pragma GCC target("avx512f,avx512vnni,fma")
 namespace avx512 {
 #define LANES 16
 #include "loops.h"
@@ -281,7 +290,7 @@ extern "C" int qpde_instructions(int most) {
 }
 
 #if defined(NATIVE)
-#define KERNEL(name, map, loop)                                                                                      \
+#define HANDLER(name, map, loop)                                                                                      \
   static ffi::Error name##_call(Pool pool, Array a, Array b, ffi::Result<Array> c, Numbers padding, int64_t stride,  \
                                 int64_t dilation) {                                                                  \
     return run<map>(avx512::loop, avx2::loop, pool, a, b, c, padding, stride, dilation);                             \
@@ -296,8 +305,10 @@ extern "C" int qpde_instructions(int most) {
                                     .Attr<int64_t>("stride")                                                         \
                                     .Attr<int64_t>("dilation"))
 
-KERNEL(qpde_conv, CONV, conv);
-KERNEL(qpde_conv_adjoint, ADJOINT, conv);
-KERNEL(qpde_kernel_gradient, GRADIENT, kernel_gradient);
-KERNEL(qpde_depthwise_kernel_gradient, GRADIENT, depthwise_gradient);
+HANDLER(qpde_conv, CONV, conv);
+HANDLER(qpde_conv_adjoint, ADJOINT, conv);
+HANDLER(qpde_kernel_gradient, GRADIENT, kernel_gradient);
+HANDLER(qpde_depthwise, CONV, depthwise);
+HANDLER(qpde_depthwise_adjoint, ADJOINT, depthwise);
+HANDLER(qpde_depthwise_kernel_gradient, GRADIENT, depthwise_gradient);
 #endif

@@ -4,6 +4,7 @@
 // All of them are one small product of matrices, `multiply_add`, whose sums stay in registers.
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 template <class Vector> static inline Vector load(const void* from) {
   Vector v;
@@ -15,42 +16,77 @@ template <class Vector> static inline void store(void* to, Vector v) { memcpy(to
 
 constexpr int REGISTERS = LANES;  // sums that a tile holds: half of the registers
 
-// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...]
-template <int P, int V>
-static inline __attribute__((always_inline)) void multiply_add(Floats (&sum)[P][V],
-                                                               const float* a, int64_t a_step,
-                                                               int64_t a_next, const float* b,
+// A product takes four bytes of an image at a time, GROUP numbers, and as many weights in each lane.
+struct Reals {
+  using Number = float;
+  using Weight = float;
+  using Sums = Floats;
+  static constexpr int GROUP = 1;
+  static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) { return sum + *a * b; }
+};
+
+// Whole numbers from 0 to 255 times whole numbers from -128 to 127, exactly. AVX2 has a product of bytes too, but its
+// sums of two saturate at 16 bits, and it is no faster.
+struct Codes {
+#if LANES == 16
+  using Number = uint8_t;
+  using Weight = int8_t;
+#else
+  using Number = int16_t;
+  using Weight = int16_t;
+#endif
+  using Sums = Ints;
+  static constexpr int GROUP = 4 / sizeof(Number);
+  static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) {
+    int32_t group;
+    memcpy(&group, a, sizeof group);
+#if LANES == 16
+    return (Sums)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(group), (__m512i)b);
+#else
+    return sum + (Sums)_mm256_madd_epi16(_mm256_set1_epi32(group), (__m256i)b);
+#endif
+  }
+};
+
+// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...], in groups.
+template <class Product, int P, int V>
+static inline __attribute__((always_inline)) void multiply_add(typename Product::Sums (&sum)[P][V],
+                                                               const typename Product::Number* a, int64_t a_step,
+                                                               int64_t a_next, const typename Product::Weight* b,
                                                                int64_t b_next, int64_t count) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; k++, a += a_next, b += b_next) {
-    Floats columns[V];
+    typename Product::Sums columns[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) columns[v] = load<Floats>(b + v * LANES);
+    for (int v = 0; v < V; v++) columns[v] = load<typename Product::Sums>(b + v * LANES * Product::GROUP);
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[p][v] += a[p * a_step] * columns[v];
+      for (int v = 0; v < V; v++) sum[p][v] = Product::add(sum[p][v], a + p * a_step, columns[v]);
   }
 }
 
 // P pixels of a row, V registers of channels: the sums over the taps and the channels of the input.
-template <int P, int V>
-static void conv_tile(const Phase& phase, int64_t in_channels, const float* in, int64_t in_step, const float* kernel,
-                      float* out, int64_t out_step, int64_t channels) {
-  Floats sum[P][V] = {};
+template <class Product, int P, int V>
+static void conv_tile(const Phase& phase, int64_t in_channels, const typename Product::Number* in, int64_t in_step,
+                      const typename Product::Weight* kernel, float* out, int64_t out_step, int64_t channels) {
+  typename Product::Sums sum[P][V] = {};
   for (const Run& run : phase.runs) {
-    multiply_add<P, V>(sum, in + run.first * in_channels, in_step, 1, kernel, V * LANES, run.pixels * in_channels);
-    kernel += run.pixels * in_channels * V * LANES;
+    const int64_t count = run.pixels * in_channels;
+    multiply_add<Product, P, V>(sum, in + run.first * in_channels, in_step, Product::GROUP, kernel,
+                                V * LANES * Product::GROUP, count / Product::GROUP);
+    kernel += count * V * LANES;
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       const int64_t left = channels - v * LANES;
+      const Floats reals = __builtin_convertvector(sum[p][v], Floats);
       if (left >= LANES)
-        store(out + p * out_step + v * LANES, sum[p][v]);
+        store(out + p * out_step + v * LANES, reals);
       else if (left > 0)
-        memcpy(out + p * out_step + v * LANES, &sum[p][v], 4 * left);
+        memcpy(out + p * out_step + v * LANES, &reals, 4 * left);
     }
 }
 
@@ -64,7 +100,7 @@ static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[p][v] = load<Floats>(kernel + p * kernel_step + v * LANES);
   for (int64_t i = 0; i < rows; i++)
-    multiply_add<P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
+    multiply_add<Reals, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -72,8 +108,8 @@ static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x
 }
 
 // Tiles of 1 to REGISTERS / V pixels or inputs, by their number less one.
-template <int V, int... P> static constexpr auto conv_tiles(std::integer_sequence<int, P...>) {
-  return std::array<decltype(&conv_tile<1, V>), sizeof...(P)>{&conv_tile<P + 1, V>...};
+template <class Product, int V, int... P> static constexpr auto conv_tiles(std::integer_sequence<int, P...>) {
+  return std::array<decltype(&conv_tile<Product, 1, V>), sizeof...(P)>{&conv_tile<Product, P + 1, V>...};
 }
 
 template <int V, int... P> static constexpr auto gradient_tiles(std::integer_sequence<int, P...>) {
@@ -93,34 +129,80 @@ static inline int64_t block_width(const Plan& plan, int64_t first) {
   return plan.out_channels - first > LANES ? 2 * LANES : LANES;
 }
 
-// The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap.
-static const float* packed(const Plan& plan, const float* kernel) {
+// The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap, one group
+// of the input's channels after the other.
+template <class Product>
+static const typename Product::Weight* packed(const Plan& plan, Place place, const float* kernel) {
   int64_t taps = 0;
   for (const Phase& phase : plan.phases) taps += phase.taps.size();
-  float* const start = scratch<float>(0, taps * plan.in_channels * rounded_up(plan.out_channels, LANES));
-  float* to = start;
+  auto* const start =
+      scratch<typename Product::Weight>(place, taps * plan.in_channels * rounded_up(plan.out_channels, LANES));
+  auto* to = start;
   for (const Phase& phase : plan.phases)
     for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
       const int64_t end = first + block_width(plan, first), last = std::min(end, plan.out_channels);
       for (const Tap& tap : phase.taps) {
         const float* from = kernel + tap.index * plan.in_channels * plan.out_channels;
-        for (int64_t c = 0; c < plan.in_channels; c++) {
-          for (int64_t o = first; o < last; o++) *to++ = from[c * plan.kernel_in + o * plan.kernel_out];
-          for (int64_t o = last; o < end; o++) *to++ = 0.0f;
+        for (int64_t c = 0; c < plan.in_channels; c += Product::GROUP) {
+          for (int64_t o = first; o < last; o++)
+            for (int g = 0; g < Product::GROUP; g++) *to++ = from[(c + g) * plan.kernel_in + o * plan.kernel_out];
+          to = std::fill_n(to, (end - last) * Product::GROUP, 0);
         }
       }
     }
   return start;
 }
 
+// Whether images can be convolved as codes with this kernel: its numbers are codes, the sums fit into 32 bits, and the
+// products are enough to pay for the conversion of the images.
+static bool takes_codes(const Plan& plan, const float* kernel) {
+  const int64_t terms = plan.kernel_taps * plan.in_channels, numbers = terms * plan.out_channels;
+  const int64_t products_of_number = plan.kernel_taps * plan.out_channels / (plan.in_stride * plan.in_stride);
+  if (plan.in_channels % Codes::GROUP != 0 || terms > INT32_MAX / (255 * 128) || products_of_number < 64) return false;
+  if (LANES == 16 && !__builtin_cpu_supports("avx512vnni")) return false;
+  return std::all_of(kernel, kernel + numbers, [](float weight) {
+    return weight >= -128.0f && weight <= 127.0f && weight == static_cast<float>(static_cast<int32_t>(weight));
+  });
+}
+
+// Numbers as codes. False if one is none: what follows is then unfinished.
+static bool encode(const float* from, int64_t count, Codes::Number* to) {
+  typedef Codes::Number Numbers __attribute__((vector_size(LANES * sizeof(Codes::Number))));
+  Ints others = {};
+  const auto codes_of = [&](Floats numbers) {
+    const Ints codes = __builtin_convertvector(numbers, Ints);  // the least one for NaN and what is out of range
+    others |= (codes & ~255) | (__builtin_convertvector(codes, Floats) != numbers);
+    return __builtin_convertvector(codes, Numbers);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, codes_of(load<Floats>(from + i)));
+  Floats last = {};
+  memcpy(&last, from + i, 4 * (count - i));
+  const Numbers codes = codes_of(last);
+  memcpy(to + i, &codes, sizeof(Codes::Number) * (count - i));
+  int32_t any = 0;
+  for (int lane = 0; lane < LANES; lane++) any |= others[lane];
+  return any == 0;
+}
+
+// The image as codes between its zeros; nullptr if a number of it is no code.
+static const Codes::Number* coded(const Plan& plan, const float* image) {
+  const int64_t c = plan.in_channels, width = plan.in_size[1] * c, row = plan.padded[1] * c;
+  auto* const start = scratch<Codes::Number>(IMAGE, plan.padded[0] * row);
+  memset(start, 0, plan.padded[0] * row * sizeof(Codes::Number));
+  for (int64_t i = 0; i < plan.in_size[0]; i++)
+    if (!encode(image + i * width, width, start + (plan.low[0] + i) * row + plan.low[1] * c)) return nullptr;
+  return start;
+}
+
 // One phase of an image, V registers of channels.
-template <int V>
-static void conv_columns(const Plan& plan, const Phase& phase, const float* in, const float* kernel, float* out,
-                         int64_t channels) {
-  static constexpr auto tiles = conv_tiles<V>(Sizes<V>{});
+template <class Product, int V>
+static void conv_columns(const Plan& plan, const Phase& phase, const typename Product::Number* in,
+                         const typename Product::Weight* kernel, float* out, int64_t channels) {
+  static constexpr auto tiles = conv_tiles<Product, V>(Sizes<V>{});
   const int64_t in_step = plan.in_stride * plan.in_channels, out_step = plan.out_stride * plan.out_channels;
   for (int64_t i = 0; i < phase.count[0]; i++) {
-    const float* row = in + plan.in_stride * i * plan.padded[1] * plan.in_channels;
+    const auto* row = in + plan.in_stride * i * plan.padded[1] * plan.in_channels;
     float* to = out + ((plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1]) * plan.out_channels;
     in_parts(phase.count[1], REGISTERS / V, [&](int64_t j, int64_t count) {
       tiles[count - 1](phase, plan.in_channels, row + j * in_step, in_step, kernel, to + j * out_step, out_step,
@@ -129,19 +211,30 @@ static void conv_columns(const Plan& plan, const Phase& phase, const float* in, 
   }
 }
 
-// The convolution or its adjoint, as the plan says.
+template <class Product>
+static void conv_image(const Plan& plan, const typename Product::Number* in, const typename Product::Weight* kernel,
+                       float* out) {
+  for (const Phase& phase : plan.phases)
+    for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
+      const int64_t width = block_width(plan, first);
+      (width > LANES ? conv_columns<Product, 2> : conv_columns<Product, 1>)(plan, phase, in, kernel, out + first,
+                                                                            plan.out_channels - first);
+      kernel += phase.taps.size() * plan.in_channels * width;
+    }
+}
+
+// The convolution or its adjoint, as the plan says. An image of codes is convolved as such where the kernel allows it:
+// as long as sums are below 2^24, floats hold them exactly, and the result is the same in every bit.
 static void conv(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
-  const float* const weights = packed(plan, kernel);
+  const auto* weights = packed<Reals>(plan, KERNEL, kernel);
+  const auto* codes = takes_codes(plan, kernel) ? packed<Codes>(plan, KERNEL_CODES, kernel) : nullptr;
   in_parallel(pool, images, [&](int64_t image) {
-    const float *in = x + image * plan.in_numbers(), *block = weights;
-    if (!plan.is_direct()) in = padded(plan, in);
-    for (const Phase& phase : plan.phases)
-      for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
-        float* out = y + image * plan.out_numbers() + first;
-        const int64_t width = block_width(plan, first);
-        (width > LANES ? conv_columns<2> : conv_columns<1>)(plan, phase, in, block, out, plan.out_channels - first);
-        block += phase.taps.size() * plan.in_channels * width;
-      }
+    const float* in = x + image * plan.in_numbers();
+    float* out = y + image * plan.out_numbers();
+    if (const auto* in_codes = codes ? coded(plan, in) : nullptr)
+      conv_image<Codes>(plan, in_codes, codes, out);
+    else
+      conv_image<Reals>(plan, plan.is_direct() ? in : padded(plan, in), weights, out);
   });
 }
 
@@ -168,7 +261,7 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
   const int64_t channels = rounded_up(plan.out_channels, LANES), pixels = plan.out_size[0] * plan.out_size[1];
   const int64_t groups = std::min(images, std::max<int64_t>(4, std::min<int64_t>(16, (1 << 20) / (inputs * channels))));
   const int64_t most_rows = std::max<int64_t>(1, 128 / plan.out_size[1]);
-  float* sums = scratch<float>(0, groups * inputs * channels);
+  float* sums = scratch<float>(KERNEL, groups * inputs * channels);
   in_parallel(pool, groups, [&](int64_t group) {
     float* sum = sums + group * inputs * channels;
     std::fill_n(sum, inputs * channels, 0.0f);
@@ -191,68 +284,157 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
              sums + (tap * plan.in_channels + c) * channels, 4 * plan.out_channels);
 }
 
+// The taps that meet pixels of the image, for a row of outputs or one of them, and the outputs from `first` to `end` at
+// which all of them do.
+struct Meeting {
+  int64_t taps = 0, first = 0, end = 0;
+  std::array<int64_t, MOST_TAPS> offsets, columns, weights;  // places in the image and in the kernel, in numbers
+
+  void add(int64_t offset, int64_t column, int64_t weight) {
+    offsets[taps] = offset, columns[taps] = column, weights[taps++] = weight;
+  }
+};
+
+static Meeting meeting_of_row(const Plan& plan, const Phase& phase, int64_t i) {
+  const int64_t channels = plan.in_channels, row = plan.in_size[1] * channels;
+  Meeting met;
+  met.end = phase.count[1];
+  for (const Tap& tap : phase.taps)
+    if (const int64_t place = plan.in_stride * i + tap.row; plan.is_inside(0, place)) {
+      met.add((place - plan.low[0]) * row + (tap.column - plan.low[1]) * channels, tap.column, tap.index * channels);
+      while (met.first < met.end && !plan.is_inside(1, plan.in_stride * met.first + tap.column)) met.first++;
+      while (met.end > met.first && !plan.is_inside(1, plan.in_stride * (met.end - 1) + tap.column)) met.end--;
+    }
+  return met;
+}
+
+// f(j, met) for every output of a row at which some taps meet no pixel, with the others.
+template <class F> static inline void at_edges(const Plan& plan, const Meeting& row, int64_t count, F f) {
+  for (int64_t j = 0; j < count; j++)
+    if (j < row.first || j >= row.end) {
+      Meeting met;
+      for (int64_t t = 0; t < row.taps; t++)
+        if (plan.is_inside(1, plan.in_stride * j + row.columns[t]))
+          met.add(row.offsets[t], row.columns[t], row.weights[t]);
+      f(j, met);
+    }
+}
+
+// f(first, T) for groups of T taps: as many as stay in registers.
+template <class F> static inline __attribute__((always_inline)) void by_taps(const Meeting& met, F f) {
+  int64_t t = 0;
+  for (; t + 9 <= met.taps; t += 9) f(t, std::integral_constant<int, 9>());
+  for (; t + 3 <= met.taps; t += 3) f(t, std::integral_constant<int, 3>());
+  for (; t < met.taps; t++) f(t, std::integral_constant<int, 1>());
+}
+
+// f(c, T()) for all channels, T being the type of a register of channels or of one.
+template <class F> static inline __attribute__((always_inline)) void by_registers(int64_t channels, F f) {
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) f(c, Floats());
+  for (; c < channels; c++) f(c, 0.0f);
+}
+
+// P pixels of a row, V times the channels that `Values` holds.
+template <class Values, int P, int V>
+static inline __attribute__((always_inline)) void depthwise_tile(const Meeting& met, const float* in, int64_t in_step,
+                                                                 const float* kernel, float* out, int64_t out_step) {
+  constexpr int64_t NUMBERS = sizeof(Values) / sizeof(float);
+  Values sum[P][V] = {};
+  for (int64_t t = 0; t < met.taps; t++) {
+    const float *from = in + met.offsets[t], *weights = kernel + met.weights[t];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+      const Values weight = load<Values>(weights + v * NUMBERS);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) sum[p][v] += load<Values>(from + p * in_step + v * NUMBERS) * weight;
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) store(out + p * out_step + v * NUMBERS, sum[p][v]);
+}
+
+template <int P>
+static void depthwise_pixels(const Meeting& met, int64_t channels, const float* in, int64_t in_step,
+                             const float* kernel, float* out, int64_t out_step) {
+  int64_t c = 0;
+  for (; c + 2 * LANES <= channels; c += 2 * LANES)
+    depthwise_tile<Floats, P, 2>(met, in + c, in_step, kernel + c, out + c, out_step);
+  for (; c + LANES <= channels; c += LANES)
+    depthwise_tile<Floats, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
+  for (; c < channels; c++) depthwise_tile<float, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
+}
+
+template <int... P> static constexpr auto depthwise_tiles(std::integer_sequence<int, P...>) {
+  return std::array<decltype(&depthwise_pixels<1>), sizeof...(P)>{&depthwise_pixels<P + 1>...};
+}
+
+// The depthwise convolution or its adjoint, as the plan says.
+static void depthwise(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
+  static constexpr auto tiles = depthwise_tiles(Sizes<2>{});
+  const int64_t channels = plan.in_channels, in_step = plan.in_stride * channels;
+  const int64_t out_step = plan.out_stride * channels;
+  in_parallel(pool, images, [&](int64_t image) {
+    const float* in = x + image * plan.in_numbers();
+    for (const Phase& phase : plan.phases)
+      for (int64_t i = 0; i < phase.count[0]; i++) {
+        const int64_t row = (plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1];
+        float* out = y + image * plan.out_numbers() + row * channels;
+        const auto pixels = [&](const Meeting& met, int64_t j, int64_t count) {
+          tiles[count - 1](met, channels, in + j * in_step, in_step, kernel, out + j * out_step, out_step);
+        };
+        const Meeting met = meeting_of_row(plan, phase, i);
+        at_edges(plan, met, phase.count[1], [&](int64_t j, const Meeting& taps) { pixels(taps, j, 1); });
+        in_parts(met.end - met.first, tiles.size(),
+                 [&](int64_t j, int64_t count) { pixels(met, met.first + j, count); });
+      }
+  });
+}
+
 // sum[t] += x at tap t times y, over `count` pixels of a row.
 template <class Values, int T>
 static inline __attribute__((always_inline)) void depthwise_sums(const int64_t* offsets, const float* x, int64_t x_step,
                                                                  const float* y, int64_t channels, int64_t count,
-                                                                 float* const* sums) {
+                                                                 const int64_t* places, float* kernel) {
   Values sum[T];
 #pragma GCC unroll 9
-  for (int t = 0; t < T; t++) sum[t] = load<Values>(sums[t]);
+  for (int t = 0; t < T; t++) sum[t] = load<Values>(kernel + places[t]);
   for (int64_t j = 0; j < count; j++) {
     const Values factor = load<Values>(y + j * channels);
 #pragma GCC unroll 9
     for (int t = 0; t < T; t++) sum[t] += load<Values>(x + offsets[t] + j * x_step) * factor;
   }
 #pragma GCC unroll 9
-  for (int t = 0; t < T; t++) store(sums[t], sum[t]);
-}
-
-template <class Values>
-static void depthwise_gradient_row(const Plan& plan, int64_t i, const float* x, const float* y, float* kernel) {
-  const Phase& phase = plan.phases[0];
-  const int64_t channels = plan.in_channels, row = plan.in_size[1] * channels, x_step = plan.in_stride * channels;
-  const float* in = x + (plan.in_stride * i - plan.low[0]) * row - plan.low[1] * channels;
-  const float* out = y + i * plan.out_size[1] * channels;
-  int64_t offsets[MOST_TAPS], columns[MOST_TAPS], rows = 0, first = 0, end = phase.count[1];
-  float* sums[MOST_TAPS];
-  for (const Tap& tap : phase.taps)
-    if (plan.is_inside(0, plan.in_stride * i + tap.row)) {
-      offsets[rows] = tap.row * row + tap.column * channels;
-      columns[rows] = tap.column;
-      sums[rows++] = kernel + tap.index * channels;
-      while (first < end && !plan.is_inside(1, plan.in_stride * first + tap.column)) first++;
-      while (end > first && !plan.is_inside(1, plan.in_stride * (end - 1) + tap.column)) end--;
-    }
-  for (int64_t j = 0; j < phase.count[1]; j++)  // the edges
-    if (j < first || j >= end)
-      for (int64_t t = 0; t < rows; t++)
-        if (plan.is_inside(1, plan.in_stride * j + columns[t]))
-          depthwise_sums<Values, 1>(offsets + t, in + j * x_step, x_step, out + j * channels, channels, 1, sums + t);
-  const float *from = in + first * x_step, *factors = out + first * channels;
-  int64_t t = 0;
-  for (; t + 9 <= rows; t += 9)
-    depthwise_sums<Values, 9>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
-  for (; t + 3 <= rows; t += 3)
-    depthwise_sums<Values, 3>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
-  for (; t < rows; t++)
-    depthwise_sums<Values, 1>(offsets + t, from, x_step, factors, channels, end - first, sums + t);
+  for (int t = 0; t < T; t++) store(kernel + places[t], sum[t]);
 }
 
 static void depthwise_gradient(const Plan& plan, const float* x, const float* y, float* kernel, int64_t images,
                                Pool& pool) {
-  const int64_t size = plan.phases[0].taps.size() * plan.in_channels, groups = std::min<int64_t>(images, 16);
-  float* sums = scratch<float>(0, groups * size);
+  const Phase& phase = plan.phases[0];
+  const int64_t channels = plan.in_channels, x_step = plan.in_stride * channels;
+  const int64_t size = phase.taps.size() * channels, groups = std::min<int64_t>(images, 16);
+  float* sums = scratch<float>(KERNEL, groups * size);
   in_parallel(pool, groups, [&](int64_t group) {
     float* sum = sums + group * size;
     std::fill_n(sum, size, 0.0f);
     for (int64_t image = images * group / groups; image < images * (group + 1) / groups; image++) {
       const float *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
-      for (int64_t i = 0; i < plan.out_size[0]; i++) {
-        int64_t c = 0;
-        for (; c + LANES <= plan.in_channels; c += LANES)
-          depthwise_gradient_row<Floats>(plan, i, in + c, out + c, sum + c);
-        for (; c < plan.in_channels; c++) depthwise_gradient_row<float>(plan, i, in + c, out + c, sum + c);
+      for (int64_t i = 0; i < phase.count[0]; i++) {
+        const Meeting met = meeting_of_row(plan, phase, i);
+        const auto pixels = [&](const Meeting& taps, int64_t j, int64_t count) {
+          const float* from = in + j * x_step;
+          const float* factors = out + (i * phase.count[1] + j) * channels;
+          by_registers(channels, [&](int64_t c, auto values) {
+            by_taps(taps, [&](int64_t t, auto group) {
+              depthwise_sums<decltype(values), group>(&taps.offsets[t], from + c, x_step, factors + c, channels, count,
+                                                      &taps.weights[t], sum + c);
+            });
+          });
+        };
+        at_edges(plan, met, phase.count[1], [&](int64_t j, const Meeting& taps) { pixels(taps, j, 1); });
+        pixels(met, met.first, met.end - met.first);
       }
     }
   });

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -110,10 +112,18 @@ def assert_textbook_sums(case, conv, adjoint, kernel_gradient):
     close(kernel_gradient(form, x, y), products.reshape(kernel.shape))
 
 
-def assert_depthwise_textbook_sum(case, kernel_gradient):
-    """Of the kernel gradient of a depthwise convolution."""
+def assert_depthwise_textbook_sums(case, conv, adjoint, kernel_gradient):
+    """Of the three maps (form, a, b) -> c of a depthwise convolution."""
     form, x, kernel, y = operands(case, depthwise=True)
     _, met = meetings(form, x)
+    close(conv(form, x, kernel), sum(met[t] * np.asarray(kernel[t]) for t in met))
+
+    back, to = meetings(form, np.zeros_like(x))
+    for t in to:
+        to[t][...] += np.asarray(y) * np.asarray(kernel[t])
+    (p, q), (h, w) = form.padding, form.size
+    close(adjoint(form, y, kernel), back[:, p : p + h, q : q + w])
+
     close(kernel_gradient(form, x, y), np.stack([(met[t] * y).sum((0, 1, 2)) for t in met]).reshape(kernel.shape))
 
 
@@ -128,14 +138,113 @@ def gradient_of(conv, form, x, y):
 @pytest.mark.usefixtures("registers")
 def test_kernels_are_the_textbook_sums(case):
     assert_textbook_sums(case, operators._conv, operators._conv_adjoint, partial(gradient_of, operators._conv))
-    assert_depthwise_textbook_sum(case, partial(gradient_of, operators._depthwise))
+    depthwise = operators._depthwise, operators._depthwise_adjoint
+    assert_depthwise_textbook_sums(case, *depthwise, partial(gradient_of, operators._depthwise))
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_what_runs_in_place_of_a_kernel_is_the_same_sums(case):
     programs = (operators._full_conv, operators._full_adjoint, operators._full_kernel_gradient)
     assert_textbook_sums(case, *(jax.jit(program, static_argnums=0) for program in programs))
-    assert_depthwise_textbook_sum(case, jax.jit(operators._depthwise_kernel_gradient, static_argnums=0))
+    programs = (operators._depthwise_conv, operators._depthwise_transpose, operators._depthwise_kernel_gradient)
+    assert_depthwise_textbook_sums(case, *(jax.jit(program, static_argnums=0) for program in programs))
+
+
+def codes(case, *, images=3):
+    """As `operands`, of whole numbers: 0 to 15 in x and y, -8 to 7 in the kernel."""
+    form, *arrays = operands(case, images=images)
+    rng = np.random.default_rng(1)
+    ranges = (0, 15), (-8, 7), (0, 15)
+    return form, *(
+        rng.integers(*ends, a.shape, endpoint=True).astype(np.float32) for a, ends in zip(arrays, ranges, strict=True)
+    )
+
+
+def exact(form, x, kernel):
+    """The convolution's sums of whole numbers, rounded to float32 at the end."""
+    _, met = meetings(form, x)
+    sums = sum(met[t].astype(np.int64) @ kernel[t].astype(np.int64) for t in met)
+    return sums.astype(np.float32)
+
+
+def exact_adjoint(form, y, kernel):
+    """The same of the adjoint; its sums must be below 2^53."""
+    back, to = meetings(form, np.zeros((len(y), *form.size, kernel.shape[2])))
+    for t in to:
+        to[t][...] += y.astype(np.int64) @ kernel[t].T.astype(np.int64)
+    (p, q), (h, w) = form.padding, form.size
+    return back[:, p : p + h, q : q + w].astype(np.float32)
+
+
+@st.composite
+def cases(draw):
+    """Convolutions that integers take, and some that they leave to floats."""
+    size, taps = draw(st.tuples(*[st.integers(9, 20)] * 2)), draw(st.sampled_from([(1, 1), (3, 3), (5, 3)]))
+    c_in, c_out = draw(st.integers(1, 80)), draw(st.integers(1, 80))
+    stride, dilation, padding = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from([None, 0, 2]))
+    return Case(size, (draw(st.sampled_from([c_in, 4 * c_in])), c_out), taps, stride, padding, dilation)
+
+
+@built
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases())
+@pytest.mark.usefixtures("registers")
+def test_codes_are_convolved_exactly(case):
+    form, x, kernel, y = codes(case)
+    np.testing.assert_array_equal(operators._conv(form, x, kernel), exact(form, x, kernel))
+    np.testing.assert_array_equal(operators._conv_adjoint(form, y, kernel), exact_adjoint(form, y, kernel))
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_codes_are_convolved_exactly_without_kernels_too(case):
+    form, x, kernel, y = codes(case)
+    conv, adjoint = (jax.jit(f, static_argnums=0) for f in (operators._full_conv, operators._full_adjoint))
+    np.testing.assert_array_equal(conv(form, x, kernel), exact(form, x, kernel))
+    np.testing.assert_array_equal(adjoint(form, y, kernel), exact_adjoint(form, y, kernel))
+
+
+@built
+@pytest.mark.parametrize("case", [Case((9, 9), (64, 40)), Case((5, 6), (16, 70), (1, 1))], ids=str)
+@pytest.mark.parametrize("other", [0.5, -1.0, 256.0, 65536.0, 1e10, np.inf, np.nan], ids=str)
+@pytest.mark.usefixtures("registers")
+def test_an_image_of_other_numbers_among_images_of_codes(case, other):
+    form, x, kernel, _ = codes(case)
+    expected = exact(form, x, kernel)
+    x[1, -1, -1, -1] = other
+    out = operators._conv(form, x, kernel)
+    np.testing.assert_array_equal(out[::2], expected[::2])
+    np.testing.assert_allclose(out[1], jax.jit(operators._full_conv, static_argnums=0)(form, x, kernel)[1], rtol=1e-6)
+
+
+@built
+@pytest.mark.parametrize("other", [0.5, -128.5, -129.0, 128.0, 1e10], ids=str)
+@pytest.mark.usefixtures("registers")
+def test_a_kernel_with_one_number_that_is_no_code(other):
+    form, x, kernel, _ = codes(Case())
+    kernel[-1, -1, -1, -1] = other
+    close(operators._conv(form, x, kernel), jax.jit(operators._full_conv, static_argnums=0)(form, x, kernel))
+
+
+@built
+@pytest.mark.usefixtures("registers")
+def test_codes_at_the_ends_of_their_ranges():
+    form, x, kernel, _ = codes(Case())
+    for weight in (-128.0, 127.0):
+        out = operators._conv(form, np.full_like(x, 255.0), np.full_like(kernel, weight))
+        np.testing.assert_array_equal(out, exact(form, np.full_like(x, 255), np.full_like(kernel, weight)))
+    zeros = operators._conv(form, np.full_like(x, -0.0), kernel)
+    np.testing.assert_array_equal(np.signbit(zeros), False)
+
+
+@built
+def test_sums_of_codes_above_what_floats_hold_are_rounded_once():
+    form, x, kernel, _ = codes(Case(channels=(256, 16)))
+    x, kernel = x + 240, kernel + 120
+    before = LIBRARY.qpde_instructions(256)  # AVX-512 has no integers before VNNI
+    try:
+        np.testing.assert_array_equal(operators._conv(form, x, kernel), exact(form, x, kernel))
+    finally:
+        LIBRARY.qpde_instructions(before)
 
 
 @built
