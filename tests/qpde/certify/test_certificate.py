@@ -170,7 +170,7 @@ def check(model, variables, x, bits, newton_steps=2):
 
 
 @pytest.mark.parametrize(  # more of the first network below
-    ("kind", "newton_steps"), zip(list(NETWORKS)[1:], [1, 2, 0, 1, 2, 0], strict=True)
+    ("kind", "newton_steps"), list(zip(list(NETWORKS)[1:], [1, 2, 0, 1, 2, 0], strict=True))
 )
 @settings(max_examples=4)
 @given(seed=SEEDS, weights=st.integers(2, 8), activations=st.sampled_from([2, 3, 4, 6, 8]))
