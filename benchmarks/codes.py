@@ -1,10 +1,9 @@
-"""What does a convolution of codes cost, beside one of real numbers? And an evaluation?
+"""What does a convolution of codes cost, beside one of real numbers?
 
     python benchmarks/codes.py                     # processor time of one thread
 
 Codes are whole numbers, which native kernels multiply as integers (qpde/native): here 0 to 15, and -7 to 7 in the
-kernel. "halves" are the same numbers and a half, which they multiply as floats. The evaluation is of 128 images of
-32x32, W4A4, with the weights of the start.
+kernel. "halves" are the same numbers and a half, which they multiply as floats. Whole networks: exact_sums.py.
 """
 
 import argparse
@@ -22,7 +21,6 @@ SHAPES = [(3, 1, 32, 16, 16), (3, 1, 16, 32, 32), (3, 1, 8, 64, 64), (3, 2, 32, 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--nets", nargs="+", default=["resnet20", "mobilenetv2"])
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])  # before JAX makes its threads
     sys.path.append(str(Path(__file__).parents[1]))  # train is not installed, it runs from the checkout
@@ -46,11 +44,6 @@ def main():
             codes, halves = ms[f"{name} codes"], ms[f"{name} halves"]
             row = f"{c_in}->{c_out} {size}x{size} k{taps} s{stride} {name}"
             print(f"{row:<32}{codes:9.2f}{halves:9.2f}{codes / halves:14.2f}", flush=True)
-    print("\nevaluation, ms")
-    for net in options.nets:
-        for symmetric in (True, False):
-            (ms,) = medians({"evaluation": evaluation(net, symmetric)}).values()
-            print(f"{net + (' symmetric' if symmetric else ' plain'):<32}{ms:9.0f}", flush=True)
 
 
 def convolutions(taps, stride, size, c_in, c_out, *, adjoint=False):
@@ -73,18 +66,6 @@ def convolutions(taps, stride, size, c_in, c_out, *, adjoint=False):
 
     name = "adjoint" if adjoint else "conv"
     return {f"{name} codes": candidate(0), f"{name} halves": candidate(0.5)}
-
-
-def evaluation(net, symmetric):
-    import jax
-
-    import qpde
-
-    model = qpde.models.create(net, num_classes=10, symmetric=symmetric, weight_bits=4, act_bits=4)
-    images = jax.random.normal(jax.random.key(0), (BATCH, 32, 32, 3))
-    variables = jax.jit(model.init)(jax.random.key(1), images)
-    apply = jax.jit(model.apply)
-    return lambda: apply(variables, images)
 
 
 if __name__ == "__main__":

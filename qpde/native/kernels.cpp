@@ -290,7 +290,7 @@ extern "C" int qpde_instructions(int most) {
 }
 
 #if defined(NATIVE)
-#define HANDLER(name, map, loop)                                                                                      \
+#define HANDLER(name, map, loop)                                                                                     \
   static ffi::Error name##_call(Pool pool, Array a, Array b, ffi::Result<Array> c, Numbers padding, int64_t stride,  \
                                 int64_t dilation) {                                                                  \
     return run<map>(avx512::loop, avx2::loop, pool, a, b, c, padding, stride, dilation);                             \

@@ -26,7 +26,7 @@ struct Reals {
 };
 
 // Whole numbers from 0 to 255 times whole numbers from -128 to 127, exactly. AVX2 has a product of bytes too, but its
-// sums of two saturate at 16 bits, and it is no faster.
+// sums of two saturate at 16 bits.
 struct Codes {
 #if LANES == 16
   using Number = uint8_t;

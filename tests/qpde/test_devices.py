@@ -95,7 +95,7 @@ def on_each(devices, step):
 
 @pytest.mark.parametrize(("name", "devices"), CASES)
 def test_a_training_step_on_explicit_axes_is_that_of_one_device(name, devices):
-    """That of the twin: sums in another order would move an activation across a threshold of rounding."""
+    """The step of the twin: where activations are rounded, sums in another order may move one across a threshold."""
     model, x, variables = image_network(name)
     step, bits = jax.jit(partial(train_step, model)), Bits(jnp.int32(4), jnp.int32(4)).twin
     found = step(*place(mesh_of(devices, AxisType.Explicit), x, variables), bits)

@@ -169,12 +169,15 @@ def check(model, variables, x, bits, newton_steps=2):
     return found, difference, (logits, twin)
 
 
-@pytest.mark.parametrize(  # more of the first network below
-    ("kind", "newton_steps"), list(zip(list(NETWORKS)[1:], [1, 2, 0, 1, 2, 0], strict=True))
-)
+@pytest.mark.parametrize("kind", list(NETWORKS)[1:])  # more of the first one below
 @settings(max_examples=4)
-@given(seed=SEEDS, weights=st.integers(2, 8), activations=st.sampled_from([2, 3, 4, 6, 8]))
-def test_no_input_moves_by_more_than_its_bound(kind, newton_steps, seed, weights, activations):
+@given(
+    seed=SEEDS,
+    weights=st.integers(2, 8),
+    activations=st.sampled_from([2, 3, 4, 6, 8]),
+    newton_steps=st.sampled_from([0, 1, 2]),
+)
+def test_no_input_moves_by_more_than_its_bound(kind, seed, weights, activations, newton_steps):
     model, init = network(kind)
     key = jax.random.key(seed)
     check(model, init(key), images(4, jax.random.fold_in(key, 1)), Bits(weights, activations), newton_steps)
