@@ -102,6 +102,20 @@ def test_a_training_step_on_explicit_axes_is_that_of_one_device(name, devices):
     assert_close(found, step(x, variables, bits))
 
 
+@pytest.mark.parametrize("levels", ["uniform", "pot"])
+def test_rounding_on_explicit_axes_is_that_of_one_device(levels):
+    x = jax.random.normal(jax.random.key(0), (IMAGES, 4, 4, 3))
+
+    @jax.jit
+    def rounded(x, clip):
+        y, pullback = jax.vjp(lambda x, clip: quantizers.quantize_activation(x, clip, 4, levels=levels), x, clip)
+        return y, *pullback(jnp.ones_like(y))
+
+    found, expected = rounded(*place(mesh_of(4, AxisType.Explicit), x, jnp.float32(1.3))), rounded(x, jnp.float32(1.3))
+    jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "devices"), CASES)
 def test_a_training_step_in_shard_map_is_the_mean_of_the_parts(name, devices):
     """Batch norms see the images of their device, as in other libraries."""
