@@ -4,10 +4,6 @@ The names, and a SHA-256 for each, are those of the Planetoid repository at one 
 broken connection or another server cannot change what is read.
 """
 
-import hashlib
-import http.client
-import os
-import urllib.request
 from os import PathLike
 from pathlib import Path
 
@@ -16,7 +12,7 @@ SOURCE = f"https://raw.githubusercontent.com/kimiyoung/planetoid/{COMMIT}/data"
 
 
 def download_planetoid(name: str, root: str | PathLike[str], *, base_url: str = SOURCE, timeout: float = 30.0) -> Path:
-    """Fetch the seven files ind.NAME.{y,allx,ally,tx,ty,graph,test.index} of a citation graph.
+    """Fetch the seven files ind.NAME.{y,allx,ally,tx,ty,graph,test.index} of a citation graph, with pooch.
 
     A file that is there and has the right SHA-256 is kept and not fetched again; any other of its name is replaced.
     Each file appears whole or not at all, so an interrupted call leaves what it had finished and can be repeated, and
@@ -33,51 +29,24 @@ def download_planetoid(name: str, root: str | PathLike[str], *, base_url: str = 
       ValueError: an unknown name; the SHA-256 of what was fetched is another than the expected one, and nothing of it
         is kept.
       OSError: the server cannot be reached, has no such file or breaks off; the folder cannot be written.
+      ImportError: pooch is missing.
     """
     if name not in CHECKSUMS:
         raise ValueError(f"`name` (={name!r}) must be one of {', '.join(CHECKSUMS)}")
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError("files are fetched by pooch, which is missing: pip install pooch") from error
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
     for part, expected in CHECKSUMS[name].items():
-        path = folder / f"ind.{name}.{part}"
-        if path.is_file() and _sha256(path.read_bytes()) == expected:
-            continue
-        url = f"{base_url}/{path.name}"
-        content = _fetch(url, timeout=timeout)
-        found = _sha256(content)
-        if found != expected:
-            raise ValueError(
-                f"{url} is not the file that was asked for: its SHA-256 is {found}, expected {expected}; nothing was "
-                "written. Try again, and if it stays so, do not trust this source"
-            )
-        _write_whole(path, content)
+        file = f"ind.{name}.{part}"
+        url, over_http = f"{base_url}/{file}", pooch.HTTPDownloader(timeout=timeout)
+        try:
+            pooch.retrieve(url, expected, fname=file, path=folder, downloader=over_http)
+        except OSError as error:
+            raise OSError(f"cannot fetch {url}: {error}; check the network, or bring the file by hand") from error
     return folder
-
-
-# By hand: pooch would bring requests and what that needs into the library, in place of the two functions below, whose
-# errors and temporary names would still have to be put around it.
-
-
-def _fetch(url: str, *, timeout: float) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:  # the latter: the connection broke off
-        raise OSError(f"cannot fetch {url}: {error}; check the network, or bring the file by hand") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # The leading dot keeps what a killed process leaves behind out of the loader's pattern "ind.NAME.*".
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 CHECKSUMS: dict[str, dict[str, str]] = {
