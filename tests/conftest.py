@@ -1,5 +1,6 @@
 """Test-wide settings: strict JAX, four simulated devices, checked shapes, and where the real data lies."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # OpenVINO reports its use from a forked process, which JAX warns of; where it sees a test system, it does not.
 os.environ.setdefault("CI", "true")
+
+# Tracing makes millions of objects that die without the collector: it looks for circles a hundred times less often.
+gc.set_threshold(100_000, 20, 100)
 
 import jax
 import pytest
