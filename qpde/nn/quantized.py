@@ -29,6 +29,7 @@ from qpde.models.images.cost import Row, Summary
 from qpde.models.images.network import Network
 from qpde.models.layers import Observe
 from qpde.nn.chain import BoundLink, Chain, links_of
+from qpde.nn.convolutions import conv_general_dilated
 from qpde.nn.kernels import Layer, StoredKernel, stored_kernels
 from qpde.nn.layers import QuantLayer, SymmetricStep, kernel_macs
 from qpde.nn.modes import training_arguments
@@ -416,7 +417,7 @@ class _Call:
             x = rounded_input(module, x, settings, bits.activations, self.observe, signed=signed, call=number)
         if name:
             kwargs = {**kwargs, name: x}
-        with _kernel_through(module, rounded):
+        with _kernel_through(module, rounded), _fast_convolution(module, bits):
             y = call_module(*(() if name else (x,)), *rest, **kwargs)
         (kernel,) = kernels
         axes = _output_axes(module, kernel, equation)
@@ -570,6 +571,14 @@ def _kernel_through(module: nn.Module, change: Callable[[jax.Array], jax.Array])
         return change(value) if name == "kernel" else value
 
     return _attributes(module, param=param)
+
+
+def _fast_convolution(module: nn.Module, bits: Bits):
+    """An `nn.Conv` that convolves by `qpde.operators`, but where nothing is rounded: there it is the module itself."""
+    own = getattr(module, "conv_general_dilated", None) or getattr(module, "conv_general_dilated_cls", None)
+    if not isinstance(module, nn.Conv) or own is not None or bits == Bits():
+        return contextlib.nullcontext()
+    return _attributes(module, conv_general_dilated=conv_general_dilated)
 
 
 def _equation(module, rest, kwargs) -> str:
