@@ -38,31 +38,29 @@ def conv_general_dilated(
       feature_group_count: Groups of channels.
       precision: Of the compiler's products.
     """
-    stride, dilation = set(window_strides), set(rhs_dilation or (1,))
     is_depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-    has_form = (
-        (is_depthwise or feature_group_count == 1)
-        and lhs.ndim == rhs.ndim == 4
+    strides, dilations = set(window_strides), set(rhs_dilation or (1,))
+    if (
+        lhs.ndim == rhs.ndim == 4
         and lhs.dtype == rhs.dtype == jnp.float32
+        and (is_depthwise or feature_group_count == 1)
         and all(isinstance(n, int) for n in lhs.shape[1:3])
         and all(n % 2 == 1 for n in rhs.shape[:2])
-        and len(stride) == len(dilation) == 1
+        and len(strides) == len(dilations) == 1
         and set(lhs_dilation or (1,)) == {1}
         and precision is None
-    )
-    if has_form:
-        (step,), (spread,) = stride, dilation
-        taps = [spread * (n - 1) + 1 for n in rhs.shape[:2]]
-        pads = (
-            lax.padtype_to_pads(lhs.shape[1:3], taps, window_strides, padding) if isinstance(padding, str) else padding
-        )
-        padded = [n + low + high for n, (low, high) in zip(lhs.shape[1:3], pads, strict=True)]
-        sides = {n for pair in pads for n in pair}
-        if min(sides) >= 0 and all(n >= t for n, t in zip(padded, taps, strict=True)):
-            if len(sides) > 1:
-                lhs, sides = jnp.pad(lhs, [(0, 0), *pads, (0, 0)]), {0}
-            convolve = operators.depthwise if is_depthwise else operators.conv
-            return convolve(lhs, rhs, stride=step, padding=sides.pop(), dilation=spread)
+    ):
+        convolve = operators.depthwise if is_depthwise else operators.conv
+        options = {"stride": strides.pop(), "dilation": dilations.pop()}
+        taps = [options["dilation"] * (n - 1) + 1 for n in rhs.shape[:2]]
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(lhs.shape[1:3], taps, window_strides, padding)
+        sides = [n for pair in padding for n in pair]
+        fits = all(sum(pair) + n >= t for pair, n, t in zip(padding, lhs.shape[1:3], taps, strict=True))
+        if fits and min(sides) == max(sides) >= 0:
+            return convolve(lhs, rhs, padding=sides[0], **options)
+        if fits and min(sides) >= 0:
+            return convolve(jnp.pad(lhs, [(0, 0), *padding, (0, 0)]), rhs, padding=0, **options)
     return lax.conv_general_dilated(
         lhs,
         rhs,

@@ -574,9 +574,10 @@ def _kernel_through(module: nn.Module, change: Callable[[jax.Array], jax.Array])
 
 
 def _fast_convolution(module: nn.Module, bits: Bits):
-    """An `nn.Conv` that convolves by `qpde.operators`, but where nothing is rounded: there it is the module itself."""
-    own = getattr(module, "conv_general_dilated", None) or getattr(module, "conv_general_dilated_cls", None)
-    if not isinstance(module, nn.Conv) or own is not None or bits == Bits():
+    """An `nn.Conv` that convolves by `qpde.operators`. Where nothing is rounded it stays as it is."""
+    rounds = bits.weights is not None or bits.activations is not None
+    own = any(getattr(module, name, None) for name in ("conv_general_dilated", "conv_general_dilated_cls"))
+    if not rounds or own or not isinstance(module, nn.Conv):
         return contextlib.nullcontext()
     return _attributes(module, conv_general_dilated=conv_general_dilated)
 
