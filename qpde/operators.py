@@ -351,16 +351,21 @@ _BLOCK = 2**19
 """Numbers in a block of images that a CPU takes at a time."""
 
 
-def _blocks(x, *, numbers, of_image):
-    """(N, ...) as (blocks, images, ...), at most so many numbers in a block, but one image at least.
+def _images_of_block(count, *, numbers, of_image):
+    """Images of a block with at most so many numbers, but one at least, so that all blocks are alike.
 
     Where a program is exported for sizes that are symbols, every image is a block.
     """
-    count, images = x.shape[0], 1
-    if isinstance(count, int) and isinstance(of_image, int):
-        limit = min(max(1, numbers // max(1, of_image)), count)
-        images = next((i for i in range(limit, 0, -1) if count % i == 0), 1)
-    return x.reshape(count // images, images, *x.shape[1:])
+    if not (isinstance(count, int) and isinstance(of_image, int)):
+        return 1
+    limit = min(max(1, numbers // max(1, of_image)), count)
+    return next((i for i in range(limit, 0, -1) if count % i == 0), 1)
+
+
+def _blocks(x, *, numbers, of_image):
+    """(N, ...) as (blocks, images, ...)."""
+    images = _images_of_block(x.shape[0], numbers=numbers, of_image=of_image)
+    return x.reshape(x.shape[0] // images, images, *x.shape[1:])
 
 
 def _depthwise_conv(form, x, kernel):
@@ -388,9 +393,18 @@ def _sum_of_products(windows, x, kernel):
         return sum(x.astype(wide) * k for x, k in zip(windows(x), weights, strict=True)).astype(kernel.dtype)
 
     def by_blocks(x, kernel):
-        blocks = _blocks(x, numbers=_BLOCK, of_image=math.prod(x.shape[1:]))
-        y = lax.map(lambda block: at_once(block, kernel), blocks)
-        return y.reshape(x.shape[0], *y.shape[2:])
+        images = _images_of_block(x.shape[0], numbers=_BLOCK, of_image=math.prod(x.shape[1:]))
+        block = jax.eval_shape(at_once, jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype), kernel)
+        (start,) = vary_alike(jnp.zeros((x.shape[0], *block.shape[1:]), block.dtype), like=[x])
+
+        if x.shape[0] == 0:
+            return start
+
+        def placed(i, y):  # into the result itself: a scan would put blocks together by a copy
+            part = at_once(lax.dynamic_slice_in_dim(x, i * images, images), kernel)
+            return lax.dynamic_update_slice_in_dim(y, part, i * images, axis=0)
+
+        return lax.fori_loop(0, x.shape[0] // images, placed, start)
 
     return lax.platform_dependent(x, kernel, cpu=by_blocks, default=at_once)
 
