@@ -51,8 +51,9 @@ def _symbol_bound(kernel, points, norm):
     taps = kernel.shape[:2]
     if points <= max(taps):
         raise ValueError(f"`points` (={points}) must exceed the kernel's taps {taps}: 32 are enough for 3x3")
-    # The kernel is real: half of the frequencies are conjugates of the others.
-    symbol = np.fft.fft(np.fft.rfft(kernel, points, axis=1), points, axis=0)
+    # Along an axis with one tap the symbol is constant. The kernel is real: half of the frequencies are conjugates.
+    height, width = (1 if t == 1 else points for t in taps)
+    symbol = np.fft.fft(np.fft.rfft(kernel, width, axis=1), height, axis=0)
     aliasing = np.prod([np.cos(np.pi * (t - 1) / 2 / points) for t in taps])
     return float(norm(symbol).max() / aliasing)
 

@@ -7,9 +7,10 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Most of the tests' time goes into making fast machine code for programs that run once: leave it unoptimized.
-# XLA's own passes over the program, and so its arithmetic, stay as they are. Set before jax is imported.
-FLAGS = "--xla_backend_optimization_level=0"
+# Most of the tests' time goes into making fast machine code for programs that run once: leave it unoptimized, and
+# whole, since cut into parts it takes a sixth longer and the threads for them run other tests. XLA's own passes over
+# the program, and so its arithmetic, stay as they are. Set before jax is imported.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # XLA refuses to start with a flag that it no longer knows
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # the present emitters take twice the time
 os.environ.setdefault("XLA_FLAGS", FLAGS)
@@ -39,6 +40,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads from which line an operation came
 
 # Every annotated function of qpde checks its arguments' shapes and dtypes while the tests run, and only then.
 install_import_hook("qpde", "beartype.beartype")

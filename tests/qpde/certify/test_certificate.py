@@ -144,9 +144,13 @@ def images(n, key):
 
 
 @functools.partial(jax.jit, static_argnames="model")
+def run(model, variables, x, bits):
+    return model.apply(variables, x, bits=bits, return_states=True)
+
+
 def both(model, variables, x, bits):
-    run = functools.partial(model.apply, variables, x, return_states=True)
-    return run(bits=bits), run(bits=bits._replace(activations=jnp.full_like(bits.activations, 32)))
+    """Logits and states of the network and of its twin: one program, of other bits."""
+    return run(model, variables, x, bits), run(model, variables, x, bits.twin)
 
 
 def check(model, variables, x, bits, newton_steps=2):
