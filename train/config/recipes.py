@@ -135,14 +135,14 @@ def camvid(decoder: str, **model: Any) -> dict[str, SegmentationExperiment]:
         model=SegmentationModel(decoder, weight_bits=None, act_bits=None, **model),
         optimizer=Optimizer(
             "adamw",
-            learning_rate=0.004,
+            learning_rate=0.003,
             schedule="one_cycle",
             weight_decay=0.01,
             rules=(Rule("clip", learning_rate=1.0, weight_decay=0.0),),
         ),
         loss=SegmentationLoss(class_weights="none", dice=1.0),
-        epochs=45,
-        batch_size=8,
+        epochs=60,
+        batch_size=4,
         clip_start="mse",
     )
     fast = replace(full, name=f"camvid_{decoder}", model=SegmentationModel(decoder, weight_bits=4, act_bits=4, **model))

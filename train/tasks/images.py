@@ -1,7 +1,7 @@
 """The main job: train the variants of an experiment and compare each with its high-precision twin."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Training:
 
     Attributes:
       exact: the network without quantizers.
+      first_variables: (key, a batch) -> random variables whose clips fit the batch; compiled, and traced once.
     """
 
     experiment: Experiment
@@ -85,6 +86,7 @@ class Training:
     images: ImageSet
     model: Any
     exact: Any
+    first_variables: Callable
     optimizer: optax.GradientTransformation
     start: Start | None
     mesh: Mesh
@@ -101,8 +103,12 @@ class Training:
         create = partial(qpde.models.create, options.pop("name"), num_classes=images.num_classes)
         model = create(**options)
         exact = create(**options | {"weight_bits": None, "act_bits": None, "per_channel": False, "clip_bits": None})
+        smoothing_scale = smoothing_scale_of(
+            experiment.annealing.smoothing, smooths=config.smoothing is not None, epochs=experiment.epochs
+        )(1)
         sample = jax.ShapeDtypeStruct((experiment.batch_size, *images.shape), jnp.float32)
-        first_variables = partial(_first_variables, model, method=experiment.clip_start)
+        first = partial(_first_variables, model, smoothing_scale=smoothing_scale, method=experiment.clip_start)
+        first_variables = jax.jit(first)
         shapes = jax.eval_shape(first_variables, jax.random.key(0, impl=RANDOM), sample)
         start = None
         if experiment.start_from is not None:
@@ -112,13 +118,10 @@ class Training:
             start = read_start(Path(experiment.start_from), variant.name, config, needed, calibrated=calibrated)
         _check_loss(experiment, model.bits)
         bits_of(experiment.annealing, model.bits, experiment.epochs)
-        smoothing_scale_of(
-            experiment.annealing.smoothing, smooths=config.smoothing is not None, epochs=experiment.epochs
-        )
         steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin_clips.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
-        return cls(experiment, variant, images, model, exact, optimizer, start, mesh)
+        return cls(experiment, variant, images, model, exact, first_variables, optimizer, start, mesh)
 
     @property
     def fingerprint(self) -> str:
@@ -298,8 +301,7 @@ class Training:
         init_key, key = jax.random.split(jax.random.key(experiment.seed, impl=RANDOM))
         if self.start is None:
             ((x, _),) = self.training_batches(limit=1)
-            first = partial(_first_variables, self.model, smoothing_scale=self.smoothing_scale(1))
-            variables = jax.jit(partial(first, method=experiment.clip_start))(init_key, x)
+            variables = self.first_variables(init_key, x)
         else:
             variables = with_smoothing_scale(self.start.variables, self.smoothing_scale(1))
             variables = self._started(dataclasses.replace(self.start, variables=variables))
