@@ -7,9 +7,9 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Most of the tests' time goes into making fast machine code for programs that run once: leave it unoptimized, and
-# whole, since cut into parts it takes a sixth longer and the threads for them run other tests. XLA's own passes over
-# the program, and so its arithmetic, stay as they are. Set before jax is imported.
+# Most of the tests' time goes into making fast machine code for programs that run once. So it stays unoptimized. It
+# also stays in one module: parts for other threads cost a sixth more, and those threads are busy with other tests.
+# XLA's own passes over the program, and so its arithmetic, stay as they are. Set before jax is imported.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # XLA refuses to start with a flag that it no longer knows
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # the present emitters take twice the time

@@ -57,6 +57,18 @@ def test_the_symbol_bounds_strides_and_depthwise_kernels_too(seed):
     np.testing.assert_allclose(conv_norm_bound(kernel), np.linalg.norm(kernel[0, 0], 2), rtol=1e-6)
 
 
+@given(seed=SEEDS, taps=st.sampled_from([(1, 3), (3, 1), (5, 1), (1, 1)]))
+def test_an_axis_with_one_tap_needs_one_frequency(seed, taps):
+    kernel = random_kernel(seed, (*taps, 2, 3))
+    assert dense_norm(conv, kernel, (6, 5), 2) <= conv_norm_bound(kernel) * (1 + 1e-6)  # the convolution is in float32
+    square = np.zeros((max(taps), max(taps), 2, 3), np.float32)
+    middle = tuple(slice((max(taps) - t) // 2, (max(taps) + t) // 2) for t in taps)
+    square[middle] = kernel
+    # The same convolution, its symbol taken at all frequencies of both axes. Only the factor between them differs.
+    aliasing = np.prod([np.cos(np.pi * (t - 1) / 64) for t in taps]) / np.cos(np.pi * (max(taps) - 1) / 64) ** 2
+    np.testing.assert_allclose(conv_norm_bound(square), conv_norm_bound(kernel) * aliasing, rtol=1e-9)
+
+
 def test_few_frequencies_still_give_a_bound():
     for seed in range(10):
         kernel = np.random.default_rng(seed).standard_normal((3, 3, 2, 2)).astype(np.float32)

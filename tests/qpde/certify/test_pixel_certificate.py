@@ -15,7 +15,7 @@ from qpde.certify.step_bounds import exact_factors, in_float64
 from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
 from qpde.models.images.network import BoundPart
-from qpde.models.images.segmentation import interpolation, resize
+from qpde.models.images.segmentation import DECODERS, interpolation, resize
 from qpde.models.layers import Mode
 
 SYMMETRIC = {"symmetric": True, "stride": 1, "width_out": 2}
@@ -78,9 +78,9 @@ def test_interpolation_has_the_weights_that_bounds_use():
 
 
 @functools.cache
-def network():
-    options = {"norm": "spectral", "residual": "precise", "weight_bits": 4, "act_bits": 8}
-    model = models.create("unet", encoder="resnet20", num_classes=3, **options)
+def network(decoder="unet"):
+    options = {"norm": "spectral", "residual": "precise", "weight_bits": 4, "act_bits": 8, "decoder_width": 8}
+    model = models.create(decoder, encoder="resnet20", num_classes=3, **options)
     model = models.image_network(model.architecture.with_blocks(1, 1, 1), num_classes=3, **vars(model.options))
     return model, jax.jit(model.init)
 
@@ -107,13 +107,14 @@ def test_proven_pixels_are_the_twins_and_no_bound_is_passed(seed, gain, newton_s
     assert (found.shares.sum(1) <= found.state_bound[:, -1]).all()
 
 
-def test_with_as_many_steps_as_blocks_the_proof_is_the_twin_itself():
-    model, init = network()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_with_as_many_steps_as_blocks_the_proof_is_the_twin_itself(decoder):
+    model, init = network(decoder)
     x = jax.random.normal(jax.random.key(1), (1, 32, 35, 3))
     variables = models.converge_norms(model, init(jax.random.key(0), x), x)
     bits = Bits(jnp.int32(4), jnp.int32(8))
     steps = step_bounds(model, variables, (32, 35), bits)
-    # Up levels have a symmetric block each, of constant 1; stages begin with a plain one here.
+    # Levels of a U-Net have a symmetric block each, of constant 1; stages begin with a plain one here.
     np.testing.assert_allclose([b.lipschitz for b, k in zip(steps.bounds, model.blocks, strict=True) if k.symmetric], 1)
     found = certify(model, variables, x, bits, newton_steps=len(model.blocks), steps=steps)
     same = found.prediction == exact_twin(model, variables, x, bits).argmax(-1)

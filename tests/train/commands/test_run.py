@@ -147,8 +147,18 @@ def test_a_run_leaves_everything_and_an_interrupted_one_ends_the_same(config, tm
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["plain"]
 
 
-def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(config, tmp_path, capsys):
+def test_a_network_in_full_precision_has_accuracy_and_nothing_to_be_faithful_to(config, tmp_path, monkeypatch, capsys):
+    import train.tasks.images as application
+
+    traced, first_variables = [], application._first_variables
+
+    def count(*arguments, **options):
+        traced.append(1)
+        return first_variables(*arguments, **options)
+
+    monkeypatch.setattr(application, "_first_variables", count)
     assert main(["run", config, "--recipe", "full_precision"]) == 0
+    assert len(traced) == 1  # for the checks and for the start
     assert "32 and 32" in capsys.readouterr().out
     result = _summary(tmp_path, "exact")["plain"]
     assert "agreement" not in result

@@ -60,7 +60,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """An encoder of two stages: every run below compiles its own programs of all blocks."""
+    """An encoder of two stages. Every command below compiles its own programs of all blocks."""
     with pytest.MonkeyPatch.context() as patch:
         stages = ((8, 8, 1, 1, 1), (8, 8, 2, 2, 1))
         patch.setitem(registry.ARCHITECTURES, "tiny", Architecture("tiny", StableBlock, stages))
