@@ -5,6 +5,7 @@ network's logits, -1 where it does not count. Without labels every node counts, 
 which cannot be told from others: label them -1.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import jraph
 import numpy as np
 
 from qpde.batches import IGNORED, Batch, read_batches, size_of
+from qpde.measure.pixels import intersection_over_union
 
 __all__ = ["mean_over"]
 
@@ -36,12 +38,14 @@ def mean_over(
         with one axis more where there are several pairs of networks.
     Returns:
       The number of inputs, and the mean of each of these numbers: "agreement" of the predictions in place of them, and
-      "accuracy" of prediction_q and "accuracy_twin" of prediction, which are None where there are no labels.
+      "accuracy" of prediction_q and "accuracy_twin" of prediction, which are None where there are no labels. With maps
+      of labels also "iou" and "iou_twin", the intersection over union of every class, (..., classes), else None.
     Raises:
       ValueError: an empty set, labels on some batches only, of the wrong number or out of range.
     """
     samples, longest, labelled, choices = 0, 0, None, 0
     sums: dict[str, Any] = {}
+    confusions: dict[str, Any] = {}
     for index, (x, labels) in enumerate(read_batches(batches, variables)):
         if labelled is None:
             labelled = labels is not None
@@ -65,6 +69,10 @@ def mean_over(
             if has_gaps:
                 counts = labels.reshape(-1) != IGNORED
                 chosen = {name: values[counts] for name, values in chosen.items()}
+            if of_pixels:
+                for name, own in (("iou", prediction_q), ("iou_twin", prediction)):
+                    found = _confusions(labels[counts], own[counts], classes)
+                    confusions[name] = confusions.get(name, 0.0) + found
             if is_graph:
                 measured = {name: values[counts] for name, values in measured.items()}
                 count = counts.sum()
@@ -75,7 +83,16 @@ def mean_over(
     if choices == 0:
         raise ValueError("`batches` is empty, or no label counts: there is nothing to compare")
     means = {k: np.asarray(v / (choices if k in chosen else samples)) for k, v in sums.items()}
-    return samples, {"accuracy": None, "accuracy_twin": None} | means
+    iou = {name: intersection_over_union(found) for name, found in confusions.items()}
+    return samples, dict.fromkeys(("accuracy", "accuracy_twin", "iou", "iou_twin")) | means | iou
+
+
+def _confusions(labels, predictions, classes):
+    """The confusion matrix of every pair of networks, (..., classes, classes)."""
+    places = labels * classes + predictions
+    columns = places.reshape(len(places), math.prod(places.shape[1:])).T
+    counts = [np.bincount(column, minlength=classes**2) for column in columns]
+    return np.reshape(counts, (*places.shape[1:], classes, classes)).astype(np.float64)
 
 
 def _pad(images, length):

@@ -19,6 +19,7 @@ from qpde.batches import Batch
 from qpde.bits import Bits, stack_bits
 from qpde.measure.batches import mean_over
 from qpde.measure.faithfulness import logit_difference, reestimate_statistics
+from qpde.measure.pixels import mean_of_classes
 
 __all__ = ["BitsComparison", "Elastic", "compare_bits"]
 
@@ -31,6 +32,9 @@ class BitsComparison:
       samples: number of inputs: images, or nodes.
       accuracy: Accuracy at these bits, or None without labels.
       accuracy_reference: Accuracy at the bits compared with, or None without labels.
+      iou: Intersection over union of every class of a segmentation network at these bits, NaN for one that does not
+        occur; None of other networks, and without labels.
+      iou_reference: That at the bits compared with.
       agreement: fraction of inputs with the same argmax at both.
       kl: mean Kullback-Leibler divergence of the softmax at these widths from that of the reference, in nats.
       logit_error: root mean square of the difference of the logits.
@@ -39,9 +43,21 @@ class BitsComparison:
     samples: int
     accuracy: Float[np.ndarray, "*widths"] | None
     accuracy_reference: Float[np.ndarray, "*widths"] | None
+    iou: Float[np.ndarray, "*widths classes"] | None
+    iou_reference: Float[np.ndarray, "*widths classes"] | None
     agreement: Float[np.ndarray, "*widths"]
     kl: Float[np.ndarray, "*widths"]
     logit_error: Float[np.ndarray, "*widths"]
+
+    @property
+    def mean_iou(self) -> Float[np.ndarray, "*widths"] | None:
+        """Mean of `iou` over the classes that occur."""
+        return None if self.iou is None else mean_of_classes(self.iou)
+
+    @property
+    def mean_iou_reference(self) -> Float[np.ndarray, "*widths"] | None:
+        """Mean of `iou_reference` over the classes that occur."""
+        return None if self.iou_reference is None else mean_of_classes(self.iou_reference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +163,8 @@ def compare_bits(
         samples=samples,
         accuracy=mean["accuracy"],
         accuracy_reference=mean["accuracy_twin"],
+        iou=mean["iou"],
+        iou_reference=mean["iou_twin"],
         agreement=mean["agreement"],
         kl=np.maximum(mean["kl"], 0.0),  # equal distributions may give -1e-9
         logit_error=np.sqrt(mean["logit_error"]),

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from qpde.batches import Batch, read_batches
 from qpde.measure.batches import mean_over
+from qpde.measure.pixels import mean_of_classes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +31,9 @@ class Faithfulness:
       samples: number of inputs: images, or nodes. Shares of a segmentation network's predictions are of pixels.
       accuracy: Accuracy of the quantized network, or None without labels.
       accuracy_twin: Accuracy of the twin, or None without labels.
+      iou: Intersection over union of every class of a segmentation network, NaN for one that does not occur; None of
+        other networks, and without labels.
+      iou_twin: That of the twin.
       agreement: fraction of inputs with the same argmax.
       margin: mean gap between the two largest of z, the yardstick for the logits' error.
       kl: mean Kullback-Leibler divergence of the quantized network's softmax from the twin's, in nats.
@@ -43,6 +47,8 @@ class Faithfulness:
     samples: int
     accuracy: float | None
     accuracy_twin: float | None
+    iou: Float[np.ndarray, " classes"] | None
+    iou_twin: Float[np.ndarray, " classes"] | None
     agreement: float
     margin: float
     kl: float
@@ -61,13 +67,24 @@ class Faithfulness:
         """Mean of `relative_layer_error` over blocks."""
         return float(np.mean(self.relative_layer_error))
 
+    @property
+    def mean_iou(self) -> float | None:
+        """Mean of `iou` over the classes that occur."""
+        return None if self.iou is None else float(mean_of_classes(self.iou))
+
+    @property
+    def mean_iou_twin(self) -> float | None:
+        """Mean of `iou_twin` over the classes that occur."""
+        return None if self.iou_twin is None else float(mean_of_classes(self.iou_twin))
+
     def as_dict(self) -> dict[str, Any]:
-        """Fields and means, for JSON: arrays as lists."""
-        fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-        return fields | {
-            "mean_layer_error": self.mean_layer_error,
-            "mean_relative_layer_error": self.mean_relative_layer_error,
-        }
+        """Fields and means, for JSON: arrays as lists, None for NaN. Those of pixels where there are any."""
+        fields = {k: _without_nan(v) if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+        fields["mean_layer_error"] = self.mean_layer_error
+        fields["mean_relative_layer_error"] = self.mean_relative_layer_error
+        if self.iou is None:
+            return {k: v for k, v in fields.items() if k not in ("iou", "iou_twin")}
+        return fields | {"mean_iou": self.mean_iou, "mean_iou_twin": self.mean_iou_twin}
 
 
 def compare(
@@ -131,6 +148,8 @@ def compare(
         samples=samples,
         accuracy=None if mean["accuracy"] is None else float(mean["accuracy"]),
         accuracy_twin=None if mean["accuracy_twin"] is None else float(mean["accuracy_twin"]),
+        iou=mean["iou"],
+        iou_twin=mean["iou_twin"],
         agreement=float(mean["agreement"]),
         margin=float(mean["margin"]),
         kl=max(float(mean["kl"]), 0.0),  # equal distributions may give -1e-9
@@ -193,6 +212,10 @@ def logit_difference(
         "prediction": jnp.argmax(logits, axis=-1),
         "prediction_q": jnp.argmax(logits_q, axis=-1),
     }
+
+
+def _without_nan(values: np.ndarray) -> list:
+    return [None if np.isnan(v) else v for v in values.tolist()]
 
 
 @partial(jax.jit, static_argnames="model")

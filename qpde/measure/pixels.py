@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from qpde.batches import IGNORED
 
-__all__ = ["confusion_matrix", "intersection_over_union", "mean_iou"]
+__all__ = ["confusion_matrix", "intersection_over_union", "mean_iou", "mean_of_classes"]
 
 
 def confusion_matrix(
@@ -30,18 +30,20 @@ def confusion_matrix(
     return found.reshape(num_classes, num_classes)
 
 
-def intersection_over_union(confusion: Float[Array | np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:
+def intersection_over_union(
+    confusion: Float[Array | np.ndarray, "*networks classes classes"],
+) -> Float[np.ndarray, "*networks classes"]:
     """Pixels of a class that are found, over those that are of it or taken for it: one number a class.
 
     Args:
-      confusion: Result of `confusion_matrix`, or a sum of several.
+      confusion: Result of `confusion_matrix`, or a sum of several; with leading axes, several at once.
     Returns:
       Numbers from 0 to 1; NaN for a class that neither labels nor predictions hold.
     """
     confusion = np.asarray(confusion, np.float64)
-    found = np.diag(confusion)
-    union = confusion.sum(0) + confusion.sum(1) - found
-    return np.divide(found, union, out=np.full(len(found), np.nan), where=union > 0)
+    found = np.diagonal(confusion, axis1=-2, axis2=-1)
+    union = confusion.sum(-2) + confusion.sum(-1) - found
+    return np.divide(found, union, out=np.full(found.shape, np.nan), where=union > 0)
 
 
 def mean_iou(confusion: Float[Array | np.ndarray, "classes classes"]) -> float:
@@ -50,6 +52,15 @@ def mean_iou(confusion: Float[Array | np.ndarray, "classes classes"]) -> float:
     Args:
       confusion: Result of `confusion_matrix`, or a sum of several.
     """
-    found = intersection_over_union(confusion)
-    present = found[~np.isnan(found)]
-    return float(present.mean()) if len(present) else float("nan")
+    return float(mean_of_classes(intersection_over_union(confusion)))
+
+
+def mean_of_classes(iou: Float[np.ndarray, "*networks classes"]) -> Float[np.ndarray, "*networks"]:
+    """Mean over the classes that occur; NaN where none does.
+
+    Args:
+      iou: Result of `intersection_over_union`.
+    """
+    occurs = ~np.isnan(iou)
+    total, count = np.where(occurs, iou, 0.0).sum(-1), occurs.sum(-1)
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)

@@ -13,13 +13,12 @@ from rich.table import Table
 
 import qpde.models
 from qpde.bits import Bits, distinct_bits
+from qpde.models.images.segmentation import SegmentationNetwork
 from qpde.ptq.bit_allocation import FULL, allocate, block_bits, block_costs, sensitivity
 from train.commands.elastic import check_quantized, compare_at
 from train.config.images import check_at_least
 from train.tasks.nodes_summary import name_of
 from train.trained.finished import Finished, read_finished
-
-_COLUMNS = ("variant", "bits", "10^6 bit-ops", "accuracy", "agreement", "KL", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Budget:
     Each of the uniform bits --at sets a budget of bit-operations. Within it, every block gets the bits of --bits that
     change the network's outputs least. That change is measured on training images without labels, by rounding the
     weights or the activations of one block at a time. The table is measured on test images: its agreement and KL
-    compare with the network at 32 bits. Batch statistics are estimated again for each row.
+    compare with the network at 32 bits. A segmentation network has its mean IoU there in place of the accuracy. Batch
+    statistics are estimated again for each row.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -69,7 +69,9 @@ def prepare_budget(options: Budget) -> Callable[[Console], None]:
 
     def work(console: Console) -> None:
         table = Table(title=f"{options.run.name}: bits of blocks within a budget, test images", box=box.SIMPLE_HEAD)
-        for column in _COLUMNS:
+        of_pixels = isinstance(next(iter(found.values())).model, SegmentationNetwork)
+        of_labels = "mean IoU" if of_pixels else "accuracy"
+        for column in ("variant", "bits", "10^6 bit-ops", of_labels, "agreement", "KL", "blocks"):
             table.add_column(column, justify="left" if column in ("variant", "bits", "blocks") else "right")
         for name, finished in found.items():
             for i, row in enumerate(_rows(finished, options, choices, uniform)):
@@ -94,12 +96,12 @@ def _rows(finished: Finished, options: Budget, choices: list[Bits], uniform: lis
         labels += [(name_of(bits), "all alike"), ("mixed", " ".join(f"{w}/{a}" for w, a in mixed))]
         rows += [block_bits([bits] * len(mixed)), block_bits(mixed)]
     found = compare_at(finished, rows, [block_bits([FULL] * len(model.blocks))] * len(rows))
-    accuracy = np.asarray(found.accuracy)
+    of_labels = np.asarray(found.accuracy if found.mean_iou is None else found.mean_iou)
     return [
         (
             text,
             f"{qpde.models.summary(model, shape, bits=row).bit_operations / 1e6:,.2f}",
-            f"{accuracy[i]:.2%}",
+            f"{of_labels[i]:.2%}",
             f"{found.agreement[i]:.2%}",
             f"{found.kl[i]:.4g}",
             blocks,

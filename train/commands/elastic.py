@@ -20,13 +20,13 @@ from train.trained.finished import Finished, read_finished
 
 _FULL = Bits(32, 32)
 
-# Columns of the table and panels of the picture: heading, field of a row.
+# Columns of the table and panels of the picture: heading, field of a row. The first one is of maps alone.
 _COLUMNS = (
+    ("mean IoU, %", "mean_iou"),
     ("accuracy, %", "accuracy"),
     ("agreement, twin, %", "agreement"),
     ("agreement, 32 bits, %", "agreement_full"),
 )
-_FIELDS = ("accuracy", "accuracy_twin", "agreement", "agreement_full", "kl", "kl_full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +62,18 @@ def prepare_elastic(options: ElasticRun) -> Callable[[Console], None]:
     def work(console: Console) -> None:
         results = {name: _measure(finished, at) for name, finished in found.items()}
         print_table(console, _table(options.run.name, results))
+        first = next(iter(next(iter(results.values())).values()))
         with open(options.run / "elastic.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("bits", "variant", *_FIELDS))
+            writer.writerow(("bits", "variant", *first))
             for name, rows in results.items():
-                writer.writerows((text, name, *(row[field] for field in _FIELDS)) for text, row in rows.items())
+                writer.writerows((text, name, *row.values()) for text, row in rows.items())
         panels = {
             heading: {
                 name: {text: (100 * row[field], float("nan")) for text, row in rows.items()}
                 for name, rows in results.items()
             }
-            for heading, field in _COLUMNS
+            for heading, field in _columns_of(first)
         }
         against_bits_figure(panels, options.run / "elastic.png", title=options.run.name)
         console.print(f"written to {options.run}", markup=False, highlight=False, soft_wrap=True)
@@ -102,29 +103,34 @@ def compare_at(finished: Finished, at: Sequence[Bits], references: Sequence[Bits
 
 
 def _measure(finished: Finished, at: dict[str, Bits]) -> dict[str, dict[str, float]]:
-    """`_FIELDS` by bits."""
+    """What is measured, by bits."""
     rows, count = list(at.values()), len(at)
     found = compare_at(finished, rows * 2, [bits.twin for bits in rows] + [_FULL] * count)
-    accuracy, accuracy_twin = np.asarray(found.accuracy), np.asarray(found.accuracy_reference)
-    return {
-        text: {
-            "accuracy": float(accuracy[i]),
-            "accuracy_twin": float(accuracy_twin[i]),
-            "agreement": float(found.agreement[i]),
-            "agreement_full": float(found.agreement[count + i]),
-            "kl": float(found.kl[i]),
-            "kl_full": float(found.kl[count + i]),
-        }
-        for i, text in enumerate(at)
+    by_field = {
+        "accuracy": found.accuracy,
+        "accuracy_twin": found.accuracy_reference,
+        "agreement": found.agreement,
+        "agreement_full": found.agreement[count:],
+        "kl": found.kl,
+        "kl_full": found.kl[count:],
     }
+    if found.iou is not None:
+        by_field |= {"mean_iou": found.mean_iou, "mean_iou_twin": found.mean_iou_reference}
+    return {text: {field: float(np.asarray(v)[i]) for field, v in by_field.items()} for i, text in enumerate(at)}
+
+
+def _columns_of(row: dict[str, float]) -> list[tuple[str, str]]:
+    return [(heading, field) for heading, field in _COLUMNS if field in row]
 
 
 def _table(name: str, results: dict[str, dict[str, dict[str, float]]]) -> Table:
     table = Table(title=f"{name}: one set of weights at several bits, test images", box=box.SIMPLE_HEAD)
-    for heading in ("bits", "variant", *(heading for heading, _ in _COLUMNS)):
+    first = next(iter(results.values()))
+    columns = _columns_of(next(iter(first.values())))
+    for heading in ("bits", "variant", *(heading for heading, _ in columns)):
         table.add_column(heading, justify="left" if heading in ("bits", "variant") else "right")
-    for text in next(iter(results.values())):
+    for text in first:
         for i, (variant, rows) in enumerate(results.items()):
-            cells = (f"{100 * rows[text][field]:.2f}" for _, field in _COLUMNS)
+            cells = (f"{100 * rows[text][field]:.2f}" for _, field in columns)
             table.add_row("" if i else text, variant, *cells)
     return table

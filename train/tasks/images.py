@@ -257,19 +257,18 @@ class Training:
         results |= _smoothing_of(model, state.variables)
         if model.bits.activations is None:  # there is nothing to be faithful to
             scores = self.scores(variables, images.stacks("test"))
-            return results | {"accuracy": scores["accuracy"]} | self._iou(variables, None)
+            return results | {"accuracy": scores["accuracy"]} | self._of_classes(scores)
         twin = variables if state.twin_variables is None else state.twin_variables
         twin = reestimate_statistics(model, twin, statistics, model.bits.twin)
-        results |= compare(model, variables, self.test_images(), model.bits, twin=twin).as_dict()
-        results |= self._iou(variables, model.bits)
-        results |= {f"{name}_twin": value for name, value in self._iou(twin, model.bits.twin).items()}
+        measured = compare(model, variables, self.test_images(), model.bits, twin=twin).as_dict()
+        results |= measured | self._of_classes(measured)
         if self.experiment.calibration is None or self.start is None:
             return results
         start = reestimate_statistics(self.exact, self.start.variables, statistics, Bits())
         return results | self._beside_start(variables, start)
 
-    def _iou(self, variables: dict[str, Any], bits: Any) -> dict[str, Any]:
-        """Intersection over union on the test images, of networks with a class for every pixel."""
+    def _of_classes(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Results on the test images by the names of classes: of networks with a class for every pixel."""
         return {}
 
     def _beside_start(self, variables: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:

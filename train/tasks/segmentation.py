@@ -56,7 +56,8 @@ class SegmentationTraining(Training):
     def scores(self) -> Callable:
         return make_evaluate(self.model, self.images.normalize, map_classes=self.images.num_classes)
 
-    def _iou(self, variables: dict[str, Any], bits: Any) -> dict[str, Any]:
-        found = self.scores(variables, self.images.stacks("test"), bits)
-        of_classes = dict(zip(self.images.stored.classes, found["iou"], strict=True))
-        return {"mean_iou": found["mean_iou"], "iou": of_classes}
+    def _of_classes(self, measured: dict[str, Any]) -> dict[str, Any]:
+        means = {key: measured[key] for key in ("mean_iou", "mean_iou_twin") if key in measured}
+        of_classes = {key: measured[key] for key in ("iou", "iou_twin") if key in measured}
+        classes = self.images.stored.classes
+        return means | {key: dict(zip(classes, iou, strict=True)) for key, iou in of_classes.items()}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qpde import graphs, models
 from qpde.bits import Bits
+from qpde.measure import compare_bits, confusion_matrix, intersection_over_union
 from qpde.measure.faithfulness import compare, reestimate_statistics
 
 BITS = Bits(weights=4, activations=4)
@@ -113,8 +114,10 @@ def test_batches_of_any_sizes_give_the_same_numbers():
     whole = compare(MODEL, VARIABLES, [(images, labels)], BITS)
     ragged = [(images[a:b], labels[a:b]) for a, b in [(0, 1), (1, 17), (17, 20), (20, 40)]]
     parts = compare(MODEL, VARIABLES, iter(ragged), BITS)
+    assert whole.iou is parts.iou is None
     for name, value in vars(whole).items():
-        np.testing.assert_allclose(getattr(parts, name), value, rtol=1e-5, err_msg=name)
+        if value is not None:
+            np.testing.assert_allclose(getattr(parts, name), value, rtol=1e-5, err_msg=name)
 
 
 def test_one_compilation_serves_both_networks_all_widths_and_a_short_last_batch():
@@ -347,6 +350,16 @@ def test_a_segmentation_network_is_compared_pixel_by_pixel_and_the_label_minus_o
     np.testing.assert_allclose(result.accuracy_twin, np.mean((chosen == labels)[counted]))
     np.testing.assert_allclose(result.agreement, np.mean((chosen == chosen_q)[counted]))
     assert 0.5 < result.agreement < 1
+    for found, predictions in ((result.iou, chosen_q), (result.iou_twin, chosen)):
+        counts = confusion_matrix(labels, predictions, num_classes=CLASSES)
+        np.testing.assert_allclose(found, intersection_over_union(counts))
+    assert result.as_dict()["mean_iou"] == result.mean_iou == np.mean(result.iou)
+    assert compare(model, variables, [images], BITS).iou is None
+    # At several bits, each beside itself at 32 bits, and beside itself.
+    several = compare_bits(model, variables, split(images, labels, 2), [BITS, BITS], references=[Bits(4, 32), BITS])
+    np.testing.assert_allclose(several.iou, [result.iou] * 2)
+    np.testing.assert_allclose(several.iou_reference, [result.iou_twin, result.iou])
+    np.testing.assert_allclose(several.mean_iou, [result.mean_iou] * 2)
     p, q = (np.asarray(jax.nn.softmax(v)) for v in (z, z_q))
     np.testing.assert_allclose(result.kl, np.mean(np.sum(p * np.log(p / q), -1)), rtol=1e-4)
     np.testing.assert_allclose(result.logit_error, np.sqrt(np.mean((z - z_q) ** 2)), rtol=1e-5)

@@ -19,6 +19,8 @@ def test_counts_and_scores_by_hand():
     np.testing.assert_array_equal(intersection_over_union(found), [1 / 3, 2 / 3, 0, math.nan])
     assert mean_iou(found) == (1 / 3 + 2 / 3 + 0) / 3
     assert math.isnan(mean_iou(np.zeros((2, 2))))
+    several = intersection_over_union(np.stack([found, found.T]))
+    np.testing.assert_array_equal(several, [intersection_over_union(own) for own in (found, found.T)])
 
 
 @given(st.integers(0, 2**16), st.integers(2, 5))

@@ -1,5 +1,6 @@
 """A segmentation run from its file to its page: what it learns, keeps and shows."""
 
+import csv
 import json
 
 import jax
@@ -121,6 +122,21 @@ def test_its_pixels_are_certified_and_the_parts_of_the_bound_shown(run, capsys):
     line = next(line.split() for line in out.splitlines() if "symmetric" in line and "%" in line)
     assert line[3] == line[4]  # as deep as the network, the proof is the twin: all that agree are certified
     assert "up0.block1" in out
+
+
+def test_bits_are_compared_by_the_mean_intersection_over_union(run, capsys):
+    (result,) = json.loads((run / "summary.json").read_text())["variants"].values()
+    assert main(["elastic", str(run), "--bits", "4", "32"]) == 0
+    assert "mean IoU, %" in capsys.readouterr().out
+    with open(run / "elastic.csv") as file:
+        first, last = csv.DictReader(file)
+    assert float(first["mean_iou"]) == pytest.approx(result["mean_iou"])
+    assert float(first["mean_iou_twin"]) == pytest.approx(result["mean_iou_twin"])
+    assert last["mean_iou"] == last["mean_iou_twin"]
+    assert main(["budget", str(run), "--bits", "4", "8", "--at", "4", "--images", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mean IoU" in next(line for line in lines if "bit-ops" in line)
+    assert f"{result['mean_iou']:.2%}" in next(line for line in lines if "all alike" in line)
 
 
 def test_its_files_are_measured_pixel_by_pixel(run):
