@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
@@ -65,7 +66,7 @@ ARCHITECTURES = {
 BLOCKS = {"basic": BasicBlock, "stable": StableBlock, "inverted": InvertedBlock}
 """The kinds of blocks by name."""
 
-GRAPH_NETWORKS = {"pde_gcn": pde_gcn, "gcn": gcn, "gcnii": gcnii, "gat": gat}
+GRAPH_NETWORKS: dict[str, Callable[..., GraphNetwork]] = {"pde_gcn": pde_gcn, "gcn": gcn, "gcnii": gcnii, "gat": gat}
 
 
 def names() -> tuple[str, ...]:

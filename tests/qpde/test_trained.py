@@ -10,7 +10,7 @@ from flax.core import freeze
 
 import qpde
 from qpde import deploy
-from qpde.models import Architecture, Smoothing, image_network, pde_gcn
+from qpde.models import Architecture, Smoothing, gcn, image_network
 from qpde.models.images.blocks import InvertedBlock, StableBlock
 from qpde.trained import DESCRIPTION, WEIGHTS
 
@@ -65,7 +65,7 @@ def test_bytes_and_floats_of_any_number_have_the_network_s_own_logits(network, f
 def test_networks_with_a_neck_and_networks_on_graphs_come_back(tmp_path):
     mobile = image_network(Architecture("m", InvertedBlock, ((4, 4, 1, 1, 2),), neck_width=8), num_classes=2)
     graph = qpde.graphs.from_edges(np.array([0, 1]), np.array([1, 2]), num_nodes=3, nodes=np.ones((3, 5), np.float32))
-    for model, x in ((mobile, jnp.zeros((1, 8, 8, 3))), (pde_gcn(num_classes=2, layers=2, width=4), graph)):
+    for model, x in ((mobile, jnp.zeros((1, 8, 8, 3))), (gcn(num_classes=2, width=4, head="graph"), graph)):
         variables = jax.jit(model.init)(jax.random.key(1), x)
         found = qpde.load(qpde.save(tmp_path / type(model).__name__, model, variables))
         assert found.model == model

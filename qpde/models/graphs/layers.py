@@ -113,6 +113,7 @@ class GraphLayer(abc.ABC):
 
     act_count = 1  # quantizers of activations
     drops_inputs = True  # whether training drops entries of every layer's input
+    head = "dense"
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
@@ -294,11 +295,17 @@ class PDELayer(GraphLayer):
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionLayer(GraphLayer):
-    """relu(A Q(x) W + b), A = D^-1/2 (adjacency + I) D^-1/2 (Kipf and Welling, 2017)."""
+    """relu(A Q(x) W + b), A = D^-1/2 (adjacency + I) D^-1/2 (Kipf and Welling, 2017).
+
+    Attributes:
+      head: "dense", x W + b behind these layers, or "graph", A x W + b.
+    """
+
+    head: str = "dense"
 
     def step(self, state, step_size, q, call):
         x = q.activation(q.dropout(state), 0)
-        return jax.nn.relu(_propagate(x @ q.kernel("kernel"), call) + q.params["bias"][None])
+        return jax.nn.relu(propagate(call.graph, x @ q.kernel("kernel"), call.scale) + q.params["bias"][None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +332,7 @@ class InitialResidualLayer(GraphLayer):
 
     def step(self, state, step_size, q, call):
         x = q.activation(q.dropout(state), 0)
-        y = (1 - self.alpha) * _propagate(x, call) + self.alpha * call.start
+        y = (1 - self.alpha) * propagate(call.graph, x, call.scale) + self.alpha * call.start
         return jax.nn.relu((1 - step_size) * y + step_size * (q.activation(y, 1) @ q.kernel("kernel")))
 
 
@@ -400,6 +407,12 @@ class _Quantized:
         return self.clips[name][index]
 
 
-def _propagate(x: jax.Array, call: Call) -> jax.Array:
-    """A x, A the normalised adjacency with self-loops, which is I minus the normalised Laplacian."""
-    return x - graphs.laplacian(call.graph, x, scale=call.scale)
+def propagate(graph: jraph.GraphsTuple, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """A x, A the normalised adjacency with self-loops, which is I minus the normalised Laplacian.
+
+    Args:
+      graph: Its edges.
+      x: (nodes, C).
+      scale: `qpde.graphs.normalize` of the graph.
+    """
+    return x - graphs.laplacian(graph, x, scale=scale)

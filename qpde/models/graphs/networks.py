@@ -4,13 +4,15 @@
 
 with dropout around the dense layers in training. Stem and head layers are exact, the weights and inputs of the
 hidden ones are quantized (`qpde.models.graphs.layers` holds their formulas). So a baseline of depth L has L graph
-convolutions between the two dense layers, as in GCNII; Kipf and Welling's GCN of two layers has no dense ones.
+convolutions between the two dense layers, as in GCNII. Kipf and Welling's GCN ends with a graph convolution: `gcn` with
+`head="graph"` does, behind its dense stem.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,7 @@ from qpde.models.graphs.layers import (
     GraphSmoothing,
     InitialResidualLayer,
     PDELayer,
+    propagate,
 )
 from qpde.models.layers import Observe
 from qpde.quantizers import LEVEL_SETS
@@ -43,6 +46,7 @@ from qpde.quantizers import LEVEL_SETS
 __all__ = ["GraphNetwork", "gat", "gcn", "gcnii", "pde_gcn"]
 
 LOOPS = ("auto", "scan", "unroll")
+HEADS = ("dense", "graph")
 
 # The deepest network that "auto" unrolls. A scan compiles faster, but copies what the backward pass needs into stacks.
 # Rematerialisation is there to save memory and has little to copy.
@@ -128,20 +132,22 @@ class GraphNetwork(nn.Module):
             raise ValueError(f"graph.nodes must hold floating-point features (nodes, F); got {found}")
         bits = self._checked_bits(self.bits if bits is None else bits)
 
+        scale = graphs.normalize(graph)
         x = self._dense("stem", self._dropout(features, train), self.layer.width)
         x = jax.nn.relu(x)
         if not self.layer.drops_inputs:
             x = self._dropout(x, train)
-        x, states = self._hidden(graph._replace(nodes=x), bits, train, return_states, observe)
-        logits = self._dense("head", self._dropout(x, train), self.num_classes)
+        x, states = self._hidden(graph._replace(nodes=x), scale, bits, train, return_states, observe)
+        then = partial(propagate, graph, scale=scale) if self.layer.head == "graph" else None
+        logits = self._dense("head", self._dropout(x, train), self.num_classes, then)
         return (logits, states) if return_states else logits
 
-    def _hidden(self, graph, bits, train, return_states, observe):
+    def _hidden(self, graph, scale, bits, train, return_states, observe):
         layer, depth = self.layer, self.depth
         params = self.param("layers", lambda key: jax.vmap(layer.init)(jax.random.split(key, depth)))
         params = unfreeze(params)
         shared = {name: self.param(name, nn.initializers.zeros, ()) for name in layer.shared_params}
-        call = Call(graph, graphs.normalize(graph), graph.nodes, observe, shared)
+        call = Call(graph, scale, graph.nodes, observe, shared)
         keys = impl = None
         if train and self.dropout and layer.drops_inputs:
             keys = jax.random.split(self.make_rng("dropout"), depth)
@@ -172,12 +178,12 @@ class GraphNetwork(nn.Module):
             self.sow("observed", "layers", observed, reduce_fn=lambda _, new: new)
         return layer.output(state), tuple(states) if return_states else ()
 
-    def _dense(self, name: str, x: Any, width: int) -> jax.Array:
-        """x W + b, for a dense or sparse x."""
+    def _dense(self, name: str, x: Any, width: int, then: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """x W + b, for a dense or sparse x; or then(x W) + b."""
         kernel = self.param(f"{name}_kernel", nn.initializers.glorot_uniform(), (x.shape[-1], width))
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (width,))
         product = _sparse_product(x, kernel) if isinstance(x, BCOO) else x @ kernel
-        return product + bias[None]
+        return (product if then is None else then(product)) + bias[None]
 
     def _dropout(self, x: Any, train: bool) -> Any:
         if not (train and self.dropout):
@@ -296,6 +302,7 @@ def gcn(
     layers: int = 2,
     width: int = 64,
     dropout: float = 0.5,
+    head: str = "dense",
     weight_bits: int | None = None,
     act_bits: int | None = None,
     levels: str = "uniform",
@@ -311,6 +318,7 @@ def gcn(
       layers: Depth, at least 1.
       width: Channels of the hidden fields.
       dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
+      head: What makes logits of the last layer's x: "dense", x W + b, or "graph", A x W + b as in the paper.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
         overrides them call by call.
       act_bits: Default bits of the activations, likewise.
@@ -322,7 +330,8 @@ def gcn(
     Raises:
       ValueError: An unknown option, or a number out of range.
     """
-    layer = ConvolutionLayer(width=width, levels=levels)
+    _check_known("head", head, HEADS)
+    layer = ConvolutionLayer(width=width, levels=levels, head=head)
     return _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, remat)
 
 

@@ -137,6 +137,11 @@ def test_a_convolution_layer_is_that_of_kipf_and_welling():
     expected = np.maximum(root @ adjacency @ root @ states[0] @ layers["kernel"][1] + layers["bias"][1][None], 0)
     close(states[1], expected)
 
+    params = variables["params"] | {"head_bias": jnp.asarray([0.5, -1.0, 2.0])}
+    for head, a in (("dense", np.eye(NODES)), ("graph", root @ adjacency @ root)):
+        logits, states = runner("gcn", head=head)({"params": params}, graph, EXACT)
+        close(logits, a @ states[-1] @ params["head_kernel"] + params["head_bias"][None])
+
 
 def test_an_initial_residual_layer_is_that_of_gcnii():
     graph = random_graph()
@@ -375,7 +380,7 @@ SMOOTH = {"step_size": "auto", "nonlinearity": "huber", "smoothing": GraphSmooth
         ("pde_gcn", MIXED),
         ("pde_gcn", STATE | {"kernel_init": "orthogonal"}),
         ("pde_gcn", SMOOTH | {"kernel_init": "orthogonal"}),
-        ("gcn", {}),
+        ("gcn", {"head": "graph"}),
         ("gcnii", {}),
         ("gat", {}),
     ],
@@ -499,6 +504,7 @@ def test_dropout_is_off_outside_training_and_needs_a_key_in_it():
         ("pde_gcn", {"dropout": 1.0}, "dropout must be within"),
         ("pde_gcn", {"weight_bits": 1}, "weight_bits must be 2 to 32"),
         ("gcn", {"act_bits": 33}, "act_bits must be 2 to 32"),
+        ("gcn", {"head": "scaled"}, "unknown head 'scaled'; valid: dense, graph"),
         ("gcnii", {"alpha": 1.5}, "alpha must be within"),
         ("gcnii", {"lambda_": 0.0}, "lambda_ must be positive"),
         ("gat", {"heads": 3}, "heads .=3. must divide width .=64."),
