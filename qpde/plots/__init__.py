@@ -8,15 +8,19 @@ from qpde.plots.curves import (
     over_time_figure,
 )
 from qpde.plots.frame import COLOURS
+from qpde.plots.points import NetworkPoint, frontier, frontier_figure
 from qpde.plots.spreads import bound_figure, confusion_figure, histogram_figure, maps_figure, spectrum_figure
 from qpde.plots.svg import inline_svg
 
 __all__ = [
     "COLOURS",
+    "NetworkPoint",
     "against_bits_figure",
     "along_depth_figure",
     "bound_figure",
     "confusion_figure",
+    "frontier",
+    "frontier_figure",
     "histogram_figure",
     "inline_svg",
     "layer_error_figure",

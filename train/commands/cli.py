@@ -16,6 +16,7 @@ from train.commands.certify import Certify, prepare_certify
 from train.commands.data import Prepare, parse_data
 from train.commands.elastic import ElasticRun, prepare_elastic
 from train.commands.export import Export, prepare_export
+from train.commands.frontier import Frontier, prepare_frontier
 from train.commands.options import filled, parse
 from train.commands.paper import Paper, prepare_paper
 from train.commands.predict import parse_predict
@@ -230,6 +231,11 @@ COMMANDS = {
         command_of("report", Report, prepare_report),
         "report RUN [RUN ...]",
         "show finished runs on one page of figures",
+    ),
+    "frontier": Command(
+        command_of("frontier", Frontier, prepare_frontier),
+        "frontier RUN RUN [RUN ...]",
+        "compare runs by accuracy and layer-wise error",
     ),
     "export": Command(
         command_of("export", Export, prepare_export),

@@ -6,15 +6,20 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 
 from qpde.plots import (
     COLOURS,
+    NetworkPoint,
     against_bits_figure,
     along_depth_figure,
     bound_figure,
     confusion_figure,
+    frontier,
+    frontier_figure,
     histogram_figure,
     layer_error_figure,
     maps_figure,
@@ -223,6 +228,7 @@ def test_any_quantity_is_drawn_along_depth():
         (lambda: spectrum_figure({}), "no networks"),
         (lambda: bound_figure({"a": ([0.0], [0.0])}, heading=""), "all errors or bounds are 0"),
         (lambda: along_depth_figure({}, heading="", unit=""), "no curves"),
+        (lambda: frontier_figure([]), "no kinds of networks"),
     ],
 )
 def test_nothing_to_draw_is_refused(draw, message):
@@ -279,6 +285,42 @@ def test_numbers_of_logarithmic_axes_are_plain_text(low, high):
     assert not any("$" in text for text in texts)
 
 
+SHARES = st.integers(0, 5).map(float)  # few values, so that some are equal
+
+
+@given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=8))
+def test_the_frontier_is_what_no_other_point_beats(points):
+    accuracies, errors = zip(*points, strict=True)
+    found = frontier(accuracies, errors)
+
+    def beats(a, b):
+        return a != b and a[0] >= b[0] and a[1] <= b[1]
+
+    for point in set(points):
+        is_best = any(points[i] == point for i in found)
+        assert is_best != any(beats(other, point) for other in points)
+    assert sorted(errors[i] for i in found) == [errors[i] for i in found]
+
+
+def test_networks_stand_at_their_error_and_accuracy_and_a_line_joins_the_best():
+    points = [
+        NetworkPoint("plain", "a", 0.9, 0.3, 0.1),
+        NetworkPoint("plain", "b", 0.8, 0.4, 0.05, hollow=True),
+        NetworkPoint("symmetric", "c", 0.7, 0.2, 0.2),
+    ]
+    figure = frontier_figure(points, hollow="rounded")
+    for axes, errors, best in zip(figure.axes, ([0.3, 0.4, 0.2], [0.1, 0.05, 0.2]), ([2, 0], [1, 0]), strict=True):
+        line, *marks = axes.lines
+        np.testing.assert_allclose(line.get_xdata(), [errors[i] for i in best])
+        np.testing.assert_allclose(line.get_ydata(), [100 * points[i].accuracy for i in best])
+        shown = [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks[: len(points)]]
+        np.testing.assert_allclose(shown, [(e, 100 * p.accuracy) for e, p in zip(errors, points, strict=True)])
+        faces = [mark.get_markerfacecolor() for mark in marks[: len(points)]]
+        assert faces == [COLOURS[1], "white", COLOURS[0]]
+        assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"plain", "symmetric", "rounded"}
+
+
 DRAWN_ALONE = {
     "depth": lambda name, among: along_depth_figure({name: [1.0, 2.0, 3.0]}, heading="", unit="", among=among),
     "bits": lambda name, among: against_bits_figure({"a": {name: {"W4A4": (1.0, 1.0)}}}, among=among),
@@ -316,6 +358,7 @@ NAMED = {
     "spectrum": lambda a, b: spectrum_figure({a: {1: [0.5], 2: [0.1]}, b: {1: [0.5]}}, heading=a),
     "bound": lambda a, b: bound_figure({a: ([0.1], [0.5]), b: ([0.1], [0.5])}, heading=a),
     "time": lambda a, b: over_time_figure({a: ([1], [0.5]), b: ([1], [0.5])}, heading=a, unit=b),
+    "points": lambda a, b: frontier_figure([NetworkPoint(a, b, 0.5, 0.1, 0.1), NetworkPoint(b, a, 0.6, 0.1, 0.1)]),
 }
 
 
