@@ -431,8 +431,12 @@ class ImagePlan:
         return not self._loss.labels and line.get("train_similarity", np.inf) <= target
 
     def explain(self, state: TrainState, bits: Bits, *batch: Any) -> str:
-        chosen = self.training.images.select(state, *batch)
-        return self._shared.explain(state, *chosen, self._on_devices(bits))
+        chosen, start = self.training.images.select(state, *batch), self.training.start
+        why = self._shared.explain(state, *chosen, self._on_devices(bits))
+        options = self.training.model.options
+        if start is None or start.bits.weights is not None or options.weight_bits is None or not options.standardize:
+            return why
+        return f"{why}. It started from kernels without standardization: --model.no-standardize goes on with them"
 
     @property
     def _shared(self) -> Training:

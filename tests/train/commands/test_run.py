@@ -282,6 +282,10 @@ def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, caps
     assert main([*further, "--model.per-channel"]) == 2
     assert "quantized with model.standardize=False: give --model.no-standardize" in capsys.readouterr().err
     assert main([*further, "--model.per-channel", "--model.no-standardize"]) == 0
+    broken = [*further[:4], "--name", "broken", "--start-from", "runs/exact", "--optimizer.learning-rate", "1e30"]
+    for options in ([], ["--model.no-standardize"]):
+        assert main([*broken, *options, "--overwrite"]) == 1
+        assert ("started from kernels without standardization" in capsys.readouterr().err) == (not options)
 
     cases = {
         "neither like W4A8": ["runs/exact", "--bits", "W4"],
