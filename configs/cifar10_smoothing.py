@@ -12,20 +12,32 @@ docs/results.md.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from qpde.models import Smoothing
 from train.config.images import Calibration, Variant
 from train.config.recipes import cifar10
 
 _fast = cifar10("resnet20", fast_epochs=3)["fast"]
+_strong = Smoothing(gamma2=0.125, eps=0.5, output=True)
+
+
+def _smoothed(name: str, **changes: Any) -> Variant:
+    return Variant(name, {"symmetric": False, "smoothing": replace(_strong, **changes)})
+
 
 full = replace(
     _fast,
     name="cifar10_smoothing",
     variants=(
         Variant("plain", {"symmetric": False}),
-        Variant("smoothed", {"symmetric": False, "smoothing": Smoothing(gamma2=0.125, eps=0.5, output=True)}),
+        _smoothed("smoothed"),
+        _smoothed("weak", gamma2=0.025, eps=0.1),
+        _smoothed("huber", kind="huber"),
+        _smoothed("first_stage", blocks=(0, 1, 2)),
+        _smoothed("learned", learned=True),
     ),
+    only=("plain", "smoothed"),
     model=replace(_fast.model, weight_bits=None, act_bits=None),
 )
 

@@ -85,9 +85,8 @@ def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--newton-steps",
         type=int,
-        default=2,
         metavar="N",
-        help="steps of Newton's method in that proof; more steps certify more pictures; default: 2",
+        help="steps of Newton's method in that proof, for one that says why; default: the cheapest proof, without",
     )
     parser.add_argument(
         "--output",

@@ -64,7 +64,7 @@ class Predictor:
       network: Result of `qpde.load`.
       bits: Its bits. Default: the network's own.
       certified: Whether to certify every prediction, which costs more than the prediction.
-      newton_steps: Steps of Newton's method before the proof, see `qpde.certify`.
+      newton_steps: Steps of Newton's method before the proof, None for the cheapest one; see `qpde.certify`.
 
     Raises:
       ValueError: A network on graphs, or one whose input is unknown; bits that it has no quantizers or no levels for;
@@ -74,7 +74,7 @@ class Predictor:
     network: TrainedNetwork
     bits: Bits | None = None
     certified: bool = False
-    newton_steps: int = 2
+    newton_steps: int | None = None
 
     def __post_init__(self):
         model, _ = self.model, self.shape
@@ -83,7 +83,7 @@ class Predictor:
                 raise ValueError(f"this network has no quantizers of {part}: quantize it first, see qpde.ptq.quantize")
             if given is not None and 8 < given < EXACT_BITS and model.options.levels != "uniform":
                 raise ValueError(f"levels {model.options.levels!r} have no {given} bits: choose 2 to 8, or 16 and more")
-        if self.newton_steps < 0:
+        if self.newton_steps is not None and self.newton_steps < 0:
             raise ValueError(f"newton steps (={self.newton_steps}) must be at least 0")
         if self.certified:
             if self._bits.activations is None or self._bits.activations >= EXACT_BITS:

@@ -36,9 +36,10 @@ What is deployed is certified alike: the candidate then starts as the states of 
 that its logits name. Nothing is assumed of how they came about. So the defects hold every rounding there is: codes,
 requantizations in float32, thresholds that were settled, kernels of stem, neck and head in 8 bits, a flipped code.
 
-A certificate costs more than the twin itself, and as many Newton steps as the network has blocks end at the twin: what
-few of them add to the twin's own prediction is why it is the same. Errors were small, they did not grow, and they add
-up as the Jacobians carry them.
+As many Newton steps as the network has blocks end at the twin. So the cheapest proof takes the twin's own states as the
+candidate: the defects are 0, one run of the twin in float64 is all it costs, and every prediction that is the twin's is
+proven. It does not say why. A few Newton steps do: errors were small, they did not grow, and they add up as the
+Jacobians carry them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,13 +59,11 @@ from qpde.certify.proof import Certificate, pair_norms, proof
 from qpde.certify.step_bounds import (
     StepBounds,
     check_model,
-    exact_factors,
     in_float64,
-    rounded,
+    rounded_parts,
     step_bounds,
     to_float64,
 )
-from qpde.models.images.parts import Head
 from qpde.models.images.segmentation import SegmentationNetwork
 from qpde.models.layers import Mode
 
@@ -77,7 +76,7 @@ def certify(
     x: Batch,
     bits: Bits,
     *,
-    newton_steps: int = 2,
+    newton_steps: int | None = None,
     steps: StepBounds | None = None,
     deployed: tuple[Any, Sequence[Any]] | None = None,
 ) -> Certificate:
@@ -90,7 +89,9 @@ def certify(
       variables: Its collections.
       x: Images (N, H, W, C), or what the chain takes, or a pair of these and labels, which are not used.
       bits: Scalars, or one value for each block, or quantized layer. Activations must have bits.
-      newton_steps: Steps of Newton's method. 0 takes the injected errors as they are.
+      newton_steps: Steps of Newton's method from the quantized network's states on: the proof then rests on the steps'
+        constants. 0 takes the injected errors as they are. None: the candidate is the twin itself, which proves every
+        prediction that is the twin's, for the least.
       steps: Result of `step_bounds`, which takes seconds, for this network, these variables, this image size and these
         bits. Pass it when certifying several batches. Default: computed.
       deployed: Logits (N, C) and states of what is deployed, for these images: the outputs of the stem and of every
@@ -107,13 +108,14 @@ def certify(
     """
     if bits.activations is None:
         raise ValueError("`bits.activations` (=None) rounds nothing: give some, for instance qpde.Bits(4, 8)")
-    if newton_steps < 0:
-        raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0")
+    if newton_steps is not None and newton_steps < 0:
+        raise ValueError(f"`newton_steps` (={newton_steps}) must be at least 0, or None for the cheapest proof")
+    count = None if newton_steps is None else np.int32(newton_steps)  # traced: one program for all numbers
     x = jnp.asarray(read_batch(x, variables))
     if hasattr(model, "links"):
         if deployed is not None:
             raise ValueError("`deployed` is for networks of qpde.models: a chain is deployed as it runs")
-        return certify_chain(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
+        return certify_chain(model, variables, x, bits, newton_steps=count, steps=steps)
     check_model(model)
     bits = model.checked_bits(bits)
     size = (x.shape[1], x.shape[2])
@@ -127,15 +129,12 @@ def certify(
             run = _run(model, variables, x, bits)
         else:
             run, a_priori = _checked_run(model, variables, x, bits, deployed), np.inf
-    rounded = _rounded_parts(model, variables, bits)
     with in_float64():
         lipschitz = np.array([step.lipschitz for step in steps.bounds])
         if isinstance(model, SegmentationNetwork):
-            given = (model, variables, rounded, x, run, bits, lipschitz, steps.local, a_priori, np.int32(newton_steps))
+            given = (model, variables, steps.parts, x, run, bits, lipschitz, steps.local, a_priori, count)
             return jax.device_get(_pixel_certificate(*given))
-    gain = _tail_gain(model, variables, run[1][-1].shape[1:3])
-    with in_float64():
-        found = _certificate(model, variables, rounded, x, run, bits, lipschitz, a_priori, gain, np.int32(newton_steps))
+        found = _certificate(model, variables, steps.parts, x, run, bits, lipschitz, a_priori, steps.tail, count)
         return jax.device_get(found)
 
 
@@ -157,7 +156,7 @@ def exact_twin(
         return exact_chain(model, variables, jnp.asarray(x), bits)
     check_model(model)
     bits = model.checked_bits(bits)
-    rounded = _rounded_parts(model, variables, bits)
+    rounded = rounded_parts(model, variables, bits)
     with in_float64():
         return np.asarray(_exact_twin(model, variables, rounded, jnp.asarray(x), bits))
 
@@ -180,14 +179,6 @@ def _checked_run(model, variables, x, bits, deployed):
             "outputs of the stem and of every block, qpde.deploy.run(folded, return_states=True)(x)"
         )
     return jax.tree.map(jnp.asarray, given)
-
-
-def _rounded_parts(model, variables, bits):
-    """Of every part its variables, the kernels rounded by the programs of `step_bounds`, and gamma2."""
-    return [
-        (rounded(part, own, step_size, widths), gamma2)
-        for part, own, step_size, gamma2, widths in model.bound_parts(variables, bits)
-    ]
 
 
 @partial(jax.jit, static_argnames="model")
@@ -226,13 +217,3 @@ def _twin_parts(model, variables, rounded, bits):
         partial(part._replace(variables=to_float64(own), gamma2=to_float64(gamma2)), mode=mode)
         for part, (own, gamma2) in zip(parts, rounded, strict=True)
     ]
-
-
-def _tail_gain(model, variables, size):
-    """Lipschitz constant from the last block's output to what the dense layer takes."""
-    gain = 1.0
-    for bound in model.bound_parts(variables, Bits())[1 + len(model.blocks) :]:
-        factors = exact_factors(bound)
-        if isinstance(bound.part, Head):
-            return gain * bound.part.feature_gain(factors, size)
-        gain *= bound.part.step_bound(factors, Bits(), size).lipschitz

@@ -23,7 +23,7 @@ def certify_chain(
     x: Array,
     bits: Bits,
     *,
-    newton_steps: int,
+    newton_steps: Any,
     steps: StepBounds | None,
 ) -> Certificate:
     """`qpde.certify.certify` of a network with `links`."""
@@ -46,7 +46,7 @@ def certify_chain(
         a_priori = step.lipschitz * a_priori + step.injected
     with in_float64():
         lipschitz = np.array([step.lipschitz for step in bounds])
-        found = _proof(links, rounded, states, lipschitz, a_priori + extra, np.int32(newton_steps), has_head=has_head)
+        found = _proof(links, rounded, states, lipschitz, a_priori + extra, newton_steps, has_head=has_head)
         return jax.device_get(found)
 
 

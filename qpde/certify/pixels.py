@@ -112,7 +112,7 @@ def pixel_proof(
       lipschitz: (L,) L_j.
       local: Norms of the taps of every block, None where it smooths.
       a_priori: By how much the last state moves at most, for all images.
-      newton_steps: Steps of Newton's method.
+      newton_steps: Steps of Newton's method from the quantized network's states on. None: the candidate is the twin.
     """
     logits, states = run
     stems, steps, head = len(model.stem_parts()), parts[len(model.stem_parts()) : -1], parts[-1]
@@ -132,9 +132,15 @@ def pixel_proof(
             improved.append(leaving - moves[-1])
         return improved
 
-    candidate = jax.lax.fori_loop(0, newton_steps, newton_step, states)
-    reached = [step(join([candidate[s] for s in taken])) for step, taken in zip(steps, sources, strict=True)]
-    candidate[-1] = reached[-1]  # without a defect in the last step, what is known needs no bound
+    if newton_steps is None:
+        candidate = list(start)
+        for step, taken in zip(steps, sources, strict=True):
+            candidate.append(step(join([candidate[s] for s in taken])))
+        reached = candidate[stems:]
+    else:
+        candidate = jax.lax.fori_loop(0, newton_steps, newton_step, states)
+        reached = [step(join([candidate[s] for s in taken])) for step, taken in zip(steps, sources, strict=True)]
+        candidate[-1] = reached[-1]  # without a defect in the last step, what is known needs no bound
     defects = [c - r for c, r in zip(candidate[stems:], reached, strict=True)]
 
     # Of every state and of the defect of every step, in this order: the bound of a pixel, and of the whole map.

@@ -83,7 +83,7 @@ def proof(
       lipschitz: (L,) L_j.
       pair: (N, C), by how much z_i - z_k of the twin's head moves at most when the last state moves by 1.
       a_priori: By how much the last state moves at most, for all inputs; infinite where nothing is known.
-      newton_steps: Steps of Newton's method.
+      newton_steps: Steps of Newton's method from the quantized network's states on. None: the candidate is the twin.
     """
     z, start = to_float64(logits), states[0]
 
@@ -95,12 +95,17 @@ def proof(
             improved.append(leaving - v)
         return improved
 
-    candidate = jax.lax.fori_loop(0, newton_steps, newton_step, list(states))
-    if twin:
-        candidate[-1] = twin[-1](candidate[-2])  # without a defect in the last step, what is known needs no bound
+    if newton_steps is None:
+        candidate = reached = [start]
+        for step in twin:
+            reached.append(step(reached[-1]))
+    else:
+        candidate = jax.lax.fori_loop(0, newton_steps, newton_step, list(states))
+        reached = [start, *(step(entering) for step, entering in zip(twin, candidate, strict=False))]
+        candidate[-1] = reached[-1]  # without a defect in the last step, what is known needs no bound
     distance, defects, bounds = jnp.zeros(len(z)), [], []
-    for j, step in enumerate(twin):
-        defects.append(norms(candidate[j + 1] - step(candidate[j])))
+    for j in range(len(twin)):
+        defects.append(norms(candidate[j + 1] - reached[j + 1]))
         distance = lipschitz[j] * distance + defects[-1]
         bounds.append(distance + norms(states[j + 1] - candidate[j + 1]))
 

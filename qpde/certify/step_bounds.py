@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 from qpde.bits import Bits
 from qpde.models.images.blocks import Block
 from qpde.models.images.network import BoundPart, Network
-from qpde.models.images.parts import Factors, Part, StepBound
+from qpde.models.images.parts import Factors, Head, Part, StepBound
 from qpde.models.images.segmentation import SegmentationNetwork
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "in_float64",
     "rounded",
     "rounded_link",
+    "rounded_parts",
     "step_bound",
     "step_bounds",
     "step_lipschitz",
@@ -71,11 +73,16 @@ class StepBounds:
       proven_for: What they are constants of: network, size, bits, and a digest of the variables.
       local: Of a network with a class for every pixel, the norms of the single taps by block, see `Block.spread`; None
         for a block that smooths.
+      parts: Of an image network, `rounded_parts`.
+      tail: Of an image network with one answer for each input, the Lipschitz constant from the last block's output to
+        what the dense layer takes.
     """
 
     bounds: tuple[StepBound, ...]
     proven_for: tuple[Any, tuple[int, ...], str, str]
     local: tuple[dict[str, np.ndarray] | None, ...] = ()
+    parts: tuple[tuple[dict, Any], ...] = ()
+    tail: float = math.nan
 
     def check(self, model: Any, variables: Mapping[str, Any], size: tuple[int, ...], bits: Bits) -> None:
         """ValueError where these are constants of something else than what is given; names it."""
@@ -110,13 +117,37 @@ def step_bounds(model: Any, variables: Mapping[str, Any], size: tuple[int, ...],
     local: list[dict[str, np.ndarray] | None] = []
     channels = variables["params"]["stem"]["kernel"].shape[2]
     sizes = [own for _, _, own in model.sized_parts((*size, channels))]
-    for bound, own in zip(model.bound_parts(variables, bits), sizes, strict=True):
+    parts, tail = rounded_parts(model, variables, bits), 1.0
+    of_pixels, behind = isinstance(model, SegmentationNetwork), len(model.stem_parts()) + len(model.blocks)
+    for i, bound in enumerate(model.bound_parts(variables, bits)):
+        (own, _), map_size = parts[i], sizes[i]
         if isinstance(bound.part, Block):
-            factors = exact_factors(bound)
-            found.append(bound.part.step_bound(factors, bound.bits, own))
-            if isinstance(model, SegmentationNetwork):
+            factors = _exact(bound, own)
+            found.append(bound.part.step_bound(factors, bound.bits, map_size))
+            if of_pixels:
                 local.append(None if bound.part.smoothing else bound.part.local_norms(factors))
-    return StepBounds(tuple(found), _proven_for(model, variables, size, bits), tuple(local))
+        elif i >= behind and not of_pixels:
+            factors = _exact(bound, own)
+            if isinstance(bound.part, Head):
+                tail *= bound.part.feature_gain(factors, map_size)
+            else:
+                tail *= bound.part.step_bound(factors, Bits(), map_size).lipschitz
+    proven_for = _proven_for(model, variables, size, bits)
+    return StepBounds(tuple(found), proven_for, tuple(local), parts, math.nan if of_pixels else tail)
+
+
+def rounded_parts(model: Network, variables: Mapping[str, Any], bits: Bits) -> tuple[tuple[dict, Any], ...]:
+    """Of every part its variables, the kernels as they are rounded in float32, and gamma2.
+
+    Args:
+      model: The network.
+      variables: Its collections.
+      bits: Its bits.
+    """
+    return tuple(
+        (rounded(part, own, step_size, widths), gamma2)
+        for part, own, step_size, gamma2, widths in model.bound_parts(variables, bits)
+    )
 
 
 def _link_bounds(model, variables, size, bits):
@@ -156,7 +187,11 @@ def step_bound(bound: BoundPart, size: tuple[int, int]) -> StepBound:
 
 def exact_factors(bound: BoundPart) -> Factors:
     """What a part multiplies by, in float64, its kernels as they are rounded in float32."""
-    own = rounded(bound.part, bound.variables, bound.step_size, bound.bits)
+    return _exact(bound, rounded(bound.part, bound.variables, bound.step_size, bound.bits))
+
+
+def _exact(bound: BoundPart, own: dict) -> Factors:
+    """`exact_factors`, from the variables with rounded kernels."""
     with in_float64():
         kernels, scales, step_size = jax.tree.map(np.asarray, _factors(bound.part, own, bound.step_size))
     return Factors(kernels, scales, step_size, np.asarray(bound.variables["params"].get("act_clips", ())))

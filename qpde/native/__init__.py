@@ -33,7 +33,9 @@ KERNELS = (
     "depthwise_adjoint",
     "depthwise_kernel_gradient",
 )
-"""Names of the kernels; with qpde_ before it each is a symbol of the library."""
+"""Names of the kernels; qpde_NAME_DTYPE is a symbol of the library, DTYPE one of `DTYPES`."""
+
+DTYPES = ("float32", "float64")
 
 _MOST_TAPS = 49
 _SETS = {512: "AVX-512", 256: "AVX2"}
@@ -75,7 +77,7 @@ def faster(
         if ctx.module_context.lowering_parameters.for_export or not _is_for_one_device(ctx.module_context.axis_context):
             return compiled(ctx, a, b, form=form)
         padding, stride, dilation = (np.array(n, np.int64) for n in (form.padding, form.stride, form.dilation))
-        call = jax.ffi.ffi_lowering(primitive.name)
+        call = jax.ffi.ffi_lowering(f"{primitive.name}_{ctx.avals_in[0].dtype.name}")
         return call(ctx, a, b, padding=padding, stride=stride[()], dilation=dilation[()])
 
     def batched(arrays, axes, *, form):
@@ -92,7 +94,7 @@ def faster(
 
     def chosen(form, a, b):
         sizes = (*a.shape, *b.shape, *shape(form, a, b))
-        takes = a.dtype == b.dtype == jnp.float32 and all(isinstance(n, int) and n > 0 for n in sizes)
+        takes = a.dtype == b.dtype and a.dtype.name in DTYPES and all(isinstance(n, int) and n > 0 for n in sizes)
         takes = takes and math.prod(form.taps) <= _MOST_TAPS
         return (bind if takes and _library()[0] is not None else program)(form, a, b)
 
@@ -123,8 +125,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         bits = library.qpde_instructions(int(most))
         if bits not in _SETS:
             return None, f"{missing}native kernels need a processor with AVX2"
-        for name in KERNELS:
-            symbol = f"qpde_{name}"
+        for symbol in (f"qpde_{name}_{dtype}" for name in KERNELS for dtype in DTYPES):
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, AttributeError, RuntimeError) as error:  # of another platform, build or JAX: not used
         return None, f"{missing}native kernels do not load ({error})"

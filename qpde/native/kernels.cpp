@@ -1,13 +1,13 @@
 // Convolutions for CPUs, called by XLA through its foreign function interface. Their only header beside those of the
 // language is XLA's own, in `jax.ffi.include_dir()`.
 //
-// Images are (N, H, W, C) and kernels (kh, kw, C_in, C_out), all of float32. `conv` and its adjoint are one loop: every
-// pixel of the output is a sum, over taps, of pixels of the input times a matrix. In a convolution of stride s the taps
-// are the same for all outputs, which take every s-th pixel. In its adjoint the outputs fall into s x s phases that
-// meet different taps, so no zero is multiplied. A `Plan` lists the phases and their taps.
+// Images are (N, H, W, C) and kernels (kh, kw, C_in, C_out), all of float32 or of float64. `conv` and its adjoint are
+// one loop: every pixel of the output is a sum, over taps, of pixels of the input times a matrix. In a convolution of
+// stride s the taps are the same for all outputs, which take every s-th pixel. In its adjoint the outputs fall into
+// s x s phases that meet different taps, so no zero is multiplied. A `Plan` lists the phases and their taps.
 //
 // Sums are added in an order that the shapes alone decide, whatever threads there are: results repeat bit for bit.
-// Where an image and a kernel are of codes, small whole numbers, `conv` multiplies integers.
+// Where an image and a kernel in float32 are of codes, small whole numbers, `conv` multiplies integers.
 
 #include <algorithm>
 #include <array>
@@ -199,28 +199,28 @@ Plan plan_of(const Geometry& g, bool is_adjoint) {
 }
 
 // The image between its zeros.
-const float* padded(const Plan& plan, const float* image) {
+template <class Real> const Real* padded(const Plan& plan, const Real* image) {
   const int64_t c = plan.in_channels, width = plan.in_size[1] * c, row = plan.padded[1] * c;
-  float* const start = scratch<float>(IMAGE, plan.padded[0] * row);
+  Real* const start = scratch<Real>(IMAGE, plan.padded[0] * row);
   for (int64_t i = 0; i < plan.padded[0]; i++) {
-    float *to = start + i * row, *inside = to + plan.low[1] * c;
+    Real *to = start + i * row, *inside = to + plan.low[1] * c;
     if (!plan.is_inside(0, i)) {
-      std::fill_n(to, row, 0.0f);
+      std::fill_n(to, row, Real(0));
       continue;
     }
-    std::fill(to, inside, 0.0f);
-    memcpy(inside, image + (i - plan.low[0]) * width, 4 * width);
-    std::fill(inside + width, to + row, 0.0f);
+    std::fill(to, inside, Real(0));
+    memcpy(inside, image + (i - plan.low[0]) * width, sizeof(Real) * width);
+    std::fill(inside + width, to + row, Real(0));
   }
   return start;
 }
 
 // Pixels with zeros behind their channels.
-const float* widened(const float* from, int64_t pixels, int64_t channels, int64_t width) {
-  float* to = scratch<float>(WIDENED, pixels * width);
+template <class Real> const Real* widened(const Real* from, int64_t pixels, int64_t channels, int64_t width) {
+  Real* to = scratch<Real>(WIDENED, pixels * width);
   for (int64_t i = 0; i < pixels; i++) {
-    memcpy(to + i * width, from + i * channels, 4 * channels);
-    std::fill(to + i * width + channels, to + (i + 1) * width, 0.0f);
+    memcpy(to + i * width, from + i * channels, sizeof(Real) * channels);
+    std::fill(to + i * width + channels, to + (i + 1) * width, Real(0));
   }
   return to;
 }
@@ -230,18 +230,48 @@ const float* widened(const float* from, int64_t pixels, int64_t channels, int64_
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vnni,fma")
 namespace avx512 {
+namespace of_float {
+#define REAL float
+#define CODES 1
 #define LANES 16
 #include "loops.h"
 #undef LANES
+#undef CODES
+#undef REAL
+}  // namespace of_float
+namespace of_double {
+#define REAL double
+#define CODES 0
+#define LANES 8
+#include "loops.h"
+#undef LANES
+#undef CODES
+#undef REAL
+}  // namespace of_double
 }  // namespace avx512
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+namespace of_float {
+#define REAL float
+#define CODES 1
 #define LANES 8
 #include "loops.h"
 #undef LANES
+#undef CODES
+#undef REAL
+}  // namespace of_float
+namespace of_double {
+#define REAL double
+#define CODES 0
+#define LANES 4
+#include "loops.h"
+#undef LANES
+#undef CODES
+#undef REAL
+}  // namespace of_double
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -258,9 +288,9 @@ int found() {
 
 int instructions = found();  // bits of the registers in use, 0 for no kernels
 
-using Array = ffi::Buffer<ffi::F32>;
+template <class Real> using Array = ffi::Buffer<std::is_same_v<Real, float> ? ffi::F32 : ffi::F64>;
+template <class Real> using Loop = void (*)(const Plan&, const Real*, const Real*, Real*, int64_t, Pool&);
 using Numbers = ffi::Span<const int64_t>;
-using Loop = void (*)(const Plan&, const float*, const float*, float*, int64_t, Pool&);
 
 Geometry geometry(const Dimensions& x, const Dimensions& y, const Dimensions& kernel, Numbers padding, int64_t stride,
                   int64_t dilation) {
@@ -271,9 +301,9 @@ Geometry geometry(const Dimensions& x, const Dimensions& y, const Dimensions& ke
 // The three maps of one trilinear form T(x, kernel, y): each takes two of them and returns the third.
 enum Map { CONV, ADJOINT, GRADIENT };
 
-template <Map map>
-ffi::Error run(Loop avx512_loop, Loop avx2_loop, Pool& pool, Array& a, Array& b, ffi::Result<Array>& c, Numbers padding,
-               int64_t stride, int64_t dilation) {
+template <Map map, class Real>
+ffi::Error run(Loop<Real> avx512_loop, Loop<Real> avx2_loop, Pool& pool, Array<Real>& a, Array<Real>& b,
+               ffi::Result<Array<Real>>& c, Numbers padding, int64_t stride, int64_t dilation) {
   const auto x = (map == ADJOINT ? *c : a).dimensions(), y = (map == CONV ? *c : map == ADJOINT ? a : b).dimensions();
   const auto kernel = (map == GRADIENT ? *c : b).dimensions();
   const Plan plan = plan_of(geometry(x, y, kernel, padding, stride, dilation), map == ADJOINT);
@@ -290,25 +320,29 @@ extern "C" int qpde_instructions(int most) {
 }
 
 #if defined(NATIVE)
-#define HANDLER(name, map, loop)                                                                                     \
-  static ffi::Error name##_call(Pool pool, Array a, Array b, ffi::Result<Array> c, Numbers padding, int64_t stride,  \
-                                int64_t dilation) {                                                                  \
-    return run<map>(avx512::loop, avx2::loop, pool, a, b, c, padding, stride, dilation);                             \
-  }                                                                                                                  \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, name##_call,                                                                   \
-                                ffi::Ffi::Bind()                                                                     \
-                                    .Ctx<Pool>()                                                                     \
-                                    .Arg<Array>()                                                                    \
-                                    .Arg<Array>()                                                                    \
-                                    .Ret<Array>()                                                                    \
-                                    .Attr<Numbers>("padding")                                                        \
-                                    .Attr<int64_t>("stride")                                                         \
+#define HANDLER(name, map, loop, Real)                                                                              \
+  static ffi::Error name##_call(Pool pool, Array<Real> a, Array<Real> b, ffi::Result<Array<Real>> c, Numbers padding, \
+                                int64_t stride, int64_t dilation) {                                                 \
+    return run<map, Real>(avx512::of_##Real::loop, avx2::of_##Real::loop, pool, a, b, c, padding, stride, dilation); \
+  }                                                                                                                 \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, name##_call,                                                                  \
+                                ffi::Ffi::Bind()                                                                    \
+                                    .Ctx<Pool>()                                                                    \
+                                    .Arg<Array<Real>>()                                                             \
+                                    .Arg<Array<Real>>()                                                             \
+                                    .Ret<Array<Real>>()                                                             \
+                                    .Attr<Numbers>("padding")                                                       \
+                                    .Attr<int64_t>("stride")                                                        \
                                     .Attr<int64_t>("dilation"))
 
-HANDLER(qpde_conv, CONV, conv);
-HANDLER(qpde_conv_adjoint, ADJOINT, conv);
-HANDLER(qpde_kernel_gradient, GRADIENT, kernel_gradient);
-HANDLER(qpde_depthwise, CONV, depthwise);
-HANDLER(qpde_depthwise_adjoint, ADJOINT, depthwise);
-HANDLER(qpde_depthwise_kernel_gradient, GRADIENT, depthwise_gradient);
+#define HANDLERS(name, map, loop) \
+  HANDLER(qpde_##name##_float32, map, loop, float); \
+  HANDLER(qpde_##name##_float64, map, loop, double)
+
+HANDLERS(conv, CONV, conv);
+HANDLERS(conv_adjoint, ADJOINT, conv);
+HANDLERS(kernel_gradient, GRADIENT, kernel_gradient);
+HANDLERS(depthwise, CONV, depthwise);
+HANDLERS(depthwise_adjoint, ADJOINT, depthwise);
+HANDLERS(depthwise_kernel_gradient, GRADIENT, depthwise_gradient);
 #endif

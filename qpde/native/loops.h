@@ -1,10 +1,11 @@
-// The loops over pixels and channels. kernels.cpp includes this file once for each set of instructions, inside a
-// namespace and under a pragma that lets the compiler use them; LANES is how many floats a register holds.
+// The loops over pixels and channels. kernels.cpp includes this file for each set of instructions and for float and
+// double, inside a namespace and under a pragma that lets the compiler use them. REAL is the type of the numbers, LANES
+// is how many of them a register holds, and CODES says whether small whole numbers are multiplied as integers.
 //
 // All of them are one small product of matrices, `multiply_add`, whose sums stay in registers.
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef REAL Real;
+typedef Real Reals __attribute__((vector_size(sizeof(Real) * LANES)));
 
 template <class Vector> static inline Vector load(const void* from) {
   Vector v;
@@ -14,20 +15,23 @@ template <class Vector> static inline Vector load(const void* from) {
 
 template <class Vector> static inline void store(void* to, Vector v) { memcpy(to, &v, sizeof v); }
 
-constexpr int REGISTERS = LANES;  // sums that a tile holds: half of the registers
+constexpr int REGISTERS = LANES * sizeof(Real) / sizeof(float);  // sums that a tile holds: half of the registers
 
-// A product takes four bytes of an image at a time, GROUP numbers, and as many weights in each lane.
-struct Reals {
-  using Number = float;
-  using Weight = float;
-  using Sums = Floats;
+// A product takes GROUP numbers of an image at a time, and as many weights in each lane.
+struct OfReals {
+  using Number = Real;
+  using Weight = Real;
+  using Sums = Reals;
   static constexpr int GROUP = 1;
   static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) { return sum + *a * b; }
 };
 
+#if CODES
+typedef int32_t Ints __attribute__((vector_size(sizeof(int32_t) * LANES)));
+
 // Whole numbers from 0 to 255 times whole numbers from -128 to 127, exactly. AVX2 has a product of bytes too, but its
 // sums of two saturate at 16 bits.
-struct Codes {
+struct OfCodes {
 #if LANES == 16
   using Number = uint8_t;
   using Weight = int8_t;
@@ -47,6 +51,7 @@ struct Codes {
 #endif
   }
 };
+#endif
 
 // sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...], in groups.
 template <class Product, int P, int V>
@@ -69,7 +74,7 @@ static inline __attribute__((always_inline)) void multiply_add(typename Product:
 // P pixels of a row, V registers of channels: the sums over the taps and the channels of the input.
 template <class Product, int P, int V>
 static void conv_tile(const Phase& phase, int64_t in_channels, const typename Product::Number* in, int64_t in_step,
-                      const typename Product::Weight* kernel, float* out, int64_t out_step, int64_t channels) {
+                      const typename Product::Weight* kernel, Real* out, int64_t out_step, int64_t channels) {
   typename Product::Sums sum[P][V] = {};
   for (const Run& run : phase.runs) {
     const int64_t count = run.pixels * in_channels;
@@ -82,25 +87,25 @@ static void conv_tile(const Phase& phase, int64_t in_channels, const typename Pr
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       const int64_t left = channels - v * LANES;
-      const Floats reals = __builtin_convertvector(sum[p][v], Floats);
+      const Reals reals = __builtin_convertvector(sum[p][v], Reals);
       if (left >= LANES)
         store(out + p * out_step + v * LANES, reals);
       else if (left > 0)
-        memcpy(out + p * out_step + v * LANES, &reals, 4 * left);
+        memcpy(out + p * out_step + v * LANES, &reals, sizeof(Real) * left);
     }
 }
 
 // Rows of pixels, P inputs (taps of a row and their channels), V registers of outputs: adds to the kernel's gradient.
 template <int P, int V>
-static void gradient_tile(int64_t rows, int64_t count, const float* x, int64_t x_row, int64_t x_next, const float* y,
-                          int64_t y_row, int64_t y_next, float* kernel, int64_t kernel_step) {
-  Floats sum[P][V];
+static void gradient_tile(int64_t rows, int64_t count, const Real* x, int64_t x_row, int64_t x_next, const Real* y,
+                          int64_t y_row, int64_t y_next, Real* kernel, int64_t kernel_step) {
+  Reals sum[P][V];
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sum[p][v] = load<Floats>(kernel + p * kernel_step + v * LANES);
+    for (int v = 0; v < V; v++) sum[p][v] = load<Reals>(kernel + p * kernel_step + v * LANES);
   for (int64_t i = 0; i < rows; i++)
-    multiply_add<Reals, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
+    multiply_add<OfReals, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -132,7 +137,7 @@ static inline int64_t block_width(const Plan& plan, int64_t first) {
 // The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap, one group
 // of the input's channels after the other.
 template <class Product>
-static const typename Product::Weight* packed(const Plan& plan, Place place, const float* kernel) {
+static const typename Product::Weight* packed(const Plan& plan, Place place, const Real* kernel) {
   int64_t taps = 0;
   for (const Phase& phase : plan.phases) taps += phase.taps.size();
   auto* const start =
@@ -142,7 +147,7 @@ static const typename Product::Weight* packed(const Plan& plan, Place place, con
     for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
       const int64_t end = first + block_width(plan, first), last = std::min(end, plan.out_channels);
       for (const Tap& tap : phase.taps) {
-        const float* from = kernel + tap.index * plan.in_channels * plan.out_channels;
+        const Real* from = kernel + tap.index * plan.in_channels * plan.out_channels;
         for (int64_t c = 0; c < plan.in_channels; c += Product::GROUP) {
           for (int64_t o = first; o < last; o++)
             for (int g = 0; g < Product::GROUP; g++) *to++ = from[(c + g) * plan.kernel_in + o * plan.kernel_out];
@@ -153,57 +158,60 @@ static const typename Product::Weight* packed(const Plan& plan, Place place, con
   return start;
 }
 
+#if CODES
 // Whether images can be convolved as codes with this kernel: its numbers are codes, the sums fit into 32 bits, and the
 // products are enough to pay for the conversion of the images.
-static bool takes_codes(const Plan& plan, const float* kernel) {
+static bool takes_codes(const Plan& plan, const Real* kernel) {
   const int64_t terms = plan.kernel_taps * plan.in_channels, numbers = terms * plan.out_channels;
   const int64_t products_of_number = plan.kernel_taps * plan.out_channels / (plan.in_stride * plan.in_stride);
-  if (plan.in_channels % Codes::GROUP != 0 || terms > INT32_MAX / (255 * 128) || products_of_number < 64) return false;
+  if (plan.in_channels % OfCodes::GROUP != 0 || products_of_number < 64) return false;
+  if (terms > INT32_MAX / (255 * 128)) return false;
   if (LANES == 16 && !__builtin_cpu_supports("avx512vnni")) return false;
-  return std::all_of(kernel, kernel + numbers, [](float weight) {
-    return weight >= -128.0f && weight <= 127.0f && weight == static_cast<float>(static_cast<int32_t>(weight));
+  return std::all_of(kernel, kernel + numbers, [](Real weight) {
+    return weight >= -128.0f && weight <= 127.0f && weight == static_cast<Real>(static_cast<int32_t>(weight));
   });
 }
 
 // Numbers as codes. False if one is none: what follows is then unfinished.
-static bool encode(const float* from, int64_t count, Codes::Number* to) {
-  typedef Codes::Number Numbers __attribute__((vector_size(LANES * sizeof(Codes::Number))));
+static bool encode(const Real* from, int64_t count, OfCodes::Number* to) {
+  typedef OfCodes::Number Numbers __attribute__((vector_size(LANES * sizeof(OfCodes::Number))));
   Ints others = {};
-  const auto codes_of = [&](Floats numbers) {
+  const auto codes_of = [&](Reals numbers) {
     const Ints codes = __builtin_convertvector(numbers, Ints);  // the least one for NaN and what is out of range
-    others |= (codes & ~255) | (__builtin_convertvector(codes, Floats) != numbers);
+    others |= (codes & ~255) | (__builtin_convertvector(codes, Reals) != numbers);
     return __builtin_convertvector(codes, Numbers);
   };
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(to + i, codes_of(load<Floats>(from + i)));
-  Floats last = {};
-  memcpy(&last, from + i, 4 * (count - i));
+  for (; i + LANES <= count; i += LANES) store(to + i, codes_of(load<Reals>(from + i)));
+  Reals last = {};
+  memcpy(&last, from + i, sizeof(Real) * (count - i));
   const Numbers codes = codes_of(last);
-  memcpy(to + i, &codes, sizeof(Codes::Number) * (count - i));
+  memcpy(to + i, &codes, sizeof(OfCodes::Number) * (count - i));
   int32_t any = 0;
   for (int lane = 0; lane < LANES; lane++) any |= others[lane];
   return any == 0;
 }
 
 // The image as codes between its zeros; nullptr if a number of it is no code.
-static const Codes::Number* coded(const Plan& plan, const float* image) {
+static const OfCodes::Number* coded(const Plan& plan, const Real* image) {
   const int64_t c = plan.in_channels, width = plan.in_size[1] * c, row = plan.padded[1] * c;
-  auto* const start = scratch<Codes::Number>(IMAGE, plan.padded[0] * row);
-  memset(start, 0, plan.padded[0] * row * sizeof(Codes::Number));
+  auto* const start = scratch<OfCodes::Number>(IMAGE, plan.padded[0] * row);
+  memset(start, 0, plan.padded[0] * row * sizeof(OfCodes::Number));
   for (int64_t i = 0; i < plan.in_size[0]; i++)
     if (!encode(image + i * width, width, start + (plan.low[0] + i) * row + plan.low[1] * c)) return nullptr;
   return start;
 }
+#endif
 
 // One phase of an image, V registers of channels.
 template <class Product, int V>
 static void conv_columns(const Plan& plan, const Phase& phase, const typename Product::Number* in,
-                         const typename Product::Weight* kernel, float* out, int64_t channels) {
+                         const typename Product::Weight* kernel, Real* out, int64_t channels) {
   static constexpr auto tiles = conv_tiles<Product, V>(Sizes<V>{});
   const int64_t in_step = plan.in_stride * plan.in_channels, out_step = plan.out_stride * plan.out_channels;
   for (int64_t i = 0; i < phase.count[0]; i++) {
     const auto* row = in + plan.in_stride * i * plan.padded[1] * plan.in_channels;
-    float* to = out + ((plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1]) * plan.out_channels;
+    Real* to = out + ((plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1]) * plan.out_channels;
     in_parts(phase.count[1], REGISTERS / V, [&](int64_t j, int64_t count) {
       tiles[count - 1](phase, plan.in_channels, row + j * in_step, in_step, kernel, to + j * out_step, out_step,
                        channels);
@@ -213,7 +221,7 @@ static void conv_columns(const Plan& plan, const Phase& phase, const typename Pr
 
 template <class Product>
 static void conv_image(const Plan& plan, const typename Product::Number* in, const typename Product::Weight* kernel,
-                       float* out) {
+                       Real* out) {
   for (const Phase& phase : plan.phases)
     for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
       const int64_t width = block_width(plan, first);
@@ -225,28 +233,31 @@ static void conv_image(const Plan& plan, const typename Product::Number* in, con
 
 // The convolution or its adjoint, as the plan says. An image of codes is convolved as such where the kernel allows it:
 // as long as sums are below 2^24, floats hold them exactly, and the result is the same in every bit.
-static void conv(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
-  const auto* weights = packed<Reals>(plan, KERNEL, kernel);
-  const auto* codes = takes_codes(plan, kernel) ? packed<Codes>(plan, KERNEL_CODES, kernel) : nullptr;
+static void conv(const Plan& plan, const Real* x, const Real* kernel, Real* y, int64_t images, Pool& pool) {
+  const auto* weights = packed<OfReals>(plan, KERNEL, kernel);
+#if CODES
+  const auto* codes = takes_codes(plan, kernel) ? packed<OfCodes>(plan, KERNEL_CODES, kernel) : nullptr;
+#endif
   in_parallel(pool, images, [&](int64_t image) {
-    const float* in = x + image * plan.in_numbers();
-    float* out = y + image * plan.out_numbers();
-    if (const auto* in_codes = codes ? coded(plan, in) : nullptr)
-      conv_image<Codes>(plan, in_codes, codes, out);
-    else
-      conv_image<Reals>(plan, plan.is_direct() ? in : padded(plan, in), weights, out);
+    const Real* in = x + image * plan.in_numbers();
+    Real* out = y + image * plan.out_numbers();
+#if CODES
+    const auto* in_codes = codes ? coded(plan, in) : nullptr;
+    if (in_codes) return conv_image<OfCodes>(plan, in_codes, codes, out);
+#endif
+    conv_image<OfReals>(plan, plan.is_direct() ? in : padded(plan, in), weights, out);
   });
 }
 
 // The kernel's gradient: x and y of the plan of the convolution. Images are summed in groups and the groups in order,
 // both chosen by the shapes alone, so that the sums do not depend on the threads.
 template <int V>
-static void gradient_columns(const Plan& plan, const float* in, const float* y, int64_t y_channels, int64_t row,
-                             int64_t rows, float* kernel) {
+static void gradient_columns(const Plan& plan, const Real* in, const Real* y, int64_t y_channels, int64_t row,
+                             int64_t rows, Real* kernel) {
   static constexpr auto tiles = gradient_tiles<V>(Sizes<V>{});
   const int64_t x_row = plan.in_stride * plan.padded[1] * plan.in_channels, y_row = plan.out_size[1] * y_channels;
   for (const Run& run : plan.phases[0].runs) {
-    const float* x = in + run.first * plan.in_channels + row * x_row;
+    const Real* x = in + run.first * plan.in_channels + row * x_row;
     in_parts(run.pixels * plan.in_channels, REGISTERS / V, [&](int64_t first, int64_t count) {
       tiles[count - 1](rows, plan.out_size[1], x + first, x_row, plan.in_stride * plan.in_channels, y + row * y_row,
                        y_row, y_channels, kernel + first * y_channels, y_channels);
@@ -255,18 +266,18 @@ static void gradient_columns(const Plan& plan, const float* in, const float* y, 
   }
 }
 
-static void kernel_gradient(const Plan& plan, const float* x, const float* y, float* kernel, int64_t images,
+static void kernel_gradient(const Plan& plan, const Real* x, const Real* y, Real* kernel, int64_t images,
                             Pool& pool) {
   const int64_t inputs = plan.phases[0].taps.size() * plan.in_channels;
   const int64_t channels = rounded_up(plan.out_channels, LANES), pixels = plan.out_size[0] * plan.out_size[1];
   const int64_t groups = std::min(images, std::max<int64_t>(4, std::min<int64_t>(16, (1 << 20) / (inputs * channels))));
   const int64_t most_rows = std::max<int64_t>(1, 128 / plan.out_size[1]);
-  float* sums = scratch<float>(KERNEL, groups * inputs * channels);
+  Real* sums = scratch<Real>(KERNEL, groups * inputs * channels);
   in_parallel(pool, groups, [&](int64_t group) {
-    float* sum = sums + group * inputs * channels;
-    std::fill_n(sum, inputs * channels, 0.0f);
+    Real* sum = sums + group * inputs * channels;
+    std::fill_n(sum, inputs * channels, Real(0));
     for (int64_t image = images * group / groups; image < images * (group + 1) / groups; image++) {
-      const float *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
+      const Real *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
       if (!plan.is_direct()) in = padded(plan, in);
       if (channels != plan.out_channels) out = widened(out, pixels, plan.out_channels, channels);
       in_parts(plan.out_size[0], most_rows, [&](int64_t row, int64_t rows) {
@@ -281,7 +292,7 @@ static void kernel_gradient(const Plan& plan, const float* x, const float* y, fl
   for (size_t tap = 0; tap < plan.phases[0].taps.size(); tap++)
     for (int64_t c = 0; c < plan.in_channels; c++)
       memcpy(kernel + (plan.phases[0].taps[tap].index * plan.in_channels + c) * plan.out_channels,
-             sums + (tap * plan.in_channels + c) * channels, 4 * plan.out_channels);
+             sums + (tap * plan.in_channels + c) * channels, sizeof(Real) * plan.out_channels);
 }
 
 // The taps that meet pixels of the image, for a row of outputs or one of them, and the outputs from `first` to `end` at
@@ -331,18 +342,18 @@ template <class F> static inline __attribute__((always_inline)) void by_taps(con
 // f(c, T()) for all channels, T being the type of a register of channels or of one.
 template <class F> static inline __attribute__((always_inline)) void by_registers(int64_t channels, F f) {
   int64_t c = 0;
-  for (; c + LANES <= channels; c += LANES) f(c, Floats());
-  for (; c < channels; c++) f(c, 0.0f);
+  for (; c + LANES <= channels; c += LANES) f(c, Reals());
+  for (; c < channels; c++) f(c, Real(0));
 }
 
 // P pixels of a row, V times the channels that `Values` holds.
 template <class Values, int P, int V>
-static inline __attribute__((always_inline)) void depthwise_tile(const Meeting& met, const float* in, int64_t in_step,
-                                                                 const float* kernel, float* out, int64_t out_step) {
-  constexpr int64_t NUMBERS = sizeof(Values) / sizeof(float);
+static inline __attribute__((always_inline)) void depthwise_tile(const Meeting& met, const Real* in, int64_t in_step,
+                                                                 const Real* kernel, Real* out, int64_t out_step) {
+  constexpr int64_t NUMBERS = sizeof(Values) / sizeof(Real);
   Values sum[P][V] = {};
   for (int64_t t = 0; t < met.taps; t++) {
-    const float *from = in + met.offsets[t], *weights = kernel + met.weights[t];
+    const Real *from = in + met.offsets[t], *weights = kernel + met.weights[t];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       const Values weight = load<Values>(weights + v * NUMBERS);
@@ -357,14 +368,14 @@ static inline __attribute__((always_inline)) void depthwise_tile(const Meeting& 
 }
 
 template <int P>
-static void depthwise_pixels(const Meeting& met, int64_t channels, const float* in, int64_t in_step,
-                             const float* kernel, float* out, int64_t out_step) {
+static void depthwise_pixels(const Meeting& met, int64_t channels, const Real* in, int64_t in_step,
+                             const Real* kernel, Real* out, int64_t out_step) {
   int64_t c = 0;
   for (; c + 2 * LANES <= channels; c += 2 * LANES)
-    depthwise_tile<Floats, P, 2>(met, in + c, in_step, kernel + c, out + c, out_step);
+    depthwise_tile<Reals, P, 2>(met, in + c, in_step, kernel + c, out + c, out_step);
   for (; c + LANES <= channels; c += LANES)
-    depthwise_tile<Floats, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
-  for (; c < channels; c++) depthwise_tile<float, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
+    depthwise_tile<Reals, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
+  for (; c < channels; c++) depthwise_tile<Real, P, 1>(met, in + c, in_step, kernel + c, out + c, out_step);
 }
 
 template <int... P> static constexpr auto depthwise_tiles(std::integer_sequence<int, P...>) {
@@ -372,16 +383,16 @@ template <int... P> static constexpr auto depthwise_tiles(std::integer_sequence<
 }
 
 // The depthwise convolution or its adjoint, as the plan says.
-static void depthwise(const Plan& plan, const float* x, const float* kernel, float* y, int64_t images, Pool& pool) {
+static void depthwise(const Plan& plan, const Real* x, const Real* kernel, Real* y, int64_t images, Pool& pool) {
   static constexpr auto tiles = depthwise_tiles(Sizes<2>{});
   const int64_t channels = plan.in_channels, in_step = plan.in_stride * channels;
   const int64_t out_step = plan.out_stride * channels;
   in_parallel(pool, images, [&](int64_t image) {
-    const float* in = x + image * plan.in_numbers();
+    const Real* in = x + image * plan.in_numbers();
     for (const Phase& phase : plan.phases)
       for (int64_t i = 0; i < phase.count[0]; i++) {
         const int64_t row = (plan.out_stride * i + phase.start[0]) * plan.out_size[1] + phase.start[1];
-        float* out = y + image * plan.out_numbers() + row * channels;
+        Real* out = y + image * plan.out_numbers() + row * channels;
         const auto pixels = [&](const Meeting& met, int64_t j, int64_t count) {
           tiles[count - 1](met, channels, in + j * in_step, in_step, kernel, out + j * out_step, out_step);
         };
@@ -395,9 +406,9 @@ static void depthwise(const Plan& plan, const float* x, const float* kernel, flo
 
 // sum[t] += x at tap t times y, over `count` pixels of a row.
 template <class Values, int T>
-static inline __attribute__((always_inline)) void depthwise_sums(const int64_t* offsets, const float* x, int64_t x_step,
-                                                                 const float* y, int64_t channels, int64_t count,
-                                                                 const int64_t* places, float* kernel) {
+static inline __attribute__((always_inline)) void depthwise_sums(const int64_t* offsets, const Real* x, int64_t x_step,
+                                                                 const Real* y, int64_t channels, int64_t count,
+                                                                 const int64_t* places, Real* kernel) {
   Values sum[T];
 #pragma GCC unroll 9
   for (int t = 0; t < T; t++) sum[t] = load<Values>(kernel + places[t]);
@@ -410,22 +421,22 @@ static inline __attribute__((always_inline)) void depthwise_sums(const int64_t* 
   for (int t = 0; t < T; t++) store(kernel + places[t], sum[t]);
 }
 
-static void depthwise_gradient(const Plan& plan, const float* x, const float* y, float* kernel, int64_t images,
+static void depthwise_gradient(const Plan& plan, const Real* x, const Real* y, Real* kernel, int64_t images,
                                Pool& pool) {
   const Phase& phase = plan.phases[0];
   const int64_t channels = plan.in_channels, x_step = plan.in_stride * channels;
   const int64_t size = phase.taps.size() * channels, groups = std::min<int64_t>(images, 16);
-  float* sums = scratch<float>(KERNEL, groups * size);
+  Real* sums = scratch<Real>(KERNEL, groups * size);
   in_parallel(pool, groups, [&](int64_t group) {
-    float* sum = sums + group * size;
-    std::fill_n(sum, size, 0.0f);
+    Real* sum = sums + group * size;
+    std::fill_n(sum, size, Real(0));
     for (int64_t image = images * group / groups; image < images * (group + 1) / groups; image++) {
-      const float *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
+      const Real *in = x + image * plan.in_numbers(), *out = y + image * plan.out_numbers();
       for (int64_t i = 0; i < phase.count[0]; i++) {
         const Meeting met = meeting_of_row(plan, phase, i);
         const auto pixels = [&](const Meeting& taps, int64_t j, int64_t count) {
-          const float* from = in + j * x_step;
-          const float* factors = out + (i * phase.count[1] + j) * channels;
+          const Real* from = in + j * x_step;
+          const Real* factors = out + (i * phase.count[1] + j) * channels;
           by_registers(channels, [&](int64_t c, auto values) {
             by_taps(taps, [&](int64_t t, auto group) {
               depthwise_sums<decltype(values), group>(&taps.offsets[t], from + c, x_step, factors + c, channels, count,
@@ -440,5 +451,5 @@ static void depthwise_gradient(const Plan& plan, const float* x, const float* y,
   });
   for (int64_t group = 1; group < groups; group++)
     for (int64_t i = 0; i < size; i++) sums[i] += sums[group * size + i];
-  memcpy(kernel, sums, 4 * size);
+  memcpy(kernel, sums, sizeof(Real) * size);
 }

@@ -60,14 +60,14 @@ CASES = [
 ]
 
 
-def operands(case, *, depthwise=False, images=3):
+def operands(case, *, depthwise=False, images=3, dtype=np.float32):
     """The static form, x, kernel and y."""
     c_in, c_out = (case.channels[1],) * 2 if depthwise else case.channels
     rng = np.random.default_rng(0)
-    kernel = rng.standard_normal((*case.taps, 1 if depthwise else c_in, c_out), np.float32)
+    kernel = rng.standard_normal((*case.taps, 1 if depthwise else c_in, c_out), dtype)
     form = operators._form(case.size, kernel, case.stride, case.padding, case.dilation)
-    x = rng.standard_normal((images, *case.size, c_in), np.float32)
-    y = rng.standard_normal((images, *form.size_out, c_out), np.float32)
+    x = rng.standard_normal((images, *case.size, c_in), dtype)
+    y = rng.standard_normal((images, *form.size_out, c_out), dtype)
     return form, *(jnp.asarray(a) for a in (x, kernel, y))
 
 
@@ -83,7 +83,8 @@ def meetings(form, x):
 
 
 def close(actual, desired):
-    np.testing.assert_allclose(actual, desired, rtol=0, atol=3e-6 * np.abs(desired).max())
+    tolerance = 3e-6 if actual.dtype == np.float32 else 1e-14
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * np.abs(desired).max())
 
 
 @pytest.fixture(params=[512, 256])
@@ -96,9 +97,9 @@ def registers(request):
     LIBRARY.qpde_instructions(before)
 
 
-def assert_textbook_sums(case, conv, adjoint, kernel_gradient):
+def assert_textbook_sums(case, conv, adjoint, kernel_gradient, dtype=np.float32):
     """Of the three maps (form, a, b) -> c of a convolution."""
-    form, x, kernel, y = operands(case)
+    form, x, kernel, y = operands(case, dtype=dtype)
     _, met = meetings(form, x)
     close(conv(form, x, kernel), sum(met[t] @ kernel[t] for t in met))
 
@@ -112,9 +113,9 @@ def assert_textbook_sums(case, conv, adjoint, kernel_gradient):
     close(kernel_gradient(form, x, y), products.reshape(kernel.shape))
 
 
-def assert_depthwise_textbook_sums(case, conv, adjoint, kernel_gradient):
+def assert_depthwise_textbook_sums(case, conv, adjoint, kernel_gradient, dtype=np.float32):
     """Of the three maps (form, a, b) -> c of a depthwise convolution."""
-    form, x, kernel, y = operands(case, depthwise=True)
+    form, x, kernel, y = operands(case, depthwise=True, dtype=dtype)
     _, met = meetings(form, x)
     close(conv(form, x, kernel), sum(met[t] * np.asarray(kernel[t]) for t in met))
 
@@ -130,16 +131,19 @@ def assert_depthwise_textbook_sums(case, conv, adjoint, kernel_gradient):
 def gradient_of(conv, form, x, y):
     """The kernel's gradient by the rules of derivatives."""
     like = (*form.taps, 1 if conv is operators._depthwise else x.shape[-1], y.shape[-1])
-    return jax.vjp(partial(conv, form, x), jnp.zeros(like))[1](y)[0]
+    return jax.vjp(partial(conv, form, x), jnp.zeros(like, x.dtype))[1](y)[0]
 
 
 @built
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("registers")
-def test_kernels_are_the_textbook_sums(case):
-    assert_textbook_sums(case, operators._conv, operators._conv_adjoint, partial(gradient_of, operators._conv))
-    depthwise = operators._depthwise, operators._depthwise_adjoint
-    assert_depthwise_textbook_sums(case, *depthwise, partial(gradient_of, operators._depthwise))
+def test_kernels_are_the_textbook_sums(case, dtype):
+    full = operators._conv, operators._conv_adjoint, partial(gradient_of, operators._conv)
+    depthwise = operators._depthwise, operators._depthwise_adjoint, partial(gradient_of, operators._depthwise)
+    with jax.enable_x64(dtype == np.float64):
+        assert_textbook_sums(case, *full, dtype)
+        assert_depthwise_textbook_sums(case, *depthwise, dtype)
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
@@ -315,6 +319,10 @@ def test_other_dtypes_and_nothing_at_all_are_the_compilers():
         x, kernel = jnp.ones((images, 8, 8, 4), dtype), jnp.ones((3, 3, 4, 4), dtype)
         return jax.jit(operators.conv).lower(x, kernel).as_text()
 
+    if LIBRARY is not None:
+        assert "@qpde_conv_float32" in program(2, jnp.float32)
+        with jax.enable_x64(True):
+            assert "@qpde_conv_float64" in program(2, jnp.float64)
     assert "@qpde_" not in program(2, jnp.bfloat16)
     assert "@qpde_" not in program(0, jnp.float32)
 

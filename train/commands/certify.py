@@ -28,8 +28,8 @@ class Certify:
     proof is: the proven bound of a logit difference's error, divided by the error itself, as the median over images
     and classes.
 
-    A segmentation run is certified pixel by pixel. A second table then says where the bounds come from: the constant of
-    every part, and the share of the bounds that starts at its rounding.
+    A segmentation run is certified pixel by pixel. With Newton steps a second table then says where the bounds come
+    from: the constant of every part, and the share of the bounds that starts at its rounding.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -38,9 +38,11 @@ class Certify:
     """Bits of the activations."""
     images: int | None = None
     """Number of test images, the first ones. Default: 1000, or 4 of a segmentation run."""
-    newton_steps: int = 2
-    """Steps of Newton's method before the proof, see `qpde.certify`. More steps certify more images. With 0 every
-    rounding error counts at its worst."""
+    newton_steps: int | None = None
+    """Steps of Newton's method before the proof, see `qpde.certify`. Default: none, and every prediction that is the
+    twin's is proven by the twin itself, for the least. With a number the proof rests on the constants of the network's
+    steps: it says why predictions stay, and how stable the network is. With 0 every rounding error counts at its
+    worst."""
     data_dir: Path | None = None
     """Root folder of the data. Default: the environment variable QPDE_DATA_DIR."""
 
@@ -54,7 +56,8 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
     """
     if options.images is not None:
         check_at_least("images", options.images, 1)
-    check_at_least("newton_steps", options.newton_steps, 0)
+    if options.newton_steps is not None:
+        check_at_least("newton_steps", options.newton_steps, 0)
     outside = [bits for bits in options.bits if not 2 <= bits <= 15]
     if outside or not options.bits:
         raise ValueError(f"--bits (={outside or ()}) must round: give some of 2 to 15")
@@ -70,7 +73,8 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
     def work(console: Console) -> None:
         # Seven columns in the 80 of a plain terminal.
         what = "pixels of " if of_pixels else ""
-        title = f"{options.run.name}: {what}{images} test images, newton_steps: {options.newton_steps}"
+        candidate = "the twin itself" if options.newton_steps is None else f"newton_steps: {options.newton_steps}"
+        title = f"{options.run.name}: {what}{images} test images, {candidate}"
         parts: dict[tuple[str, int], list[PartBound]] = {}
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in _COLUMNS:
@@ -82,7 +86,7 @@ def prepare_certify(options: Certify) -> Callable[[Console], None]:
                 table.add_row("" if i else str(act_bits), name, *shares, f"{measured['tightness']:.3g}")
                 parts[name, act_bits] = measured.get("parts", [])
         print_table(console, table)
-        for name in found if of_pixels else ():
+        for name in found if of_pixels and options.newton_steps is not None else ():
             print_table(console, _parts_table(name, {bits: parts[name, bits] for bits in options.bits}))
 
     return work

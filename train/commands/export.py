@@ -58,8 +58,9 @@ class Export:
     """Bits of the kernels of stem, neck and head: 8, or None to keep them in float32."""
     images: int = 1000
     """Number of test images, the first ones."""
-    newton_steps: int = 2
-    """Steps of Newton's method before the proof, see `qpde.certify`. More steps prove more answers."""
+    newton_steps: int | None = None
+    """Steps of Newton's method before the proof, see `qpde.certify`. Default: none, and every answer that is the twin's
+    is proven by the twin itself, for the least."""
     rounds: int = 10
     """Timed calls of each runtime. 0 measures no latencies."""
     data_dir: Path | None = None
@@ -77,7 +78,8 @@ def prepare_export(options: Export) -> Callable[[Console], None]:
       ImportError: ONNX files without the extra [deploy].
     """
     for name, least in (("images", 1), ("newton_steps", 0), ("rounds", 0)):
-        check_at_least(name, getattr(options, name), least)
+        if (value := getattr(options, name)) is not None:
+            check_at_least(name, value, least)
     bits = None if options.bits is None else parse_bits(options.bits)
     experiment = read_experiment(options.run)
     results = read_results(options.run)

@@ -15,7 +15,7 @@ from train.page.html import Picture, Thumbnail, figure, fill, table, thumbnails
 from train.page.mathml import formula, name, over, root, row, sub, sup, words
 from train.page.statistics import decibels, mcnemar, wilson
 from train.trained.certificates import tightness
-from train.trained.figures import Measured, as_histogram
+from train.trained.figures import NEWTON_STEPS, Measured, as_histogram
 
 _SHARES = (
     ("accuracy", "accuracy"),
@@ -459,8 +459,9 @@ def _certificates(measured, every) -> str:
     caption = (
         "Each point is one logit difference of one test image. On the dashed diagonal the bound would equal the error: "
         "all points lie above it, and the closer they are, the tighter is the bound. x are the states of the twin. The "
-        "states c start as those of the quantized network and approach x in two steps of Newton's method. L is 1 where "
-        "the step is proven non-expansive. “A priori” counts images for which clips and bits alone suffice."
+        f"states c start as those of the quantized network; {NEWTON_STEPS} steps of Newton's method bring them near x. "
+        "L is 1 where the step is proven non-expansive. “A priori” counts images for which clips and bits alone "
+        "suffice."
     )
     header = ("", "agree", "certified", "a priori", "bound / error")
     drawn = figure(pictures, caption) if pictures else f"<p>{caption}</p>"

@@ -30,7 +30,7 @@ class PartBound:
     share: float
 
 
-def measure(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, Any]:
+def measure(finished: Finished, act_bits: int, *, images: int, newton_steps: int | None = None) -> dict[str, Any]:
     """Shares of the first test images, or of their pixels, and the median of bound over measured difference.
 
     Args:
@@ -70,7 +70,7 @@ def _at(finished: Finished, act_bits: int):
 
 
 def certified_maps(
-    finished: Finished, act_bits: int, images: Sequence[np.ndarray], *, newton_steps: int
+    finished: Finished, act_bits: int, images: Sequence[np.ndarray], *, newton_steps: int | None
 ) -> list[np.ndarray]:
     """What is known of every pixel: 0 where rounding changes its class, 1 where it provably does not, 2 elsewhere.
 
@@ -92,7 +92,9 @@ def certified_maps(
     return maps
 
 
-def measure_images(finished: Finished, act_bits: int, *, images: int, newton_steps: int = 2) -> dict[str, np.ndarray]:
+def measure_images(
+    finished: Finished, act_bits: int, *, images: int, newton_steps: int | None = None
+) -> dict[str, np.ndarray]:
     """What `measure` sums up: "accuracy", "agreement", "certified" and "a_priori" for each of the images, or of the
     pixels that have a class, "error" and "bound" of every logit difference from the predicted class, at some pixels
     where there are many; and of a segmentation network "shares" and "lipschitz", see `qpde.certify.Certificate`.
@@ -105,7 +107,7 @@ def measure_images(finished: Finished, act_bits: int, *, images: int, newton_ste
             variables = converge_norms(model, variables, x[:1], bits=bits)
             steps = step_bounds(model, variables, (x.shape[1], x.shape[2]), bits)
         found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
-        twin = exact_twin(model, variables, x, bits)
+        twin = found.estimate if newton_steps is None else exact_twin(model, variables, x, bits)
         chosen, difference = found.prediction[..., None], found.logits - twin
         error = np.abs(np.take_along_axis(difference, chosen, axis=-1) - difference)
         others = np.arange(twin.shape[-1]) != chosen

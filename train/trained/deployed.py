@@ -81,7 +81,7 @@ def measure(
     bits: Bits,
     batches: Iterable[tuple[Any, Any]],
     *,
-    newton_steps: int = 2,
+    newton_steps: int | None = None,
     rounds: int = 10,
 ) -> Deployed:
     """Run what is deployed on test images, in every runtime, beside the network and its twin.
@@ -92,7 +92,7 @@ def measure(
       folded: What is deployed.
       bits: Bits that it was folded at.
       batches: Pairs of network inputs (N, H, W, C) and labels.
-      newton_steps: Steps of the certificate, which is left out where activations are not rounded.
+      newton_steps: As for `qpde.certify`; the certificate is left out where activations are not rounded.
       rounds: Measured calls for the latencies. 0 leaves them out.
     Returns:
       `Deployed`.
@@ -188,7 +188,8 @@ def _proofs(model, variables, folded, bits, batches, newton_steps) -> tuple[np.n
     for x in batches:
         count, x = len(x), _padded(x, len(batches[0]))
         found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps, deployed=run(x))
-        twins.append(exact_twin(model, variables, x, bits)[:count].argmax(-1))
+        twin = found.estimate if newton_steps is None else exact_twin(model, variables, x, bits)
+        twins.append(twin[:count].argmax(-1))
         proven.append(np.where(found.certified, found.prediction, -1)[:count])
     return np.concatenate(twins), np.concatenate(proven)
 

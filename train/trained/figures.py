@@ -27,6 +27,9 @@ from train.data.batches import of_one_shape
 from train.trained.certificates import measure_images
 from train.trained.finished import Finished, traced
 
+NEWTON_STEPS = 2
+"""Steps of Newton's method before the page's proofs."""
+
 _MAPS = 4  # columns of the picture of feature maps
 _POINTS = 4  # images at which Jacobians are taken
 _RITZ = 24  # Lanczos steps of each
@@ -149,8 +152,13 @@ def measure(
         by_bits=faithfulness_by_bits(finished, act_bits, images) if is_quantized else {},
         inputs=_inputs(model, variables, batches[0][:_INPUTS], states[1]) if is_quantized else [],
         maps=_maps(model, variables, [s[:_POINTS] for s in states[1]], smoothing) if is_quantized else None,
-        certified={a: measure_images(finished, a, images=certified) for a in certify_at} if is_quantized else {},
+        certified=_certified(finished, certify_at, certified) if is_quantized else {},
     )
+
+
+def _certified(finished: Finished, certify_at: tuple[int, ...], images: int) -> dict[int, dict[str, np.ndarray]]:
+    """Proofs by the constants of the steps: the page shows how close their bounds are."""
+    return {a: measure_images(finished, a, images=images, newton_steps=NEWTON_STEPS) for a in certify_at}
 
 
 def _predictions(finished: Finished, variables, batches: Sequence[Array], images: int) -> Predictions:

@@ -191,7 +191,7 @@ def check(model, variables, x, bits, newton_steps=2):
     seed=SEEDS,
     weights=st.integers(2, 8),
     activations=st.sampled_from([2, 3, 4, 6, 8]),
-    newton_steps=st.sampled_from([0, 1, 2]),
+    newton_steps=st.sampled_from([None, 0, 1, 2]),
 )
 def test_no_input_moves_by_more_than_its_bound(kind, seed, weights, activations, newton_steps):
     model, init = network(kind)
@@ -210,16 +210,23 @@ def test_every_sweep_tightens_the_bound_and_one_for_each_step_leaves_the_differe
     # The proof sees as little of float32 as the twin itself.
     np.testing.assert_allclose(tightness[3], 1, rtol=1e-9)
     assert found.defect.max() < 1e-12
+    # Without steps the candidate is the twin itself.
+    found, difference, (logits, twin) = check(model, variables, x, Bits(4, 4), None)
+    np.testing.assert_allclose(found.bound, difference, rtol=1e-9)
+    assert found.defect.max() == 0
+    np.testing.assert_array_equal(found.certified, logits.argmax(-1) == twin.argmax(-1))
+    np.testing.assert_allclose(found.estimate, twin, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["spectral, precise", "plain"])
 def test_products_of_the_twin_of_a_proof_are_of_float64(kind):
     model, init = network(kind)
     variables, x, bits = init(jax.random.key(0)), images(4, jax.random.key(1)), Bits(4, 4)
-    rounded = certificate._rounded_parts(model, variables, bits)
+    rounded = certificate.rounded_parts(model, variables, bits)
     with in_float64():
         program = certificate._exact_twin.lower(model, variables, rounded, x, bits).as_text()
-    products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    kinds = ("stablehlo.convolution", "dot_general", "@qpde_")
+    products = [line for line in program.splitlines() if any(kind in line for kind in kinds)]
     assert len(products) > 8
     assert all("xf64>" in line and "xf32>" not in line for line in products)
 
@@ -254,7 +261,7 @@ def test_one_width_per_block_is_the_bound_of_each():
     check(model, variables, x, widths)
     as_list = Bits(4, [2, 4, 8, 4])
     np.testing.assert_array_equal(exact_twin(model, variables, x, as_list), exact_twin(model, variables, x, widths))
-    found, expected = (certify(model, variables, x, bits, steps=mixed) for bits in (as_list, widths))
+    found, expected = (certify(model, variables, x, bits, newton_steps=2, steps=mixed) for bits in (as_list, widths))
     np.testing.assert_array_equal(found.bound, expected.bound)
     for f in (certify, exact_twin):
         with pytest.raises(ValueError, match="one for each of the 4 blocks"):

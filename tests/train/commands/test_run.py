@@ -347,7 +347,8 @@ def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
     tight = ["--model.norm", "spectral", "--model.residual", "precise", "--only", "symmetric", "--epochs", "1"]
     assert main(["run", config, *tight]) == 0
     capsys.readouterr()
-    assert main(["certify", "runs/tiny", "--bits", "12", "4", "--images", "999"]) == 0
+    by_constants = ["certify", "runs/tiny", "--newton-steps", "2", "--images", "999"]
+    assert main([*by_constants, "--bits", "12", "4"]) == 0
     many, few = [line.split() for line in capsys.readouterr().out.splitlines() if "symmetric" in line]
     shares = {row[0]: [float(cell.rstrip("%")) for cell in row[2:]] for row in (many, few)}
     for _, agreement, certified, a_priori, tightness in shares.values():
@@ -356,11 +357,17 @@ def test_predictions_of_a_finished_run_are_certified(config, tmp_path, capsys):
     assert shares["12"][2] > shares["4"][2]
     # The run's own width is 4; only its spectral norms have converged since.
     assert shares["4"][0] == pytest.approx(100 * _summary(tmp_path)["symmetric"]["accuracy"], abs=1)
+    assert main(["certify", "runs/tiny", "--bits", "4", "--images", "999"]) == 0
+    out = capsys.readouterr().out
+    assert "the twin itself" in out
+    (row,) = [line.split() for line in out.splitlines() if "symmetric" in line]
+    assert row[4] == row[3] == f"{shares['4'][1]}%"  # all that agree are proven
 
     refused = {
         "no folder of a run": ["runs/nowhere"],
         "must round": ["runs/tiny", "--bits", "16"],
         "images (=0)": ["runs/tiny", "--images", "0"],
+        "newton_steps (=-1)": ["runs/tiny", "--newton-steps", "-1"],
     }
     for message, arguments in refused.items():
         assert main(["certify", *arguments]) == 2
