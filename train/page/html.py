@@ -52,7 +52,7 @@ figcaption { color: var(--quiet); font-size: .92rem; margin-top: .5rem }
 .thumbs li { width: 5.6rem; font-size: .8rem; line-height: 1.3; color: var(--quiet) }
 .thumbs img { display: block; width: 5.6rem; height: 5.6rem; object-fit: contain; image-rendering: pixelated;
   margin-bottom: .2rem; background: var(--shade); border-radius: 3px }
-.formula { margin: .8rem 0; padding: .1rem 0 .1rem 1rem; border-left: 3px solid var(--line); overflow-x: auto;
+.formula { margin: .8rem 0; padding: .2rem 0 .2rem 1rem; border-left: 3px solid var(--line); overflow: auto hidden;
   max-width: none }
 .formula math { font-size: 1.08rem; width: max-content }
 .wide { overflow-x: auto; margin: 1rem 0; max-width: max-content }
@@ -86,7 +86,7 @@ footer { margin-top: 3rem; color: var(--quiet); font-size: .85rem }
   .two { grid-template-columns: 1fr 1fr }
   .three { grid-template-columns: repeat(3, 1fr); gap: .5rem }
   .one { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: center }
-  .wide, .formula { overflow-x: visible }
+  .wide, .formula { overflow: visible }
 }
 </style>
 </head>

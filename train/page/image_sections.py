@@ -202,9 +202,13 @@ def _decibels(errors: Sequence[float]) -> np.ndarray:
 
 
 def bits_section(measured, every, *, of_pixels: bool = False) -> str:
-    """Accuracy, agreement and error against bits; shares of pixels, which are not independent, have no interval."""
+    """Accuracy, agreement and error against bits; shares of pixels, which are not independent, have no interval.
+
+    Networks of pixels have their mean intersection over union in the place of the accuracy.
+    """
+    of_labels = ("bits-accuracy", "accuracy, %", lambda f: f.accuracy, True)
     quantities = (
-        ("bits-accuracy", "accuracy, %", lambda f: f.accuracy, True),
+        ("bits-iou", "mean IoU, %", lambda f: f.mean_iou, True) if of_pixels else of_labels,
         ("bits-agreement", "agreement, %", lambda f: f.agreement, True),
         ("bits-error", "relative error", lambda f: f.mean_relative_layer_error, False),
     )

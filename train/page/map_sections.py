@@ -42,7 +42,7 @@ def sections(
     if low:
         errors = layer_error_section(experiment, {name: results[name] for name in low}, (), every)
         by_bits = bits_section(low, every, of_pixels=True)
-        found += [("Layer-wise error", errors), ("Accuracy and agreement against bits", by_bits)]
+        found += [("Layer-wise error", errors), ("Mean IoU and agreement against bits", by_bits)]
     if any(m.shares for m in measured.values()):
         found.insert(2, ("Proofs", _proofs({name: m for name, m in measured.items() if m.shares})))
     if any(m.smoothing for m in measured.values()):

@@ -12,6 +12,7 @@ _QUANTITIES = (
     ("training-loss", "Training loss", "mean of the epoch", "train_loss", 1),
     ("validation-loss", "Validation loss", "cross entropy", "validation_loss", 1),
     ("validation-accuracy", "Validation accuracy", "%", "validation_accuracy", 100),
+    ("validation-iou", "Validation mean IoU", "%", "validation_mean_iou", 100),
 )
 
 
