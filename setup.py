@@ -14,7 +14,7 @@ def native_kernels() -> list[Extension]:
     kernels = Extension(
         "qpde.native.kernels",
         ["qpde/native/kernels.cpp"],
-        depends=["qpde/native/loops.h"],
+        depends=["qpde/native/both_types.h", "qpde/native/loops.h"],
         include_dirs=[str(Path(jaxlib.origin).parent / "include")],
         extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-g0"],
         language="c++",

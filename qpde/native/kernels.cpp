@@ -230,48 +230,18 @@ template <class Real> const Real* widened(const Real* from, int64_t pixels, int6
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vnni,fma")
 namespace avx512 {
-namespace of_float {
-#define REAL float
-#define CODES 1
-#define LANES 16
-#include "loops.h"
-#undef LANES
-#undef CODES
-#undef REAL
-}  // namespace of_float
-namespace of_double {
-#define REAL double
-#define CODES 0
-#define LANES 8
-#include "loops.h"
-#undef LANES
-#undef CODES
-#undef REAL
-}  // namespace of_double
+#define BYTES 64
+#include "both_types.h"
+#undef BYTES
 }  // namespace avx512
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-namespace of_float {
-#define REAL float
-#define CODES 1
-#define LANES 8
-#include "loops.h"
-#undef LANES
-#undef CODES
-#undef REAL
-}  // namespace of_float
-namespace of_double {
-#define REAL double
-#define CODES 0
-#define LANES 4
-#include "loops.h"
-#undef LANES
-#undef CODES
-#undef REAL
-}  // namespace of_double
+#define BYTES 32
+#include "both_types.h"
+#undef BYTES
 }  // namespace avx2
 #pragma GCC pop_options
 #endif

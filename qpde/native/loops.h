@@ -1,6 +1,7 @@
-// The loops over pixels and channels. kernels.cpp includes this file for each set of instructions and for float and
-// double, inside a namespace and under a pragma that lets the compiler use them. REAL is the type of the numbers, LANES
-// is how many of them a register holds, and CODES says whether small whole numbers are multiplied as integers.
+// The loops over pixels and channels. kernels.cpp includes them for each set of instructions, through both_types.h for
+// float and double, inside namespaces and under a pragma that lets the compiler use the instructions. REAL is the type
+// of the numbers, LANES is how many of them a register holds, and CODES says whether small whole numbers are multiplied
+// as integers.
 //
 // All of them are one small product of matrices, `multiply_add`, whose sums stay in registers.
 

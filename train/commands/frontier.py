@@ -16,7 +16,7 @@ from train.config.segmentation import SegmentationExperiment
 from train.host.console import print_table
 from train.runs.directory import read_experiment, read_results
 
-_COLUMNS = ("run", "variant", "parameters", "epochs", "{share}", "agreement", "error", "relative", "best")
+_NAMES = {"accuracy": "accuracy", "mean_iou": "mean IoU"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ def prepare_frontier(options: Frontier) -> Callable[[Console], None]:
     """The job, everything about it checked.
 
     Raises:
-      ValueError, OSError: a folder holds no finished run on images, the runs share no measure, nothing is quantized, or
-        the picture cannot be written.
+      ValueError, OSError: A folder holds no finished run on images, the runs were tested on other images, nothing is
+        quantized, or the picture has no place.
     """
     if not options.runs:
         raise ValueError("name the folders of finished runs: frontier runs/a runs/b")
@@ -58,7 +58,7 @@ def prepare_frontier(options: Frontier) -> Callable[[Console], None]:
         raise ValueError(f"--output (={options.output}) must end with .png, .svg or .pdf")
     if not options.output.parent.is_dir():
         raise ValueError(f"--output (={options.output}) lies in no folder: {options.output.parent} does not exist")
-    experiments = {}
+    experiments: dict[Path, Experiment] = {}
     for run in options.runs:
         experiment = read_experiment(run)
         if not isinstance(experiment, Experiment):
@@ -81,7 +81,7 @@ def prepare_frontier(options: Frontier) -> Callable[[Console], None]:
         frontier_figure(
             [row.point for row in rows],
             options.output,
-            quantity=share.replace("mean_iou", "mean IoU"),
+            quantity=_NAMES[share],
             hollow="rounded shortcut",
         )
         console.print(f"written to {options.output}", markup=False, highlight=False, soft_wrap=True)
@@ -104,9 +104,8 @@ def _rows(run: Path, experiment: Experiment, share: str) -> list[_Row]:
 
 def _table(rows: list[_Row], share: str) -> Table:
     table = Table(title="accuracy and layer-wise error, test images", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(_COLUMNS):
-        heading = column.format(share=share.replace("mean_iou", "mean IoU"))
-        table.add_column(heading, justify="left" if i in (0, 1, 8) else "right")
+    for column in ("run", "variant", "parameters", "epochs", _NAMES[share], "agreement", "error", "relative", "best"):
+        table.add_column(column, justify="left" if column in ("run", "variant", "best") else "right")
     accuracies = [row.point.accuracy for row in rows]
     best = {
         "a": frontier(accuracies, [row.point.error for row in rows]),

@@ -52,6 +52,18 @@ def read_start(run: Path, variant: str, options: NetworkOptions, shapes: dict[st
     return Start(dict(network.variables), network.model.bits)
 
 
+def cause_of_breakdown(start: Start | None, options: NetworkOptions) -> str:
+    """A sentence for a training that breaks down and has changed its start's kernels; empty elsewhere.
+
+    Args:
+      start: Where it started from.
+      options: Options of its network.
+    """
+    if start is None or start.bits.weights is not None or options.weight_bits is None or not options.standardize:
+        return ""
+    return ". It started from kernels without standardization: --model.no-standardize goes on with them"
+
+
 def _check_rounding(there: NetworkOptions, here: NetworkOptions, *, calibrated: bool) -> None:
     """ValueError where a network cannot go on with the weights of another because of how they are rounded."""
     if calibrated:

@@ -29,7 +29,7 @@ from train.host.provenance import provenance
 from train.loop import Scores, fit
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
-from train.runs.warm_start import Start, read_start
+from train.runs.warm_start import Start, cause_of_breakdown, read_start
 from train.steps import twin_clips
 from train.steps.annealing import bits_of, is_annealed, make_draw, smoothing_scale_of, with_smoothing_scale
 from train.steps.guards import make_explain
@@ -431,12 +431,9 @@ class ImagePlan:
         return not self._loss.labels and line.get("train_similarity", np.inf) <= target
 
     def explain(self, state: TrainState, bits: Bits, *batch: Any) -> str:
-        chosen, start = self.training.images.select(state, *batch), self.training.start
+        chosen = self.training.images.select(state, *batch)
         why = self._shared.explain(state, *chosen, self._on_devices(bits))
-        options = self.training.model.options
-        if start is None or start.bits.weights is not None or options.weight_bits is None or not options.standardize:
-            return why
-        return f"{why}. It started from kernels without standardization: --model.no-standardize goes on with them"
+        return why + cause_of_breakdown(self.training.start, self.training.model.options)
 
     @property
     def _shared(self) -> Training:

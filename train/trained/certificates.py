@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qpde.bits import Bits
-from qpde.certify import certify, exact_twin, step_bounds
+from qpde.certify import Certificate, certify, exact_twin, step_bounds
 from qpde.models import converge_norms
 from train.data.batches import of_one_shape
 from train.trained.finished import Finished, traced
@@ -69,6 +69,23 @@ def _at(finished: Finished, act_bits: int):
     return model, variables, bits
 
 
+def certified_with_twin(
+    model: Any, variables: Any, x: Any, bits: Bits, *, newton_steps: int | None, **given: Any
+) -> tuple[Certificate, np.ndarray]:
+    """A certificate and the logits of the exact twin, which the cheapest proof has computed already.
+
+    Args:
+      model: As for `qpde.certify.certify`.
+      variables: As there.
+      x: As there.
+      bits: As there.
+      newton_steps: As there.
+      **given: Its other arguments.
+    """
+    found = certify(model, variables, x, bits, newton_steps=newton_steps, **given)
+    return found, np.asarray(found.estimate) if newton_steps is None else exact_twin(model, variables, x, bits)
+
+
 def certified_maps(
     finished: Finished, act_bits: int, images: Sequence[np.ndarray], *, newton_steps: int | None
 ) -> list[np.ndarray]:
@@ -86,8 +103,8 @@ def certified_maps(
     steps = step_bounds(model, variables, (images[0].shape[0], images[0].shape[1]), bits)
     maps = []
     for x in inputs:
-        found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
-        same = found.prediction == exact_twin(model, variables, x, bits).argmax(-1)
+        found, twin = certified_with_twin(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
+        same = found.prediction == twin.argmax(-1)
         maps.append(np.where(same, np.where(found.certified, 1, 2), 0)[0])
     return maps
 
@@ -106,8 +123,7 @@ def measure_images(
         if not parts:
             variables = converge_norms(model, variables, x[:1], bits=bits)
             steps = step_bounds(model, variables, (x.shape[1], x.shape[2]), bits)
-        found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
-        twin = found.estimate if newton_steps is None else exact_twin(model, variables, x, bits)
+        found, twin = certified_with_twin(model, variables, x, bits, newton_steps=newton_steps, steps=steps)
         chosen, difference = found.prediction[..., None], found.logits - twin
         error = np.abs(np.take_along_axis(difference, chosen, axis=-1) - difference)
         others = np.arange(twin.shape[-1]) != chosen

@@ -14,11 +14,12 @@ import numpy as np
 
 from qpde import deploy
 from qpde.bits import Bits
-from qpde.certify import certify, exact_twin, step_bounds
+from qpde.certify import step_bounds
 from qpde.deploy import Folded, FoldedGraph
 from qpde.models import converge_norms
 from qpde.models.graphs.networks import GraphNetwork
 from qpde.models.images.network import Network
+from train.trained.certificates import certified_with_twin
 from train.trained.runtimes import Runtime, float_runtimes, one_core, runtimes
 
 BATCHES = (1, 32)
@@ -187,8 +188,8 @@ def _proofs(model, variables, folded, bits, batches, newton_steps) -> tuple[np.n
     twins, proven = [], []
     for x in batches:
         count, x = len(x), _padded(x, len(batches[0]))
-        found = certify(model, variables, x, bits, newton_steps=newton_steps, steps=steps, deployed=run(x))
-        twin = found.estimate if newton_steps is None else exact_twin(model, variables, x, bits)
+        given: dict[str, Any] = {"steps": steps, "deployed": run(x)}
+        found, twin = certified_with_twin(model, variables, x, bits, newton_steps=newton_steps, **given)
         twins.append(twin[:count].argmax(-1))
         proven.append(np.where(found.certified, found.prediction, -1)[:count])
     return np.concatenate(twins), np.concatenate(proven)

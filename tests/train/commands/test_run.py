@@ -395,23 +395,12 @@ def test_a_finished_run_is_measured_at_other_widths_and_its_blocks_get_widths_wi
     assert float(mixed[1]) <= float(uniform[2])
     assert len(mixed[5:]) == 2  # one pair of widths for each block
 
-    assert main(["frontier", "runs/tiny", "--output", "runs/frontier.png"]) == 0
-    result = _summary(tmp_path)["symmetric"]
-    cells = next(line for line in capsys.readouterr().out.splitlines() if "symmetric" in line).split()
-    errors = [f"{result[f'mean_{kind}layer_error']:.4f}" for kind in ("", "relative_")]
-    assert cells[3:] == ["1", f"{result['accuracy']:.2%}", f"{result['agreement']:.2%}", *errors, "a", "r"]
-    assert (tmp_path / "runs" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
     for message, *arguments in (
         ("bits '1' must lie in 2 to 32", "elastic", "runs/tiny", "--bits", "1"),
         ("is no folder of a run", "elastic", "runs/nowhere"),
         ("--bits (=33) must lie in 2 to 32", "budget", "runs/tiny", "--bits", "33"),
         ("less than the cheapest of --bits", "budget", "runs/tiny", "--bits", "4", "--at", "3"),
         ("images (=0)", "budget", "runs/tiny", "--images", "0"),
-        ("name the folders", "frontier"),
-        ("is no folder of a run", "frontier", "runs/tiny", "runs/nowhere"),
-        ("must end with .png", "frontier", "runs/tiny", "--output", "frontier.txt"),
-        ("lies in no folder", "frontier", "runs/tiny", "--output", "nowhere/frontier.png"),
     ):
         capsys.readouterr()
         assert main(arguments) == 2
