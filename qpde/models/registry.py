@@ -79,8 +79,8 @@ def create(name: str, **options: Any) -> Network | GraphNetwork:
 
     Args:
       name: One of `names()`.
-      options: `num_classes`, which must be given, and fields of `NetworkOptions`; for "unet" and "deeplabv3plus" those
-        of `segmentation_network` too; for a graph network the arguments of `pde_gcn`, `gcn`, `gcnii` or `gat`.
+      options: `num_classes`, which must be given, and those of `image_network`; for "unet" and "deeplabv3plus" those of
+        `segmentation_network`; for a graph network the arguments of `pde_gcn`, `gcn`, `gcnii` or `gat`.
     Returns:
       Module with `init(key, x)` and `apply(variables, x, train=..., bits=..., return_states=...)`, x being images
       (N, H, W, C) or a `jraph.GraphsTuple`.
@@ -95,12 +95,13 @@ def create(name: str, **options: Any) -> Network | GraphNetwork:
     return image_network(ARCHITECTURES[name], **options)
 
 
-def image_network(architecture: Architecture, *, num_classes: int, **options: Any) -> Network:
+def image_network(architecture: Architecture, *, num_classes: int, width: float = 1.0, **options: Any) -> Network:
     """An image network of any architecture, as a Flax Linen module.
 
     Args:
       architecture: Its shape; those with names are in `ARCHITECTURES`.
       num_classes: Number of classes, at least 1.
+      width: Multiplier of its channels, see `Architecture.with_width`.
       options: Fields of `NetworkOptions`, which documents them.
     Returns:
       Module with `init(key, x)` and `apply(variables, x, train=..., bits=..., return_states=...)`, see `Network`.
@@ -111,7 +112,7 @@ def image_network(architecture: Architecture, *, num_classes: int, **options: An
     if isinstance(architecture, SegmentationArchitecture) and options.get("head", "dense") != "dense":
         raise ValueError(f"head (={options['head']!r}) of {architecture.name} must be 'dense'")
     kind: Any = SegmentationNetwork if isinstance(architecture, SegmentationArchitecture) else Network
-    model = kind(architecture, num_classes, NetworkOptions(**options))
+    model = kind(architecture.with_width(width), num_classes, NetworkOptions(**options))
     checked = model.options.checked(
         num_classes=num_classes,
         blocks=len(model.blocks),
@@ -140,7 +141,7 @@ def segmentation_network(
       stem_stride: See `qpde.models.images.segmentation.segmentation_architecture`.
       output_stride: See there.
       decoder_width: See there.
-      options: Fields of `NetworkOptions`. The head is "dense".
+      options: Others of `image_network`. The head is "dense".
     Raises:
       ValueError: An option is unknown or out of range, or a stride that the encoder does not reach.
     """

@@ -92,6 +92,8 @@ class Model(NetworkOptions):
 
     name: str = field(default="resnet20", kw_only=False)
     """Architecture."""
+    width: float = 1.0
+    """Channels of its stages, as a multiple of the architecture's own."""
     weight_bits: int | None = 4
     """Bits of the kernels. None: full precision."""
     act_bits: int | None = 4

@@ -176,6 +176,27 @@ class Architecture:
         stages = tuple((*row[:2], count, *row[3:]) for row, count in zip(self.stages, counts, strict=False))
         return dataclasses.replace(self, stages=stages)
 
+    def with_width(self, factor: float) -> Architecture:
+        """The same shape with that many times the channels, rounded to whole ones.
+
+        The neck only grows, as in MobileNetV2 (Sandler et al., 2018).
+
+        Args:
+          factor: Width multiplier. 1 changes nothing.
+        Raises:
+          ValueError: It is not positive and finite, or leaves a stage without channels.
+        """
+        if factor == 1:
+            return self
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"width (={factor}) must be positive and finite: 1 keeps the channels of {self.name}")
+        stages = tuple((round(factor * a), round(factor * b), *rest) for a, b, *rest in self.stages)
+        fewest = min(row[0] for row in stages)
+        if fewest < 1:
+            raise ValueError(f"width (={factor}) leaves a stage of {self.name} without channels: choose a larger one")
+        neck = self.neck_width and round(max(1.0, factor) * self.neck_width)
+        return dataclasses.replace(self, name=f"{self.name} of width {factor:g}", stages=stages, neck_width=neck)
+
 
 class Layer(NamedTuple):
     """A stage of a network with what it takes.

@@ -84,6 +84,26 @@ def test_a_tied_resnet32_has_the_parameters_of_a_plain_resnet20():
     assert models.summary(tied, (32, 32, 3)).parameters == models.summary(plain, (32, 32, 3)).parameters
 
 
+@pytest.mark.parametrize("name", ["resnet20", "stablenet20"])
+def test_a_wider_network_has_as_many_times_the_channels(name):
+    narrow = models.create(name, num_classes=10)
+    wide = models.create(name, num_classes=10, width=1.5)
+    assert wide.architecture.stages == ((24, 24, 3, 1, 1), (24, 48, 3, 2, 1), (48, 96, 3, 2, 1))
+    assert [block.width_in * 2 for block in wide.blocks] == [block.width_in * 3 for block in narrow.blocks]
+    assert "width 1.5" in wide.architecture.name
+    assert models.create(name, num_classes=10, width=1.0) == narrow
+
+
+def test_the_neck_of_mobilenet_grows_but_does_not_shrink():
+    necks = {w: models.create("mobilenetv2", num_classes=2, width=w).architecture.neck_width for w in (0.5, 1.0, 1.5)}
+    assert necks == {0.5: 1280, 1.0: 1280, 1.5: 1920}
+
+
+def test_the_encoder_of_a_segmentation_network_has_a_width():
+    model = models.create("unet", num_classes=3, encoder="resnet20", width=0.5)
+    assert model.architecture.stages == ((8, 8, 3, 1, 1), (8, 16, 3, 2, 1), (16, 32, 3, 2, 1))
+
+
 @pytest.mark.parametrize("name", ["resnet20", "stablenet20", "mobilenetv2"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_kind_of_network_trains_in_low_bits(name, symmetric):
@@ -442,6 +462,9 @@ def test_depthwise_weights_keep_eight_bits_where_anything_is_rounded():
         ({"levels": "log"}, "uniform, pot, apot"),
         ({"loop": "while"}, "auto, scan, unroll"),
         ({"num_classes": 0}, "num_classes.*0"),
+        ({"width": 0.0}, r"width \(=0.0\) must be positive.*1 keeps the channels of resnet20"),
+        ({"width": float("inf")}, "width.*finite"),
+        ({"width": 0.03}, r"width \(=0.03\) leaves a stage of resnet20 without channels"),
         ({"signed_inputs": True}, "mobilenetv2"),
         ({"smoothing": models.Smoothing(gamma2=1.0)}, "max_stable_step"),
         ({"smoothing": models.Smoothing(blocks=(9,))}, "blocks 0 to 8"),
