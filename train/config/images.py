@@ -254,12 +254,24 @@ class Loss:
     """Weight of the similarity, which is a sum over the images of a batch."""
     similarity_target: float = 0.0
     """With the loss "similarity", training stops after the first epoch whose mean similarity is at most this."""
+    teacher: str | None = None
+    """Folder of a trained network, RUN/VARIANT or one of `qpde.save`, such as a wider one in full precision. Its
+    probabilities are learned beside the labels (Hinton et al., 2015)."""
+    teacher_weight: float = 0.5
+    """Share of the teacher's probabilities in the targets, above 0 and at most 1; the labels have the rest."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing (={self.label_smoothing}) must lie in [0, 1)")
         _check_not_negative("loss.similarity_weight", self.similarity_weight)
         _check_not_negative("loss.similarity_target", self.similarity_target)
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(f"loss.teacher_weight (={self.teacher_weight}) must be above 0 and at most 1")
+        if self.teacher is not None and self.name == "similarity":
+            raise ValueError(
+                f"loss.teacher (={self.teacher!r}) has no effect on the loss 'similarity', which has no targets: leave "
+                "it out, or choose another loss.name"
+            )
 
 
 @dataclass(frozen=True)

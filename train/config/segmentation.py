@@ -88,6 +88,8 @@ class SegmentationLoss(Loss):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.teacher is not None:
+            raise ValueError(f"loss.teacher (={self.teacher!r}) is for classifiers, not for segmentation: leave it out")
         for name in ("focal", "dice"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):

@@ -205,7 +205,9 @@ def _vary_maps(config: SegmentationData, images: ImageSet, key: Array, x: Array,
     return images.normalize(x), labels.astype(jnp.int32)
 
 
-def make_inputs(config: Data | SegmentationData, images: ImageSet):
+def make_inputs(
+    config: Data | SegmentationData, images: ImageSet, teach: Callable[[Array, Array], Array] | None = None
+):
     """`inputs(key, images, labels) -> (x, targets, labels)` of a training step, the labels being those of x.
 
     Targets are distributions over the classes; of label maps, which would be large as such, the labels themselves.
@@ -213,6 +215,7 @@ def make_inputs(config: Data | SegmentationData, images: ImageSet):
     Args:
       config: What is varied.
       images: The set.
+      teach: (x, targets) -> the targets that a teacher makes of them.
     """
     vary = make_vary(config, images)
 
@@ -223,11 +226,12 @@ def make_inputs(config: Data | SegmentationData, images: ImageSet):
             x, labels = vary(key, x, labels)
             return x, labels, labels
         targets = jax.nn.one_hot(labels, images.num_classes)
-        if not config.mixup:
-            return vary(key, x, labels)[0], targets, labels
-        vary_key, mix_key = jax.random.split(key)
-        x, _ = vary(vary_key, x, labels)
-        return *mixup(mix_key, x, targets, mixup_alpha=config.mixup), labels
+        if config.mixup:
+            vary_key, mix_key = jax.random.split(key)
+            x, targets = mixup(mix_key, vary(vary_key, x, labels)[0], targets, mixup_alpha=config.mixup)
+        else:
+            x, _ = vary(key, x, labels)
+        return x, targets if teach is None else teach(x, targets), labels
 
     return inputs
 

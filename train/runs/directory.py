@@ -31,6 +31,7 @@ from train.runs.tensorboard import FOLDER, Board
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
 
 _START, _LOCK, _PART = "start.json", ".lock", ".part"
+_TEACHER = "loss.teacher"  # in start.json, beside the names of variants
 
 _BEGUN = {_LOCK, CONFIG + _PART, _START, _START + _PART}
 """What there is of a run before it has a config.json."""
@@ -291,11 +292,12 @@ def _differences(path: Path, experiment: Experiment | GraphExperiment, advice: s
     given = _flat(json.loads(to_json(experiment)))
     fields = sorted(stored.keys() | given.keys())
     changed = {f: (stored.get(f), given.get(f)) for f in fields if stored.get(f) != given.get(f)}
-    return changed | ({} if "start_from" in changed else start_changes(path, experiment))
+    others = {} if changed.keys() & {"start_from", "loss.teacher"} else start_changes(path, experiment)
+    return changed | others
 
 
 def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[str, str]]:
-    """What has become of the networks that the run in a folder started from: by variant, the one then and the one now.
+    """What has become of the networks that the run in a folder started from or learned from: the one then and now.
 
     Args:
       path: The run's folder. Where it does not say, as in older versions, nothing has changed.
@@ -304,24 +306,23 @@ def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[
     recorded = {}
     with contextlib.suppress(OSError, RecursionError, ValueError):
         recorded = json.loads((path / _START).read_text())
-    start, now = (
-        getattr(experiment, "start_from", None),
-        _starts(experiment) if isinstance(recorded, dict) and recorded else {},
-    )
-    return {
-        f"network {name} of {start}": (recorded[name], now[name])
-        for name in now
-        if name in recorded and recorded[name] != now[name]
-    }
+    now = _starts(experiment) if isinstance(recorded, dict) and recorded else {}
+    changed = [name for name in now if name in recorded and recorded[name] != now[name]]
+    return {f"network {_source(experiment, name)}": (recorded[name], now[name]) for name in changed}
 
 
 def _starts(experiment: Experiment | GraphExperiment) -> dict[str, str]:
-    """By variant, the digest of the network that it starts from; nothing where it starts anew."""
-    start = getattr(experiment, "start_from", None)
-    if start is None:
-        return {}
-    digests = {variant.name: weights_digest(Path(start) / variant.name) for variant in experiment.chosen}
+    """Digests of the network that each variant starts from, and of the teacher; of none that there is not."""
+    names = [variant.name for variant in experiment.chosen] if getattr(experiment, "start_from", None) else []
+    if isinstance(experiment, Experiment) and experiment.loss.teacher is not None:
+        names.append(_TEACHER)
+    digests = {name: weights_digest(_source(experiment, name)) for name in names}
     return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def _source(experiment: Any, name: str) -> Path:
+    """Folder of the network that the variant of that name starts from, or of the teacher."""
+    return Path(experiment.loss.teacher) if name == _TEACHER else Path(experiment.start_from) / name
 
 
 def _describe(changed: dict[str, tuple[Any, Any]]) -> list[str]:

@@ -29,6 +29,7 @@ from train.host.provenance import provenance
 from train.loop import Scores, fit
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
+from train.runs.teacher import Teach, read_teacher
 from train.runs.warm_start import Start, cause_of_breakdown, read_start
 from train.steps import twin_clips
 from train.steps.annealing import bits_of, is_annealed, make_draw, smoothing_scale_of, with_smoothing_scale
@@ -79,6 +80,7 @@ class Training:
     Attributes:
       exact: the network without quantizers.
       first_variables: (key, a batch) -> random variables whose clips fit the batch; compiled, and traced once.
+      teach: (x, targets) -> targets with a teacher's probabilities, or None.
     """
 
     experiment: Experiment
@@ -90,6 +92,7 @@ class Training:
     optimizer: optax.GradientTransformation
     start: Start | None
     mesh: Mesh
+    teach: Teach | None = None
 
     @classmethod
     def create(cls, experiment: Experiment, variant: Variant, images: ImageSet, mesh: Mesh) -> "Training":
@@ -121,7 +124,10 @@ class Training:
         steps = experiment.epochs * (images.count // experiment.batch_size)
         params = twin_clips.add_twin(shapes["params"]) if LOSSES[experiment.loss.name].twin else shapes["params"]
         optimizer = create_optimizer(experiment.optimizer, params, steps=steps)
-        return cls(experiment, variant, images, model, exact, first_variables, optimizer, start, mesh)
+        loss, teach = experiment.loss, None
+        if loss.teacher is not None:
+            teach = read_teacher(Path(loss.teacher), loss.teacher_weight, images)
+        return cls(experiment, variant, images, model, exact, first_variables, optimizer, start, mesh, teach)
 
     @property
     def fingerprint(self) -> str:
@@ -207,7 +213,7 @@ class Training:
 
     @cached_property
     def _inputs(self):
-        return make_inputs(self.experiment.data, self.images)
+        return make_inputs(self.experiment.data, self.images, self.teach)
 
     @cached_property
     def _vary(self):

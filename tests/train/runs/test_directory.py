@@ -232,10 +232,10 @@ def test_a_run_made_from_another_records_its_state_and_notices_when_that_has_cha
     assert unfinished(tmp_path / "runs", [derived], advice="") == []
 
     source(10, finish=True)
-    what = "network plain of runs/full: '[0-9a-f]*' there, '[0-9a-f]*' now"
+    what = "network runs/full/plain: '[0-9a-f]*' there, '[0-9a-f]*' now"
     with pytest.raises(FileExistsError, match=f"another experiment \\({what}\\): do so"):
         unfinished(tmp_path / "runs", [derived], advice="do so")
-    with pytest.raises(ValueError, match="cannot be repeated: network plain of runs/full was "):
+    with pytest.raises(ValueError, match="cannot be repeated: network runs/full/plain was "):
         prepare_reproduce(Reproduce(run.path))
     (run.path / "summary.json").unlink()
     with pytest.raises(FileExistsError, match=f"{what}.*--overwrite"):
@@ -243,7 +243,7 @@ def test_a_run_made_from_another_records_its_state_and_notices_when_that_has_cha
     with open_run(tmp_path / "runs", derived, resume_changed=True) as run:
         assert len(run.changes) == 1
     assert start_changes(run.path, derived) == {}
-    assert "network plain" in (run.path / "config_history.jsonl").read_text()
+    assert "network runs/full/plain" in (run.path / "config_history.jsonl").read_text()
 
 
 def test_a_start_that_is_gone_or_was_never_recorded_has_not_changed(source, tmp_path):
