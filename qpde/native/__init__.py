@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
-__all__ = ["describe", "faster"]
+__all__ = ["describe", "faster", "materialize"]
 
 SWITCH = "QPDE_NATIVE"
 """Environment variable: the bits of the registers that kernels may use, 512 or 256; 0 leaves the kernels out."""
@@ -34,6 +34,9 @@ KERNELS = (
     "depthwise_kernel_gradient",
 )
 """Names of the kernels; qpde_NAME_DTYPE is a symbol of the library, DTYPE one of `DTYPES`."""
+
+MATERIALIZE = "qpde_materialize"
+"""Symbol of the call that returns what it is given."""
 
 DTYPES = ("float32", "float64")
 
@@ -74,7 +77,7 @@ def faster(
     compiled = mlir.lower_fun(lambda a, b, *, form: program(form, a, b), multiple_results=False)
 
     def lowered(ctx, a, b, *, form):
-        if ctx.module_context.lowering_parameters.for_export or not _is_for_one_device(ctx.module_context.axis_context):
+        if not _calls_kernels(ctx.module_context):
             return compiled(ctx, a, b, form=form)
         padding, stride, dilation = (np.array(n, np.int64) for n in (form.padding, form.stride, form.dilation))
         call = jax.ffi.ffi_lowering(f"{primitive.name}_{ctx.avals_in[0].dtype.name}")
@@ -101,6 +104,41 @@ def faster(
     return chosen
 
 
+def materialize(x: Array) -> Array:
+    """x, computed once and kept: its uses read it, where the compiler for CPUs would compute it for each of them anew.
+
+    That compiler fuses whatever is elementwise into each of its uses. Along a chain of steps whose shortcuts are not
+    rounded it computes the chain from its beginning, step after step. The same holds for the gradient. Elsewhere, and
+    where there are no kernels, nothing is done.
+
+    Args:
+      x: Any array.
+    """
+    return _materialize.bind(x) if _library()[0] is not None else x
+
+
+_materialize = Primitive(MATERIALIZE)
+_materialize.def_abstract_eval(lambda x: x)
+_materialize.def_impl(lambda x: x)
+ad.deflinear2(_materialize, lambda cotangent, x: [materialize(cotangent)])
+batching.primitive_batchers[_materialize] = lambda arrays, axes: (_materialize.bind(*arrays), *axes)
+
+
+def _lowered_materialize(ctx: Any, x: Any) -> Any:
+    if not _calls_kernels(ctx.module_context):
+        return [x]
+    return jax.ffi.ffi_lowering(MATERIALIZE, operand_output_aliases={0: 0})(ctx, x)
+
+
+mlir.register_lowering(_materialize, lambda ctx, x: [x])
+mlir.register_lowering(_materialize, _lowered_materialize, platform="cpu")
+
+
+def _calls_kernels(context: Any) -> bool:
+    """Whether a program that is lowered for CPUs may call the library: it runs here, each device by itself."""
+    return not context.lowering_parameters.for_export and _is_for_one_device(context.axis_context)
+
+
 def _is_for_one_device(context: Any) -> bool:
     """Whether a program is lowered for one device: as a whole, or as each device's part in `jax.shard_map`."""
     if isinstance(context, mlir.ShardingContext):
@@ -125,7 +163,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         bits = library.qpde_instructions(int(most))
         if bits not in _SETS:
             return None, f"{missing}native kernels need a processor with AVX2"
-        for symbol in (f"qpde_{name}_{dtype}" for name in KERNELS for dtype in DTYPES):
+        for symbol in (MATERIALIZE, *(f"qpde_{name}_{dtype}" for name in KERNELS for dtype in DTYPES)):
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, AttributeError, RuntimeError) as error:  # of another platform, build or JAX: not used
         return None, f"{missing}native kernels do not load ({error})"

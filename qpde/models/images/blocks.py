@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from qpde import norms, operators, quantizers, stencils
+from qpde import native, norms, operators, quantizers, stencils
 from qpde.bits import EXACT_BITS, EXACT_LIMIT, Bits
 from qpde.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
 from qpde.models.images.parts import Factors, Part, Read, StepBound, check_convex, norm_scale, rounding_radius
@@ -324,8 +324,7 @@ class Block(Part, BlockOptions):
         gamma2: Any = None,
     ) -> tuple[Float[Array, "n h_out w_out c_out"], dict]:
         call = _Call(self, variables, bits, mode, gamma2)
-        out = self.step(x, variables, step_size, call)
-        return out, call.updates
+        return native.materialize(self.step(x, variables, step_size, call)), call.updates
 
     @abc.abstractmethod
     def step(self, x: jax.Array, variables: dict, step_size: Any, call: _Call) -> jax.Array:
