@@ -1,5 +1,6 @@
 """The native kernels: the sums of the operators, where a program may call them, and nowhere else."""
 
+import math
 import os
 import platform
 import shutil
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
-from qpde import native, operators
+from qpde import models, native, operators
 
 LIBRARY, LINE = native._library()
 built = pytest.mark.skipif(LIBRARY is None, reason=LINE)
@@ -312,6 +314,45 @@ def test_under_vmap_one_kernel_takes_all_images_and_several_are_the_compilers():
     both = jax.jit(jax.vmap(operators.conv))
     assert "@qpde_" not in both.lower(several, kernels).as_text()
     close(both(several, kernels), np.stack(list(map(operators.conv, several, kernels))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 5)])
+def test_what_is_materialized_is_itself(dtype, shape):
+    x = jnp.arange(math.prod(shape)).reshape(shape).astype(dtype)
+    for found in (native.materialize(x), jax.jit(native.materialize)(x)):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, x)
+    kept = jax.jit(lambda x: (native.materialize(x + 1), x + 1))(x)  # also where the call may not write in place
+    np.testing.assert_array_equal(*kept)
+
+
+def test_materializing_is_linear_in_both_modes_and_under_vmap():
+    x = jnp.linspace(-1, 1, 6).reshape(2, 3)
+    check_grads(lambda x: jnp.sin(native.materialize(jnp.square(x))), (x,), order=2, atol=1e-2, rtol=1e-2)
+    mapped = jax.jit(jax.vmap(lambda x: native.materialize(2 * x), in_axes=1, out_axes=1))
+    np.testing.assert_array_equal(mapped(x), 2 * x)
+
+
+@built
+def test_gradients_are_materialized_too_and_not_in_an_exported_program():
+    function = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(native.materialize(x)))))
+    assert function.lower(jnp.ones(3)).as_text().count("@qpde_materialize") >= 1
+    assert "@qpde_" not in export.export(function)(jnp.ones(3)).mlir_module()
+
+
+@built
+def test_a_step_of_training_computes_the_output_of_every_block_once():
+    model = models.create("stablenet20", num_classes=3, residual="precise", loop="unroll", act_bits=4)
+    x = jnp.ones((2, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def loss(params):
+        return model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables["params"]).compile().as_text()
+    calls = compiled.count('custom_call_target="qpde_materialize"')
+    assert calls == 2 * len(model.blocks)  # forwards and backwards
 
 
 def test_other_dtypes_and_nothing_at_all_are_the_compilers():

@@ -45,7 +45,7 @@ def read_teacher(folder: Path, weight: float, images: ImageSet) -> Teach:
     if teacher.input_shape is not None and tuple(teacher.input_shape) != tuple(images.shape):
         sizes = ["x".join(map(str, shape)) for shape in (teacher.input_shape, images.shape)]
         raise ValueError(
-            f"loss.teacher (={folder}) was trained on images of {sizes[0]}, these are {sizes[1]}: give one for this size"
+            f"loss.teacher (={folder}) was trained on images of {sizes[0]}, these are {sizes[1]}: give one of this size"
         )
 
     mean, std = (np.reshape(v, (1, 1, 1, -1)) for v in (stored.mean, stored.std))

@@ -190,7 +190,7 @@ class Architecture:
             return self
         if not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"width (={factor}) must be positive and finite: 1 keeps the channels of {self.name}")
-        stages = tuple((round(factor * a), round(factor * b), *rest) for a, b, *rest in self.stages)
+        stages = tuple((round(factor * a), round(factor * b), n, stride, e) for a, b, n, stride, e in self.stages)
         fewest = min(row[0] for row in stages)
         if fewest < 1:
             raise ValueError(f"width (={factor}) leaves a stage of {self.name} without channels: choose a larger one")

@@ -1,5 +1,7 @@
 """Finished runs side by side: which networks stand in the table and the picture, and what cannot be compared."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,48 @@ def test_the_quantized_networks_of_all_runs_stand_in_one_table_and_the_best_are_
         ("better", "plain"): ["1,234", "7", "90.00%", "90.00%", "0.2500", "0.3000", "a", "r"],
     }
     assert Path("runs/all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_stands_for_its_runs_where_they_are_gone(capsys):
+    assert main(["frontier", "runs/both", "runs/better", "--output", "runs/all.png"]) == 0
+    whole = rows(capsys.readouterr().out)
+    assert main(["frontier", "runs/both", "--output", "both.svg"]) == 0
+    shutil.rmtree("runs/both")
+    capsys.readouterr()
+    for again in (["both.json", "runs/better"], ["runs/better", "both.json", "runs/all.json"]):
+        assert main(["frontier", *again, "--output", "again.png"]) == 0
+        assert rows(capsys.readouterr().out) == whole
+        assert sorted(json.loads(Path("again.json").read_text())["rows"], key=str) == sorted(
+            json.loads(Path("runs/all.json").read_text())["rows"], key=str
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "is no table of this command"),
+        ("[]", "is no table of this command"),
+        ({"images": "cifar10"}, "tested on digits and cifar10"),
+        ({"share": "mood"}, "share (='mood') must be one of accuracy, mean_iou"),
+        ({"share": "mean_iou"}, "compare runs"),
+        ({"rows": [{"run": "a"}]}, "is no table of this command"),
+        ({"error": -1.0}, "error (=-1.0) must be finite"),
+        ({"epochs": "7"}, "epochs (='7') must be of type int"),
+    ],
+    ids=str,
+)
+def test_a_damaged_table_is_refused(change, message, capsys):
+    assert main(["frontier", "runs/both", "--output", "both.png"]) == 0
+    table = json.loads(Path("both.json").read_text())
+    if isinstance(change, dict):
+        target = table if change.keys() <= table.keys() else table["rows"][0]
+        target.update(change)
+        change = json.dumps(table)
+    Path("both.json").write_text(change)
+    capsys.readouterr()
+    assert main(["frontier", "both.json", "runs/both", "--output", "again.png"]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not Path("again.png").exists()
 
 
 def test_segmentation_networks_are_compared_by_their_mean_intersection_over_union(capsys):
