@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def frontier_figure(
     """
     points = list(points)
     places = styles([point.kind for point in points], "kinds of networks")
-    figure, drawn = new_figure(2, title=title), {}
+    figure, drawn, labels = new_figure(2, title=title), {}, []
     accuracies = [100 * point.accuracy for point in points]
     panels = (("Absolute error", "error"), ("Relative error", "relative_error"))
     for axes, (heading, field) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -87,13 +87,43 @@ def frontier_figure(
             (mark,) = axes.plot([error], [accuracy], marker=marker, **style)
             if point.kind not in drawn or not point.hollow:
                 drawn[point.kind] = mark
-            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
-            axes.annotate(plain(point.name), (error, accuracy), **place)
+            style = {"xytext": (0, 0), "textcoords": "offset points", "fontsize": 8, "color": INK}
+            labels.append((axes.annotate(plain(point.name), (error, accuracy), **style), mark))
         axes.margins(x=0.18, y=0.12)
         label(axes, heading, f"layer-wise error, {heading.split()[0].lower()}, mean over blocks", f"test {quantity}, %")
     if hollow and any(point.hollow for point in points):
         (drawn[hollow],) = figure.axes[0].plot([], [], "o", color=GREY, markerfacecolor="white", markersize=7)
     legend(figure, drawn, loc="outside lower left", ncols=4)
+    _place(figure, labels)
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+_PLACES = (  # of a label beside its mark: (points to the right, points up, what of it lies there)
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (7, 6, "left", "bottom"),
+    (7, -6, "left", "top"),
+    (-7, 6, "right", "bottom"),
+    (-7, -6, "right", "top"),
+)
+
+
+def _place(figure: matplotlib.figure.Figure, labels: Sequence[tuple[Any, Any]]) -> None:
+    """Put every label beside its mark, on the first side where it stays inside and hides no mark and no other label."""
+    figure.draw_without_rendering()  # places depend on the layout
+    taken = [mark.get_window_extent() for _, mark in labels]
+    for text, mark in labels:
+        own, frame = mark.get_window_extent(), mark.axes.get_window_extent()
+        for right, up, horizontal, vertical in _PLACES:
+            text.set(position=(right, up), ha=horizontal, va=vertical)
+            place = text.get_window_extent()
+            is_inside = frame.x0 <= place.x0 and place.x1 <= frame.x1 and frame.y0 <= place.y0 and place.y1 <= frame.y1
+            if is_inside and not any(place.overlaps(other) for other in taken if other.bounds != own.bounds):
+                break
+        else:
+            text.set(position=_PLACES[0][:2], ha="left", va="center")
+        taken.append(text.get_window_extent())

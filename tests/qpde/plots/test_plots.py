@@ -321,6 +321,20 @@ def test_networks_stand_at_their_error_and_accuracy_and_a_line_joins_the_best():
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"plain", "symmetric", "rounded"}
 
 
+def test_labels_of_networks_that_stand_close_hide_neither_each_other_nor_a_mark():
+    close = [NetworkPoint("plain", f"network {i}", 0.9 + 0.0004 * i, 0.3 + 0.0004 * i, 0.1) for i in range(3)]
+    far = NetworkPoint("symmetric", "far", 0.8, 0.4, 0.2)
+    figure = frontier_figure([*close, far])
+    for axes in figure.axes:
+        labels = [text.get_window_extent() for text in axes.texts]
+        marks = [line.get_window_extent() for line in axes.lines if line.get_linestyle() == "None"]
+        frame = axes.get_window_extent()
+        for i, label in enumerate(labels):
+            assert frame.x0 <= label.x0 <= label.x1 <= frame.x1
+            assert frame.y0 <= label.y0 <= label.y1 <= frame.y1
+            assert not any(label.overlaps(other) for other in [*labels[:i], *marks[:i], *marks[i + 1 :]])
+
+
 DRAWN_ALONE = {
     "depth": lambda name, among: along_depth_figure({name: [1.0, 2.0, 3.0]}, heading="", unit="", among=among),
     "bits": lambda name, among: against_bits_figure({"a": {name: {"W4A4": (1.0, 1.0)}}}, among=among),
