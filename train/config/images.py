@@ -362,6 +362,8 @@ class Experiment(Comparison):
     start_from: str | None = None
     """Folder of another run. Training starts from the best states of its variants with the same names. If that run was
     not quantized, the clips are set from a batch, or by `calibration`."""
+    reset_clips: bool = False
+    """Set the clips of start_from's networks anew from a batch, by clip_start, where they were quantized as well."""
     calibration: tyro.conf.AvoidSubcommands[Calibration | None] = None
     """Quantize the full-precision networks of start_from first. `python -m train quantize` sets this."""
     checkpoint_every: int = 0
@@ -381,6 +383,8 @@ class Experiment(Comparison):
                 raise ValueError("epochs (=0) trains nothing: give --start-from RUN, or at least 1")
             if self.calibration is not None:
                 raise ValueError("calibration quantizes a trained network: give --start-from RUN")
+            if self.reset_clips:
+                raise ValueError("reset_clips sets the clips of a trained network anew: give --start-from RUN")
         check_at_least("batch_size", self.batch_size, 2)  # batch statistics of one image have no variance
         check_at_least("accumulate", self.accumulate, 1)
         if self.batch_size < 2 * self.accumulate:

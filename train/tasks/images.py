@@ -320,10 +320,11 @@ class Training:
         return put(state, replicated(self.mesh))
 
     def _started(self, start: Start) -> dict[str, Any]:
-        """The start's variables; where it was not quantized, with clips and statistics for the bits of the model."""
+        """The start's variables; with clips and statistics for the model's bits where it has none, or is to get new."""
         if self.experiment.calibration is not None:
             return self._quantized(start)
-        untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, start.bits, strict=True)))
+        known = Bits(None, None) if self.experiment.reset_clips else start.bits
+        untrained = Bits(*(own if was is None else None for own, was in zip(self.model.bits, known, strict=True)))
         if untrained == Bits(None, None):
             return start.variables
         ((x, _),) = self.training_batches(limit=1)
