@@ -253,6 +253,22 @@ def test_training_starts_from_a_network_in_full_precision_with_clips_read_off_a_
             np.testing.assert_allclose(value, before[name], atol=1e-6)  # steps of nearly no length
 
 
+def test_a_run_goes_on_with_its_clips_or_with_new_ones(config):
+    assert main(["run", config, "--only", "plain", "--epochs", "1"]) == 0
+    again = ["run", config, "--only", "plain", "--start-from", "runs/tiny", "--epochs", "0", "--clip-start", "mse"]
+    assert main([*again, "--name", "kept"]) == 0
+    assert main([*again, "--name", "anew", "--reset-clips"]) == 0
+
+    def params(name):
+        leaves = jax.tree.leaves_with_path(qpde.load(f"runs/{name}/plain").variables["params"])
+        return {path_name(path): leaf for path, leaf in leaves}
+
+    start, kept, anew = map(params, ("tiny", "kept", "anew"))
+    for name, value in start.items():
+        np.testing.assert_array_equal(kept[name], value)
+        assert np.array_equal(anew[name], value) == ("clips" not in name)
+
+
 def test_a_full_precision_run_is_quantized_by_one_command(config, tmp_path, capsys):
     assert main(["run", config, "--recipe", "full_precision"]) == 0
     assert "training time" in capsys.readouterr().out

@@ -44,6 +44,7 @@ EXPERIMENT = Experiment(
         (lambda: Variant("../a"), "names a folder"),
         (lambda: dataclasses.replace(EXPERIMENT, name=""), "names a folder"),
         (lambda: dataclasses.replace(EXPERIMENT, epochs=0), r"epochs \(=0\) trains nothing: give --start-from"),
+        (lambda: dataclasses.replace(EXPERIMENT, reset_clips=True), "reset_clips.*give --start-from RUN"),
         (lambda: dataclasses.replace(EXPERIMENT, batch_size=1), r"batch_size \(=1\) must be at least 2"),
         (lambda: dataclasses.replace(EXPERIMENT, variants=()), "at least one"),
         (lambda: dataclasses.replace(EXPERIMENT, variants=(Variant("a"), Variant("a"))), "different names"),
