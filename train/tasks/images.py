@@ -22,6 +22,7 @@ from train.config.images import Experiment, Loss, Variant
 from train.data.batches import STATISTICS_BATCHES, in_network_form, training_batches
 from train.data.load import load_images
 from train.data.resident import ImageSet, make_inputs, make_vary
+from train.data.teacher import Teach, read_teacher
 from train.host.console import Display
 from train.host.distributed import is_first
 from train.host.mesh import check_divides, local, make_mesh, put, replicated
@@ -29,7 +30,6 @@ from train.host.provenance import provenance
 from train.loop import Scores, fit
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import RunDirectory
-from train.runs.teacher import Teach, read_teacher
 from train.runs.warm_start import Start, cause_of_breakdown, read_start
 from train.steps import twin_clips
 from train.steps.annealing import bits_of, is_annealed, make_draw, smoothing_scale_of, with_smoothing_scale

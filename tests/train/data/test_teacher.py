@@ -15,7 +15,7 @@ from train.commands.cli import main
 from train.config.images import Data, Loss
 from train.config.segmentation import SegmentationLoss
 from train.data.resident import Resident, make_inputs
-from train.runs.teacher import read_teacher
+from train.data.teacher import read_teacher
 
 TINY = Architecture("tiny", BasicBlock, ((4, 4, 1, 1, 1),))
 CONFIG = """
