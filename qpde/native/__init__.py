@@ -105,11 +105,11 @@ def faster(
 
 
 def materialize(x: Array) -> Array:
-    """x, computed once and kept: its uses read it, where the compiler for CPUs would compute it for each of them anew.
+    """x itself, computed once, and its gradient too.
 
-    That compiler fuses whatever is elementwise into each of its uses. Along a chain of steps whose shortcuts are not
-    rounded it computes the chain from its beginning, step after step. The same holds for the gradient. Elsewhere, and
-    where there are no kernels, nothing is done.
+    XLA's compiler for CPUs fuses what is elementwise into each of its uses. In a chain of steps whose shortcuts are not
+    rounded, every step then computes the chain again from its beginning. This call stops the fusion. On other
+    platforms, and where there are no kernels, it does nothing.
 
     Args:
       x: Any array.

@@ -115,14 +115,15 @@ _PLACES = (  # of a label beside its mark: (points to the right, points up, what
 def _place(figure: matplotlib.figure.Figure, labels: Sequence[tuple[Any, Any]]) -> None:
     """Put every label beside its mark, on the first side where it stays inside and hides no mark and no other label."""
     figure.draw_without_rendering()  # places depend on the layout
-    taken = [mark.get_window_extent() for _, mark in labels]
-    for text, mark in labels:
-        own, frame = mark.get_window_extent(), mark.axes.get_window_extent()
+    marks = [mark.get_window_extent() for _, mark in labels]
+    taken = list(marks)
+    for (text, mark), own in zip(labels, marks, strict=True):
+        frame = mark.axes.get_window_extent()
         for right, up, horizontal, vertical in _PLACES:
             text.set(position=(right, up), ha=horizontal, va=vertical)
             place = text.get_window_extent()
             is_inside = frame.x0 <= place.x0 and place.x1 <= frame.x1 and frame.y0 <= place.y0 and place.y1 <= frame.y1
-            if is_inside and not any(place.overlaps(other) for other in taken if other.bounds != own.bounds):
+            if is_inside and not any(place.overlaps(other) for other in taken if other is not own):
                 break
         else:
             text.set(position=_PLACES[0][:2], ha="left", va="center")

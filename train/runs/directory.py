@@ -31,7 +31,7 @@ from train.runs.tensorboard import FOLDER, Board
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
 
 _START, _LOCK, _PART = "start.json", ".lock", ".part"
-_TEACHER = "loss.teacher"  # in start.json, beside the names of variants
+_TEACHER = "loss.teacher"  # the field, and its name in start.json beside those of the variants
 
 _BEGUN = {_LOCK, CONFIG + _PART, _START, _START + _PART}
 """What there is of a run before it has a config.json."""
@@ -292,12 +292,11 @@ def _differences(path: Path, experiment: Experiment | GraphExperiment, advice: s
     given = _flat(json.loads(to_json(experiment)))
     fields = sorted(stored.keys() | given.keys())
     changed = {f: (stored.get(f), given.get(f)) for f in fields if stored.get(f) != given.get(f)}
-    others = {} if changed.keys() & {"start_from", "loss.teacher"} else start_changes(path, experiment)
-    return changed | others
+    return changed | ({} if changed.keys() & {"start_from", _TEACHER} else start_changes(path, experiment))
 
 
 def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[str, tuple[str, str]]:
-    """What has become of the networks that the run in a folder started from or learned from: the one then and now.
+    """Networks that a run started from or learned from and that have changed since: the digest then, and now.
 
     Args:
       path: The run's folder. Where it does not say, as in older versions, nothing has changed.
@@ -312,7 +311,7 @@ def start_changes(path: Path, experiment: Experiment | GraphExperiment) -> dict[
 
 
 def _starts(experiment: Experiment | GraphExperiment) -> dict[str, str]:
-    """Digests of the network that each variant starts from, and of the teacher; of none that there is not."""
+    """Digests of the networks that the variants start from, by variant, and of the teacher, as far as they exist."""
     names = [variant.name for variant in experiment.chosen] if getattr(experiment, "start_from", None) else []
     if isinstance(experiment, Experiment) and experiment.loss.teacher is not None:
         names.append(_TEACHER)

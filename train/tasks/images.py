@@ -320,7 +320,7 @@ class Training:
         return put(state, replicated(self.mesh))
 
     def _started(self, start: Start) -> dict[str, Any]:
-        """The start's variables; with clips and statistics for the model's bits where it has none, or is to get new."""
+        """The start's variables; where clips are missing or to be reset, with new ones, and statistics to fit them."""
         if self.experiment.calibration is not None:
             return self._quantized(start)
         known = Bits(None, None) if self.experiment.reset_clips else start.bits

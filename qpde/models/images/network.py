@@ -179,10 +179,10 @@ class Architecture:
     def with_width(self, factor: float) -> Architecture:
         """The same shape with that many times the channels, rounded to whole ones.
 
-        The neck only grows, as in MobileNetV2 (Sandler et al., 2018).
+        The neck grows with a factor above 1 and keeps its width below (MobileNetV2, Sandler et al., 2018).
 
         Args:
-          factor: Width multiplier. 1 changes nothing.
+          factor: How many times the channels. 1 changes nothing.
         Raises:
           ValueError: It is not positive and finite, or leaves a stage without channels.
         """
