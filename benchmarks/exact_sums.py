@@ -17,9 +17,9 @@ import jax
 from timing import interleaved
 
 from qpde import Bits, models, native
-from qpde.models.images import blocks
+from qpde.models.images import call
 
-NOTE_STEP = blocks._Call._note_step
+NOTE_STEP = call.Call._note_step
 
 
 def note_in_training(call, *arguments, **options):
@@ -42,14 +42,14 @@ def programs(model, variables, x):
 
     compiled = {}
     for name, note in SUMS.items():
-        blocks._Call._note_step = note
+        call.Call._note_step = note
         evaluation = jax.jit(partial(model.apply, variables)).lower(x).compile()
         training = jax.jit(jax.grad(loss)).lower(variables["params"], x).compile()
         compiled |= {
             ("evaluation", name): partial(evaluation, x),
             ("training", name): partial(training, variables["params"], x),
         }
-    blocks._Call._note_step = NOTE_STEP
+    call.Call._note_step = NOTE_STEP
     return compiled
 
 

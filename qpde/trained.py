@@ -39,7 +39,8 @@ from qpde.models.graphs.layers import (
     PDELayer,
 )
 from qpde.models.graphs.networks import GraphNetwork
-from qpde.models.images.network import Architecture, Network
+from qpde.models.images.architecture import Architecture
+from qpde.models.images.network import Network
 from qpde.models.images.segmentation import SegmentationArchitecture
 from qpde.models.options import NetworkOptions, Smoothing
 from qpde.models.protocol import QuantizedNetwork

@@ -49,12 +49,12 @@ from qpde.deploy.program import (
     consumers,
 )
 from qpde.models.graphs.networks import GraphNetwork
-from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock, depthwise_bits, is_depthwise
+from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
 from qpde.models.images.network import BoundPart, Layer, Network
 from qpde.models.images.parts import ExactConv
 from qpde.models.images.segmentation import SegmentationNetwork
-from qpde.models.layers import NORM_EPSILON, TINY
+from qpde.models.layers import NORM_EPSILON, TINY, depthwise_bits, is_depthwise
 from qpde.quantizers.levels import LEVEL_SETS
 from qpde.stencils import ENERGIES
 

@@ -8,8 +8,9 @@
 from qpde.models.clips import calibrate_clips, converge_norms
 from qpde.models.graphs.layers import GraphSmoothing
 from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
+from qpde.models.images.architecture import Architecture
 from qpde.models.images.cost import Summary, summary
-from qpde.models.images.network import Architecture, Network
+from qpde.models.images.network import Network
 from qpde.models.images.torch_weights import from_torch_state
 from qpde.models.options import NetworkOptions, Smoothing
 from qpde.models.protocol import QuantizedNetwork

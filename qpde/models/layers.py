@@ -1,4 +1,4 @@
-"""Pieces that every network shares: starting kernels, batch norm as pure functions, pooling."""
+"""Pieces that every network shares: starting kernels, depthwise kernels, batch norm as pure functions, pooling."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from qpde.bits import EXACT_BITS
 from qpde.devices import by_compiler
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "Quantizer",
     "average_pool",
     "batch_moments",
+    "depthwise_bits",
     "divide_by_rms",
     "he_normal",
     "he_normals",
+    "is_depthwise",
     "moments",
     "moved",
     "normalize",
@@ -146,3 +149,15 @@ def average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h_half w_half c"
         return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
     return by_compiler(pooled, like=0)(x)
+
+
+def is_depthwise(shape: tuple[int, ...]) -> bool:
+    """Whether a kernel inside a block, HWIO, is depthwise: one input per output."""
+    return len(shape) == 4 and shape[2] == 1
+
+
+def depthwise_bits(bits: Any) -> Any:
+    """Bits of a depthwise kernel where the others have `bits`: 8, as published, unless those are not rounded."""
+    if isinstance(bits, int):
+        return bits if bits >= EXACT_BITS else 8
+    return jnp.where(bits >= EXACT_BITS, bits, 8)

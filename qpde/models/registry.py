@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
+from qpde.models.images.architecture import Architecture
 from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock
-from qpde.models.images.network import Architecture, Network
+from qpde.models.images.network import Network
 from qpde.models.images.segmentation import (
     DECODERS,
     SegmentationArchitecture,

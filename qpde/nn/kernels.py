@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from qpde import quantizers
-from qpde.models.images.blocks import depthwise_bits, is_depthwise
+from qpde.models.layers import depthwise_bits, is_depthwise
 from qpde.nn.rounding import columns_of, encoded_kernel
 from qpde.nn.rules import LayerQuantizers
 

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from qpde import operators
 from qpde.bits import Bits
 from qpde.models.images.blocks import BasicBlock
-from qpde.models.images.network import Stage
+from qpde.models.images.stages import Stage
 from qpde.models.layers import Mode, Observe
 from qpde.models.options import LIPSCHITZ_TARGET, Smoothing
 from qpde.nn.rounding import rounded_input, rounded_kernel, smoothed

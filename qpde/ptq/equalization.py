@@ -27,9 +27,9 @@ from jaxtyping import Array
 
 from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.models.images.blocks import Block, is_depthwise
+from qpde.models.images.blocks import Block
 from qpde.models.images.network import Network
-from qpde.models.layers import NORM_EPSILON, Quantizer
+from qpde.models.layers import NORM_EPSILON, Quantizer, is_depthwise
 from qpde.models.protocol import QuantizedNetwork
 
 __all__ = ["equalize"]

@@ -14,14 +14,13 @@ with xq = Q1(x), quantizers Q, smoothing S, ReLU s and norms N (Ben-Yair et al.,
 
 c, the `lipschitz_target`, is what h |D K|^2 is held at where steps find their own size: non-expansive up to 2.
 
-Blocks know nothing of Flax; `qpde.models.images.network` owns their variables and chains them.
+Blocks know nothing of Flax; `qpde.models.images.stages` owns their variables and chains them.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -32,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from qpde import native, norms, operators, quantizers, stencils
-from qpde.bits import EXACT_BITS, EXACT_LIMIT, Bits
+from qpde import native, norms, operators, quantizers
+from qpde.bits import Bits
 from qpde.kernel_norms import conv_norm_bound, conv_norm_is_at_most, depthwise_norm_bound
+from qpde.models.images.call import Call
 from qpde.models.images.parts import Factors, Part, Read, StepBound, check_convex, norm_scale, rounding_radius
-from qpde.models.layers import NORM_EPSILON, Mode, Quantizer, average_pool, he_normals, moments, normalize, row
+from qpde.models.layers import NORM_EPSILON, Mode, average_pool, he_normals, row
 from qpde.models.options import BlockOptions
 
 __all__ = ["BasicBlock", "Block", "InvertedBlock", "Scaling", "StableBlock"]
@@ -191,7 +191,7 @@ class Block(Part, BlockOptions):
     def linear_pair(self, kernels: dict) -> tuple[Callable, Callable]:
         """The symmetric step's K and K^T, from its kernels."""
 
-    def symmetric_branch(self, xq: jax.Array, kernels: dict, variables: dict, step_size: Any, call: _Call) -> jax.Array:
+    def symmetric_branch(self, xq: jax.Array, kernels: dict, variables: dict, step_size: Any, call: Call) -> jax.Array:
         """h K^T(z) with the chosen norm: what the symmetric step subtracts."""
         kernels = {name: kernels[name] for name in ("kernel1", "kernel2") if name in kernels}
         linear, adjoint = self.linear_pair(kernels)
@@ -219,7 +219,7 @@ class Block(Part, BlockOptions):
         return scale, step_size
 
     def factors(self, variables: dict, step_size: Any, bits: Bits) -> tuple[dict, dict, Any]:
-        call = _Call(self, variables, bits, Mode(), None)
+        call = self._call(variables, bits, Mode(), None)
         kernels, stats = call.kernels(), variables["batch_stats"]
         scales = {n: norm_scale(call.params[n], s) for n, s in stats.items() if "var" in s}
         if self.symmetric and self.norm != "separate":
@@ -323,11 +323,19 @@ class Block(Part, BlockOptions):
         mode: Mode,
         gamma2: Any = None,
     ) -> tuple[Float[Array, "n h_out w_out c_out"], dict]:
-        call = _Call(self, variables, bits, mode, gamma2)
+        call = self._call(variables, bits, mode, gamma2)
         return native.materialize(self.step(x, variables, step_size, call)), call.updates
 
+    def _call(self, variables: dict, bits: Bits, mode: Mode, gamma2: Any) -> Call:
+        own = self.clips_at(variables["params"], bits)
+        clips = {
+            "weight_clips": self.split_weight_clips(own["weight_clips"]),
+            "act_clips": list(own["act_clips"]),
+        }
+        return Call(self, self.kernel_shapes(), clips, variables, bits, mode, gamma2)
+
     @abc.abstractmethod
-    def step(self, x: jax.Array, variables: dict, step_size: Any, call: _Call) -> jax.Array:
+    def step(self, x: jax.Array, variables: dict, step_size: Any, call: Call) -> jax.Array:
         """The step's formula."""
 
 
@@ -611,171 +619,6 @@ class InvertedBlock(Block):
         return call.smooth_output(shortcut - y if self.keeps_shape else y)
 
 
-class _Call:
-    """What the formulas of one step call by name, and the record of what they changed."""
-
-    def __init__(self, block: Block, variables: dict, bits: Bits, mode: Mode, gamma2: Any):
-        self.block, self.bits, self.mode, self.gamma2 = block, bits, mode, gamma2
-        self.params, self.stats = variables["params"], variables["batch_stats"]
-        self.singular_vector = variables.get("spectral", {}).get("vector")
-        clips = block.clips_at(self.params, bits)
-        self.clips = {
-            "weight_clips": block.split_weight_clips(clips["weight_clips"]),
-            "act_clips": list(clips["act_clips"]),
-        }
-        self.steps: dict[str | int, _Step] = {}
-        self.updates: dict[str, Any] = {"batch_stats": {}}
-        if mode.observe is not None:
-            self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
-
-    def kernels(self) -> dict[str, jax.Array]:
-        """Q_w of every kernel, in the dtype to compute in."""
-        quantized = {}
-        for i, name in enumerate(self.block.kernel_shapes()):
-            kernel, bits = self.params[name], self.bits.weights
-            if bits is not None and is_depthwise(kernel.shape):
-                bits = depthwise_bits(bits)
-            if bits is not None and self.block.standardize:
-                kernel = quantizers.standardize_weight(kernel)
-            self._observe("weight_clips", i, kernel, bits, signed=True)
-            rounded = quantizers.quantize_weight(kernel, self.clips["weight_clips"][i], bits, levels=self.block.levels)
-            quantized[name] = rounded.astype(self.mode.compute_dtype)
-            self._note_step(name, rounded, self.clips["weight_clips"][i], bits, signed=True)
-        return quantized
-
-    def _note_step(self, key: str | int, rounded: jax.Array, clip: jax.Array, bits: Any, *, signed: bool) -> None:
-        """Keep what codes are made from, in evaluation and where the levels are whole multiples of a step."""
-        is_exact = bits is None or (isinstance(bits, int) and bits >= EXACT_BITS)
-        in_float32 = self.mode.compute_dtype == "float32"  # bfloat16 would round the sums
-        if not self.mode.train and in_float32 and not is_exact and self.block.levels == "uniform":
-            step = quantizers.quantization_step(clip, bits, signed=signed)
-            self.steps[key] = _Step(rounded, step, bits, signed)
-
-    def conv(
-        self,
-        x: jax.Array,
-        index: int | None,
-        kernels: dict,
-        name: str,
-        operator: Callable = operators.conv,
-        **options: Any,
-    ) -> jax.Array:
-        """K x with one kernel, see `product`; x is the activation of that index, None for other numbers."""
-        return self.product(lambda k, x: operator(x, k[name], **options), {name: kernels[name]}, x, index)
-
-    def product(
-        self, linear: Callable, kernels: dict, x: jax.Array, index: int | None, *, is_adjoint: bool = False
-    ) -> jax.Array:
-        """linear(kernels, x); in evaluation of codes, which are whole numbers, and scaled afterwards.
-
-        Sums of whole numbers below 2^24 are the same in any order: on every device, in every batch, jitted or not.
-        Where the codes at hand may pass it, and where there are none, sums are those of real numbers.
-        """
-        found = [self.steps.get(key) for key in (index, *kernels)]
-        known = [step for step in found if step is not None]
-        if len(known) < len(found):
-            return linear(kernels, x)
-        act, *weights = known
-        one_step = all(jnp.ndim(w.step) == 0 for w in weights)
-        if not one_step and (is_adjoint or len(weights) > 1):
-            return linear(kernels, x)
-        codes = [_nearest(w.values / _along(w.step, w.values.ndim)) for w in weights]
-        bound = act.largest * math.prod(_largest_sum(k, is_adjoint=is_adjoint) for k in codes)
-        fits = (bound < EXACT_LIMIT) & act.has_codes
-        for weight in weights:
-            fits = fits & weight.has_codes
-        kernels = {
-            name: jnp.where(fits, code, weight.values)
-            for name, code, weight in zip(kernels, codes, weights, strict=True)
-        }
-        sums = linear(kernels, jnp.where(fits, _nearest(x / act.step), x))
-        scale = act.step * functools.reduce(jnp.multiply, [w.step for w in weights])
-        return sums * jnp.where(fits, _along(scale, sums.ndim), 1.0)
-
-    def _observe(self, name, index, x, bits, *, signed):
-        if self.mode.observe is not None:
-            quantizer = Quantizer(name == "weight_clips", bits, signed, self.block.levels)
-            record, self.clips[name][index] = self.mode.observe(x, self.clips[name][index], quantizer)
-            self.updates["observed"][name][index] = record
-
-    def activation(self, x: jax.Array, index: int, *, signed: bool = False) -> jax.Array:
-        """Q_a with the clip of that index."""
-        bits = self.bits.activations
-        self._observe("act_clips", index, x, bits, signed=signed)
-        clip = self.clips["act_clips"][index]
-        rounded = quantizers.quantize_activation(x, clip, bits, levels=self.block.levels, signed=signed)
-        self._note_step(index, rounded, clip, bits, signed=signed)
-        return rounded
-
-    def shortcut(self, x: jax.Array, xq: jax.Array, *, signed: bool = False) -> jax.Array:
-        """Input of the shortcut: xq (rounded), or x clipped alone (precise), so rounding enters by the branch only."""
-        if self.block.residual == "rounded" or self.bits.activations is None:
-            return xq
-        return quantizers.quantize_activation(x, self.clips["act_clips"][0], 32, signed=signed)
-
-    def smooth(self, x: jax.Array) -> jax.Array:
-        """S after a nonlinearity inside the block."""
-        s = self.block.smoothing
-        if self.gamma2 is None or s is None:
-            return x
-        return stencils.smooth(x, steps=s.steps, gamma2=self.gamma2, eps=s.eps, kind=s.kind)
-
-    def smooth_output(self, x: jax.Array) -> jax.Array:
-        """S of the block's output, where asked for."""
-        return self.smooth(x) if self.block.smoothing is not None and self.block.smoothing.output else x
-
-    def statistics(self, name: str, x: jax.Array) -> tuple[jax.Array, Any]:
-        """Mean and variance (C,) that normalise x: the batch's in training, else the running ones."""
-        mean, var, self.updates["batch_stats"][name] = moments(x, self.stats[name], self.mode)
-        return mean, var
-
-    def batch_norm(self, name: str, x: jax.Array) -> jax.Array:
-        """(x - mean) / sqrt(var + 1e-5) * scale + bias, per channel."""
-        return normalize(x, self.params[name], *self.statistics(name, x))
-
-    def spectral_norm(self, linear: Callable, adjoint: Callable, scale: jax.Array) -> jax.Array:
-        """|D K| from the carried singular vector, differentiable in D and K; a floor keeps steps of D K = 0 finite."""
-        d = row(scale)
-        sigma, vector = norms.power_iterations(
-            lambda v: d * linear(v), lambda u: adjoint(d * u), self.singular_vector, self.mode.power_iterations
-        )
-        self.updates["spectral"] = {"vector": vector}
-        return jnp.maximum(sigma, 1e-3)
-
-
-class _Step(NamedTuple):
-    """What codes of rounded values are made from."""
-
-    values: jax.Array
-    step: jax.Array
-    bits: Any
-    signed: bool
-
-    @property
-    def largest(self) -> jax.Array:
-        return jnp.exp2(jnp.asarray(self.bits, jnp.float32) - float(self.signed)) - 1
-
-    @property
-    def has_codes(self) -> jax.Array:
-        return jnp.asarray(self.bits) < EXACT_BITS
-
-
-def _nearest(v: jax.Array) -> jax.Array:
-    """Whole numbers of values that are some up to rounding, with the gradient of v."""
-    return v + jax.lax.stop_gradient(jnp.round(v) - v)
-
-
-def _along(scale: jax.Array, ndim: int) -> jax.Array:
-    """A scalar as it is, one number a channel along the last axis."""
-    return scale.reshape((1,) * (ndim - 1) + (-1,)) if scale.ndim else scale
-
-
-def _largest_sum(codes: jax.Array, *, is_adjoint: bool) -> jax.Array:
-    """The largest sum of magnitudes that one output of a convolution, or of its adjoint, adds up."""
-    summed = (0, 1, 3) if is_adjoint and not is_depthwise(codes.shape) else (0, 1, 2)
-    return jnp.abs(codes).sum(summed).max()
-
-
 def _tap_norms(kernel: np.ndarray, *, depthwise: bool = False) -> np.ndarray:
     """Norm of the matrix of every tap, (kh, kw, 1, 1); one of a depthwise kernel is diagonal."""
     norms = np.abs(kernel).max((2, 3)) if depthwise else np.linalg.norm(kernel, 2, axis=(2, 3))
@@ -784,15 +627,3 @@ def _tap_norms(kernel: np.ndarray, *, depthwise: bool = False) -> np.ndarray:
 
 def _torch_kernel(name: str) -> str:
     return "downsample" if name == "shortcut_kernel" else name.replace("kernel", "conv")
-
-
-def is_depthwise(shape: tuple[int, ...]) -> bool:
-    """Whether a kernel inside a block, HWIO, is depthwise: one input per output."""
-    return len(shape) == 4 and shape[2] == 1
-
-
-def depthwise_bits(bits: Any) -> Any:
-    """Bits of a depthwise kernel where the others have `bits`: 8, as published, unless those are not rounded."""
-    if isinstance(bits, int):
-        return bits if bits >= EXACT_BITS else 8
-    return jnp.where(bits >= EXACT_BITS, bits, 8)

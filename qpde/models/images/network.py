@@ -1,8 +1,6 @@
 """A network: stem convolution, stages of blocks integrated step by step, pooling, dense head.
 
-`Stage` is the one place where blocks meet Flax: it owns their variables. Neighbouring blocks of equal description
-keep every parameter stacked on a leading axis (block, ...), also where there is only one, and are integrated by
-`qpde.integrators.integrate`, as a scan or unrolled.
+Its parts are pure functions; `qpde.models.images.stages` owns the variables of blocks and chains them.
 """
 
 from __future__ import annotations
@@ -24,178 +22,14 @@ from jaxtyping import Array
 
 from qpde import stencils
 from qpde.bits import Bits
-from qpde.integrators import integrate
+from qpde.models.images.architecture import Architecture, blocks_of_stage
 from qpde.models.images.blocks import Block
 from qpde.models.images.parts import ExactConv, Head, Part
+from qpde.models.images.stages import Pooled, Stage, gamma2_of, groups, store
 from qpde.models.layers import Mode, Observe
-from qpde.models.options import NetworkOptions, Smoothing
+from qpde.models.options import NetworkOptions
 
-__all__ = [
-    "Architecture",
-    "BoundPart",
-    "Layer",
-    "Network",
-    "Pooled",
-    "Stage",
-    "bits_of_block",
-    "blocks_of_stage",
-    "groups",
-]
-
-
-def groups(blocks: tuple[Block, ...], first: int = 0) -> list[tuple[str, Block, int, int]]:
-    """Runs of equal blocks in a stage, whose parameters are stacked: (name, block, index of the first, count).
-
-    A run of which no block is chosen for smoothing does not smooth; `first` is how many blocks lie before the stage.
-    """
-    found, start = [], 0
-    for block, equal in itertools.groupby(blocks):
-        count = len(list(equal))
-        if not any(_smooths(block.smoothing, first + start, count)):
-            block = dataclasses.replace(block, smoothing=None)
-        name = f"block{start}" if count == 1 else f"blocks{start}to{start + count - 1}"
-        found.append((name, block, start, count))
-        start += count
-    return found
-
-
-class Pooled(nn.Module):
-    """The head of a network, with its variables."""
-
-    part: Head
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        params = {
-            "kernel": self.param("kernel", nn.initializers.lecun_normal(), self.part.kernel_shapes()["kernel"]),
-            "bias": self.param("bias", nn.initializers.zeros, (self.part.width_out,)),
-        }
-        held = {
-            name: self.variable("batch_stats", name, lambda v=v: v)
-            for name, v in self.part.initial_statistics().items()
-        }
-        variables = {"params": params, "batch_stats": {name: v.value for name, v in held.items()}}
-        logits, updates = self.part(variables, x, 1.0, Bits(), mode)
-        _store(self, held, updates.get("batch_stats", {}))
-        return logits
-
-
-class Stage(nn.Module):
-    """Blocks in a row, stacked where they are equal.
-
-    Attributes:
-      blocks: their descriptions, in order.
-      first_block: index of the first one, counted through the network.
-      loop: How blocks are chained, see `qpde.integrators.integrate`.
-      remat: Whether the backward pass computes activations again, see `qpde.integrators.integrate`.
-    """
-
-    blocks: tuple[Block, ...]
-    first_block: int
-    loop: str
-    remat: bool
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, bits: Bits, mode: Mode, smoothing_scale: jax.Array | None, return_states: bool
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """The last block's output, and all of them in order when asked for (else none)."""
-        states = []
-        for name, block, start, count in groups(self.blocks, self.first_block):
-            x, new = self._integrate(
-                block, count, name, self.first_block + start, x, bits, mode, smoothing_scale, return_states
-            )
-            states += new
-        return x, states
-
-    def _integrate(self, block, count, name, first, x, bits, mode, smoothing_scale, return_states):
-        params = self.param(name, lambda key: jax.vmap(lambda k: block.init(k)[0])(jax.random.split(key, count)))
-        params = unfreeze(params)
-        held = {"batch_stats": self.variable("batch_stats", name, lambda: _stacked_statistics(block, count))}
-        if block.has_spectral_state:
-            held["spectral"] = self.variable("spectral", name, self._spectral_start, block, count, params, x.shape)
-            expected = (1, *x.shape[1:3], block.width_in)
-            found = held["spectral"].value["vector"].shape[1:]
-            if found != expected:
-                raise ValueError(
-                    f"the spectral state of {self.name}/{name} is for maps of {found[1:3]}, "
-                    f"this input makes them {x.shape[1:3]}; the norm of a convolution depends on the image size: "
-                    "call model.init with images of this size"
-                )
-
-        # Widths and smoothing given per block travel with the stacked variables; common ones stay outside the loop.
-        own_bits = Bits(*(None if v is None or jnp.ndim(v) == 0 else v[first : first + count] for v in bits))
-        gamma2 = _gamma2(block.smoothing, params, smoothing_scale, first, count)
-        own_gamma2 = None if gamma2 is None or jnp.ndim(gamma2) == 0 else gamma2
-
-        def step(x, scanned, step_size):
-            variables, widths, own = scanned
-            widths = Bits(*(common if own is None else own for own, common in zip(widths, bits, strict=True)))
-            x, updates = block(variables, x, step_size, widths, mode, gamma2 if own is None else own)
-            return x, (updates, x if return_states else None)
-
-        variables = {"params": params, **{k: unfreeze(v.value) for k, v in held.items()}}
-        step_size = block.step_size if isinstance(block.step_size, float) else 1.0
-        x, (updates, states) = integrate(
-            step,
-            (variables, own_bits, own_gamma2),
-            x,
-            step_size=step_size,
-            loop=self.loop if count > 1 else "unroll",  # a lone block may change the shape
-            remat=self.remat,
-            has_aux=True,
-        )
-        _store(self, held, updates)
-        if "observed" in updates:
-            self.sow("observed", name, updates["observed"], reduce_fn=lambda _, new: new)
-        return x, [states[i] for i in range(count)] if return_states else []
-
-    def _spectral_start(self, block, count, params, shape):
-        keys = jax.random.split(self.make_rng("params"), count)
-        return jax.vmap(lambda key, p: block.initial_spectral(key, p, shape[1], shape[2]))(keys, params)
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """Shape of an image network.
-
-    Attributes:
-      name: Its name, for messages and tables.
-      block: Kind of its blocks.
-      stages: (width_in, width_out, blocks, stride, expansion) of each stage.
-      neck_width: Channels of a 1x1 convolution before the pooling, or None.
-    """
-
-    name: str
-    block: type[Block]
-    stages: tuple[tuple[int, int, int, int, int], ...]
-    neck_width: int | None = None
-
-    def with_blocks(self, *counts: int) -> Architecture:
-        """Its first stages, with these numbers of blocks."""
-        stages = tuple((*row[:2], count, *row[3:]) for row, count in zip(self.stages, counts, strict=False))
-        return dataclasses.replace(self, stages=stages)
-
-    def with_width(self, factor: float) -> Architecture:
-        """The same shape with that many times the channels, rounded to whole ones.
-
-        The neck grows with a factor above 1 and keeps its width below (MobileNetV2, Sandler et al., 2018).
-
-        Args:
-          factor: How many times the channels. 1 changes nothing.
-        Raises:
-          ValueError: It is not positive and finite, or leaves a stage without channels.
-        """
-        if factor == 1:
-            return self
-        if not (factor > 0 and math.isfinite(factor)):
-            raise ValueError(f"width (={factor}) must be positive and finite: 1 keeps the channels of {self.name}")
-        stages = tuple((round(factor * a), round(factor * b), n, stride, e) for a, b, n, stride, e in self.stages)
-        fewest = min(row[0] for row in stages)
-        if fewest < 1:
-            raise ValueError(f"width (={factor}) leaves a stage of {self.name} without channels: choose a larger one")
-        neck = self.neck_width and round(max(1.0, factor) * self.neck_width)
-        return dataclasses.replace(self, name=f"{self.name} of width {factor:g}", stages=stages, neck_width=neck)
+__all__ = ["BoundPart", "Layer", "Network", "bits_of_block"]
 
 
 class Layer(NamedTuple):
@@ -468,7 +302,7 @@ class Network(nn.Module):
             stacked = {k: v[stage][name] for k, v in variables.items() if name in v.get(stage, {})}
             for i in range(count):
                 own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                gamma2 = _gamma2(block.smoothing, own["params"], smoothing_scale, len(found), 1)
+                gamma2 = gamma2_of(block.smoothing, own["params"], smoothing_scale, len(found), 1)
                 single = block if gamma2 is not None else dataclasses.replace(block, smoothing=None)
                 found.append((single, own, step_size, gamma2))
         return found
@@ -554,7 +388,7 @@ class Network(nn.Module):
         held = {"batch_stats": self.variable("batch_stats", name, lambda: part.init(jax.random.key(0))[1])}
         variables = unfreeze({"params": params, "batch_stats": held["batch_stats"].value})
         x, updates = part(variables, x, 1.0, Bits(), mode)
-        _store(self, held, updates)
+        store(self, held, updates)
         return x
 
     def _check_input(self, x):
@@ -584,74 +418,6 @@ class Network(nn.Module):
         return Bits(*values)
 
 
-def blocks_of_stage(
-    kind: type[Block],
-    stage: tuple[int, int, int, int, int],
-    options: NetworkOptions,
-    *,
-    first: dict[str, Any] | None = None,
-    **shared: Any,
-) -> tuple[Block, ...]:
-    """The blocks of one stage.
-
-    Args:
-      kind: Kind of the blocks.
-      stage: A row of `Architecture.stages`.
-      options: Options of the network.
-      first: More fields of the first block.
-      shared: More fields of all blocks, where `first` does not give them.
-    """
-    width_in, width_out, count, stride, expansion = stage
-
-    def block(is_first):
-        return kind(
-            width_in=width_in if is_first else width_out,
-            width_out=width_out,
-            stride=stride if is_first else 1,
-            symmetric=options.symmetric and (not is_first or kind.keeps_width),
-            expansion=expansion,
-            **options.of_blocks,
-            **(shared | first if is_first and first else shared),
-        )
-
-    return tuple(block(i == 0) for i in range(count))
-
-
 def bits_of_block(bits: Bits, index: int) -> Bits:
     """The bits of one block, scalars."""
     return Bits(*(v if v is None or jnp.ndim(v) == 0 else v[index] for v in bits))
-
-
-def _store(module: nn.Module, held: dict[str, nn.Variable], updates: dict[str, Any]) -> None:
-    """Keep the changed collections that the caller made mutable; initialisation keeps its starting values."""
-    if module.is_initializing():
-        return
-    for name, variable in held.items():
-        if name in updates and module.is_mutable_collection(variable.collection):
-            variable.value = updates[name]
-
-
-def _stacked_statistics(block: Block, count: int) -> Any:
-    stats = block.init(jax.random.key(0))[1]
-    return jax.tree.map(lambda v: jnp.tile(v[None], (count, *[1] * v.ndim)), stats)
-
-
-def _smooths(smoothing: Smoothing | None, first: int, count: int) -> list[bool]:
-    """Which of `count` blocks from `first` on are chosen for smoothing."""
-    return [
-        smoothing is not None and (smoothing.blocks is None or i in smoothing.blocks)
-        for i in range(first, first + count)
-    ]
-
-
-def _gamma2(
-    smoothing: Smoothing | None, params: dict, smoothing_scale: jax.Array | None, first: int, count: int
-) -> jax.Array | float | None:
-    """gamma2 for each of these blocks where they may differ, or one for all of them, or None where none smooths."""
-    chosen = _smooths(smoothing, first, count)
-    if smoothing is None or not any(chosen):
-        return None
-    gamma2 = params["gamma2"] if smoothing.learned else smoothing.gamma2
-    if smoothing_scale is not None:
-        gamma2 = smoothing_scale * gamma2
-    return gamma2 if all(chosen) else jnp.asarray(chosen, jnp.float32) * gamma2

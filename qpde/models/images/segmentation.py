@@ -24,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qpde.models.images.architecture import Architecture, blocks_of_stage
 from qpde.models.images.blocks import BasicBlock, Block
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
-from qpde.models.images.network import Architecture, Layer, Network, Pooled, Stage, blocks_of_stage
+from qpde.models.images.network import Layer, Network
 from qpde.models.images.parts import ExactConv, Head
+from qpde.models.images.stages import Pooled, Stage
 from qpde.models.layers import Mode, row
 
 __all__ = [

@@ -11,8 +11,9 @@ import numpy as np
 
 from qpde import quantizers
 from qpde.models.images.blocks import Block
-from qpde.models.images.network import Network, groups
+from qpde.models.images.network import Network
 from qpde.models.images.parts import Part, Read
+from qpde.models.images.stages import groups
 from qpde.models.registry import create
 
 __all__ = ["from_torch_state", "tree_from_torch"]

@@ -13,7 +13,7 @@ import qpde
 from qpde import Bits, graphs, models
 from qpde.measure import histograms
 from qpde.measure.histograms import clip_from, edges, histogram, merge
-from qpde.models.images.blocks import is_depthwise
+from qpde.models.layers import is_depthwise
 from qpde.ptq.calibration import correct_bias, quantize
 from qpde.ptq.equalization import equalize
 from qpde.quantizers import initial_clip, quantize_activation, quantize_weight

@@ -1,4 +1,7 @@
-"""Means, intervals and the paired test of a sweep, against their definitions."""
+"""Sweeps: means, intervals and the paired test by their definitions, and runs of a network small enough for a test."""
+
+import json
+import signal
 
 import numpy as np
 import pytest
@@ -6,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
+from tiny_runs import summary
 
 from train.commands import sweep
 from train.commands.cli import main
 from train.commands.sweep import interval, paired_p
 from train.config.images import Experiment, Variant
+from train.tasks import lockstep
 
 VALUES = st.lists(st.floats(-100, 100), min_size=3, max_size=8)
 
@@ -72,3 +77,81 @@ def test_without_bits_a_sweep_has_the_widths_of_the_model(started, tmp_path, cap
 def test_one_seed_has_a_mean_and_nothing_else():
     mean, half = interval([3.0])
     assert (mean, np.isnan(half), np.isnan(paired_p([1.0], [2.0]))) == (3.0, True, True)
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_sweep_is_one_table_of_runs_and_finished_ones_are_not_run_again(config, tmp_path, monkeypatch, capsys):
+    sweep = ["sweep", config, "--symmetric", "both", "--epochs", "1", "--bits", "W3A4"]
+    assert main([*sweep, "--seeds", "1"]) == 0
+    folder = tmp_path / "runs" / "tiny_sweep"
+    before = (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*sweep, "--seeds", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "W3A4_seed1: 2 of 2" in printed
+    assert "symmetric - plain" in printed
+    assert (folder / "W3A4_seed0" / "summary.json").stat().st_mtime_ns == before
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    head, *lines = [line.split(",") for line in (folder / "sweep.csv").read_text().splitlines()]
+    assert [line[:3] for line in lines] == [["W3A4", str(s), v] for s in (0, 1) for v in ("symmetric", "plain")]
+    for line in lines:
+        result = json.loads((folder / f"W3A4_seed{line[1]}" / "summary.json").read_text())["variants"][line[2]]
+        assert float(line[head.index("accuracy")]) == result["accuracy"]
+    assert lines[0][3:] != lines[2][3:]  # another seed, another network
+
+    refused = {
+        "(batch_size: 256 there, 128 now): choose another --name": ["--seeds", "2", "--batch-size", "128"],
+        "seeds (=0) must be at least 1": ["--seeds", "0"],
+        "neither like W4A8": ["--bits", "W4"],
+    }
+    for message, more in refused.items():
+        assert main([*sweep, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_runs_trained_together_end_as_they_do_alone_and_share_one_compiled_step(config, tmp_path, monkeypatch, capsys):
+    sweep = ["sweep", config, "--only", "symmetric", "--epochs", "1", "--seeds", "2", "--bits", "2", "W3A4"]
+    names = [f"{widths}_seed{seed}" for widths in ("W2A2", "W3A4") for seed in (0, 1)]
+    assert main([*sweep, "--name", "alone"]) == 0
+    alone = [summary(tmp_path, f"alone_sweep/{name}")["symmetric"] for name in names]
+
+    made = []
+
+    class Together(lockstep.Together):
+        def __init__(self, step):
+            super().__init__(step)
+            made.append(self)
+
+    monkeypatch.setattr(lockstep, "Together", Together)
+    assert main([*sweep, "--name", "whole", "--at-once", "4"]) == 0
+    assert [together.program._cache_size() for together in made] == [1]
+    whole = [summary(tmp_path, f"whole_sweep/{name}")["symmetric"] for name in names]
+    for name, mine, other in zip(names, whole, alone, strict=True):
+        assert mine["layer_error"] == pytest.approx(other["layer_error"], rel=0.02)
+        losses = [
+            json.loads((tmp_path / "runs" / folder / name / "metrics.jsonl").read_text())["train_loss"]
+            for folder in ("whole_sweep", "alone_sweep")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len({result["mean_layer_error"] for result in whole}) == 4
+
+    # Stopped in the middle of an epoch and taken up: the same to the last bit.
+    class Interrupting(lockstep.Together):
+        count = 0
+
+        def __call__(self, trainings, batches):
+            self.count += 1
+            if self.count == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().__call__(trainings, batches)
+
+    monkeypatch.setattr(lockstep, "Together", Interrupting)
+    assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 143
+    assert "the same command continues from there" in capsys.readouterr().err
+    monkeypatch.setattr(lockstep, "Together", Together)
+    assert main([*sweep, "--name", "parts", "--at-once", "4"]) == 0
+    assert [summary(tmp_path, f"parts_sweep/{name}")["symmetric"] for name in names] == whole
+
+    assert main([*sweep, "--name", "other", "--at-once", "2", "--devices", "2"]) == 2
+    assert "must be 1 where runs are trained together" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 import qpde
 from qpde import models
-from qpde.models.images.network import groups
+from qpde.models.images.stages import groups
 from qpde.models.layers import Mode, moments
 
 IMAGE = (8, 8, 3)
