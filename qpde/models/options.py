@@ -142,9 +142,14 @@ _CHOICES = {
 }
 
 
-def check_choices(options: dict[str, Any]) -> None:
-    """ValueError for an option of `NetworkOptions` that does not exist, or whose value is none of its choices."""
-    known = [field.name for field in dataclasses.fields(NetworkOptions)]
+def check_choices(options: dict[str, Any], *more: str) -> None:
+    """ValueError for an option that does not exist, or whose value is none of its choices.
+
+    Args:
+      options: Options by name.
+      more: Names that exist beside the fields of `NetworkOptions`.
+    """
+    known = [*(field.name for field in dataclasses.fields(NetworkOptions)), *more]
     for option, value in options.items():
         check_known("option", option, known)
         if option in _CHOICES:

@@ -109,7 +109,7 @@ def image_network(architecture: Architecture, *, num_classes: int, width: float 
     Raises:
       ValueError: An option is unknown or out of range.
     """
-    check_choices(options)
+    check_choices(options, "num_classes", "width")
     if isinstance(architecture, SegmentationArchitecture) and options.get("head", "dense") != "dense":
         raise ValueError(f"head (={options['head']!r}) of {architecture.name} must be 'dense'")
     kind: Any = SegmentationNetwork if isinstance(architecture, SegmentationArchitecture) else Network
@@ -147,6 +147,8 @@ def segmentation_network(
       ValueError: An option is unknown or out of range, or a stride that the encoder does not reach.
     """
     check_known("encoder", encoder, ARCHITECTURES)
+    own = ("encoder", "stem_stride", "output_stride", "decoder_width")
+    check_choices(options, "num_classes", "width", *own)
     architecture = segmentation_architecture(
         decoder,
         ARCHITECTURES[encoder],

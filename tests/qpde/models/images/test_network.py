@@ -465,6 +465,7 @@ def test_depthwise_weights_keep_eight_bits_where_anything_is_rounded():
         ({"width": 0.0}, r"width \(=0.0\) must be positive.*1 keeps the channels of resnet20"),
         ({"width": float("inf")}, "width.*finite"),
         ({"width": 0.03}, r"width \(=0.03\) leaves a stage of resnet20 without channels"),
+        ({"widht": 2.0}, "unknown option 'widht'; did you mean 'width'?"),
         ({"signed_inputs": True}, "mobilenetv2"),
         ({"smoothing": models.Smoothing(gamma2=1.0)}, "max_stable_step"),
         ({"smoothing": models.Smoothing(blocks=(9,))}, "blocks 0 to 8"),

@@ -289,6 +289,7 @@ def test_it_runs_elsewhere_from_every_file(calibrated, tmp_path):
         ({"output_stride": 12}, "must be one of 4, 8, 16, 32"),
         ({"encoder": "resnet20", "stem_stride": 2, "output_stride": 16}, "must lie in 8 to 8"),
         ({"decoder_width": 4}, r"decoder_width \(=4\)"),
+        ({"decoder_widt": 4}, "did you mean 'decoder_width'?"),
         ({"head": "scaled"}, r"head \(='scaled'\)"),
         ({"smoothing": models.Smoothing(blocks=(99,))}, "names block 99"),
     ],
