@@ -24,11 +24,14 @@ FORMS = (
 )
 """The plain network, the symmetric one as published, and two whose steps never amplify an error."""
 
+WIDE = Variant("tied-wide", FORMS[2].changes | {"width": 1.25})
+"""A tied network with as many parameters as the plain one, for resnet20."""
+
 
 def _cifar10(model: str, recipe: str, seed: int, *, clip_rate: float = 3.0) -> Experiment:
     experiment = cifar10(model, fast_epochs=6, clip_rate=clip_rate)[recipe]
     # Tied norms are for the blocks of residual networks.
-    forms = FORMS if model != "mobilenetv2" else FORMS[:2]
+    forms = {"resnet20": (*FORMS, WIDE), "mobilenetv2": FORMS[:2]}.get(model, FORMS)
     return replace(experiment, name=f"{experiment.name}_{seed}", variants=forms, seed=seed)
 
 

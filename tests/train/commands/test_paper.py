@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qpde import models
 from train.commands import paper
 from train.commands.cli import main
 from train.config.graphs import GraphExperiment, GraphModel, GraphVariant
@@ -105,9 +106,12 @@ def test_bad_input_is_refused(arguments, message, tmp_path, monkeypatch, capsys,
 def test_the_papers_list_is_complete_and_each_has_a_folder_of_its_own(pytestconfig):
     recipes = load_recipes(pytestconfig.rootpath / "configs" / "paper.py")
     assert len({experiment.name for experiment in recipes.values()}) == len(recipes) == 12
-    assert [v.name for v in recipes["cifar10_resnet20_published_0"].variants] == [
-        "plain",
-        "symmetric",
-        "tied",
-        "spectral",
-    ]
+    experiment = recipes["cifar10_resnet20_published_0"]
+    assert [v.name for v in experiment.variants] == ["plain", "symmetric", "tied", "spectral", "tied-wide"]
+
+    def parameters(variant):
+        options = dataclasses.asdict(experiment.model_of(variant))
+        return models.summary(models.create(options.pop("name"), num_classes=10, **options), (32, 32, 3)).parameters
+
+    plain, *_, wide = experiment.variants
+    assert parameters(wide) == pytest.approx(parameters(plain), rel=0.01)
