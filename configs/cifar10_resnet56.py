@@ -4,7 +4,7 @@ Symmetric and plain resnet56 with 4-bit weights and activations on CIFAR-10. `--
 10 epochs in one cycle, `--recipe published` the 200 epochs of the paper (train/config/recipes.py).
 
 `--epochs 3`, 89 minutes on one CPU core, seed 0: symmetric 68.43% test accuracy, layer-wise error 0.158; plain 73.09%,
-0.245. The figure is in docs/results.md. No recipe has been run to its end.
+0.245. The figure is in docs/results/images.md. No recipe has been run to its end.
 
 python -m train run configs/cifar10_resnet56.py --recipe stable --data-dir FOLDER
 

@@ -8,7 +8,7 @@ python -m train run configs/cifar10_smoothing.py --recipe tuned --name cifar10_s
     --model.act-bits 4 --data-dir FOLDER
 
 Seed 0: 75.60% in full precision, 71.41% smoothed; 75.97% and 72.07% by the last command. The tables are in
-docs/results.md.
+docs/results/smoothing.md.
 """
 
 from dataclasses import replace

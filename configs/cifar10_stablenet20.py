@@ -9,7 +9,7 @@ The same network with every step from the stem to the pooling proven not to ampl
 shortcut that is not rounded, a head that sees shrunken features. Its learning rate is a quarter of the other's.
 Seed 0, 4-bit activations: test accuracy 59.40%, agreement with its high-precision twin 97.56%, relative layer-wise
 error 0.034. With `--epochs 30`, on a GPU: 76.15%, 96.15%, 0.045. How many predictions are certified is in
-docs/results.md. The first recipe has not been run.
+docs/results/certificates.md. The first recipe has not been run.
 
 Over many epochs the clips go far above what they clip; `--start-from RUN --reset-clips` sets them anew. With half the
 bound, `--model.lipschitz-target 1.0 --optimizer.learning-rate 0.1 --epochs 30`, accuracy is 71.09%, agreement 86.91%,

@@ -3,7 +3,7 @@
 PDE-GCN on citation graphs with the published split, ten seeds, in full precision and quantized from it.
 
 Cora, 32 symmetric layers: 83.9% in full precision, 83.5% with 4-bit weights and activations, agreement 96.7%.
-The tables are in docs/results.md.
+The tables are in docs/results/graphs.md.
 """
 
 from dataclasses import replace

@@ -10,12 +10,12 @@ layer-wise error 0.122, 0.087 and 0.078. The table is in README.md.
 python -m train run configs/digits.py --recipe any_bit
 python -m train elastic runs/digits_any_bit
 
-One set of weights for 2 to 32 bits, with clips for each number of bits. The table is in docs/results.md.
+One set of weights for 2 to 32 bits, with clips for each number of bits. The table is in docs/results/bits.md.
 
 python -m train run configs/digits.py --recipe smoothing
 
 Plain nets with total-variation smoothing: inside blocks or behind them too, weak or strong, of several kinds, learned.
-The table is in docs/results.md.
+The table is in docs/results/smoothing.md.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ and lists what did not fit. Each is a recipe of this file, which `run` takes as 
 
 python -m train run configs/paper.py --recipe cifar10_resnet20_published_0 --data-dir FOLDER
 
-The list as a whole has not been run: what was measured of it is in docs/results.md.
+The list as a whole has not been run: what was measured of it is in docs/results.
 """
 
 from dataclasses import replace
