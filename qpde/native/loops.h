@@ -18,13 +18,44 @@ template <class Vector> static inline void store(void* to, Vector v) { memcpy(to
 
 constexpr int REGISTERS = LANES * sizeof(Real) / sizeof(float);  // sums that a tile holds: half of the registers
 
-// A product takes GROUP numbers of an image at a time, and as many weights in each lane.
-struct OfReals {
+// A product takes GROUP numbers of an image at a time, and GROUP weights of each of the CHANNELS of a register. Where
+// channels are too few to fill the lanes, G neighbouring lanes share one: each sums every G-th product.
+template <int G> struct OfReals {
   using Number = Real;
   using Weight = Real;
   using Sums = Reals;
-  static constexpr int GROUP = 1;
-  static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) { return sum + *a * b; }
+  static constexpr int GROUP = G, CHANNELS = LANES / G;
+
+  static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) {
+    if constexpr (G == 1) {
+      return sum + *a * b;
+    } else if constexpr (G * sizeof(Real) == 8) {
+      typedef int64_t Pairs __attribute__((vector_size(sizeof(Reals))));
+      return sum + (Reals)(Pairs{} + load<int64_t>(a)) * b;
+    } else {
+      static_assert(G * sizeof(Real) == 16);
+#if BYTES == 64
+      return sum + (Reals)_mm512_broadcast_f32x4(load<__m128>(a)) * b;
+#else
+      return sum + (Reals)_mm256_broadcastsi128_si256(load<__m128i>(a)) * b;
+#endif
+    }
+  }
+
+  // The sums of the channels, in the first lanes.
+  static inline __attribute__((always_inline)) Reals totals(Sums sum) {
+    if constexpr (G == 1) {
+      return sum;
+    } else {
+      typedef std::conditional_t<sizeof(Real) == 4, int32_t, int64_t> Place;
+      typedef Place Places __attribute__((vector_size(sizeof(Reals))));
+      Places first;
+      for (int lane = 0; lane < LANES; lane++) first[lane] = G * lane % LANES;
+      Reals total = __builtin_shuffle(sum, first);
+      for (int g = 1; g < G; g++) total += __builtin_shuffle(sum, first + g);
+      return total;
+    }
+  }
 };
 
 #if CODES
@@ -41,7 +72,8 @@ struct OfCodes {
   using Weight = int16_t;
 #endif
   using Sums = Ints;
-  static constexpr int GROUP = 4 / sizeof(Number);
+  static constexpr int GROUP = 4 / sizeof(Number), CHANNELS = LANES;
+  static inline __attribute__((always_inline)) Reals totals(Sums sum) { return __builtin_convertvector(sum, Reals); }
   static inline __attribute__((always_inline)) Sums add(Sums sum, const Number* a, Sums b) {
     int32_t group;
     memcpy(&group, a, sizeof group);
@@ -54,7 +86,7 @@ struct OfCodes {
 };
 #endif
 
-// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v LANES ...], in groups.
+// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v ...], in groups.
 template <class Product, int P, int V>
 static inline __attribute__((always_inline)) void multiply_add(typename Product::Sums (&sum)[P][V],
                                                                const typename Product::Number* a, int64_t a_step,
@@ -64,7 +96,7 @@ static inline __attribute__((always_inline)) void multiply_add(typename Product:
   for (int64_t k = 0; k < count; k++, a += a_next, b += b_next) {
     typename Product::Sums columns[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) columns[v] = load<typename Product::Sums>(b + v * LANES * Product::GROUP);
+    for (int v = 0; v < V; v++) columns[v] = load<typename Product::Sums>(b + v * Product::CHANNELS * Product::GROUP);
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -77,22 +109,23 @@ template <class Product, int P, int V>
 static void conv_tile(const Phase& phase, int64_t in_channels, const typename Product::Number* in, int64_t in_step,
                       const typename Product::Weight* kernel, Real* out, int64_t out_step, int64_t channels) {
   typename Product::Sums sum[P][V] = {};
+  constexpr int CHANNELS = Product::CHANNELS, GROUP = Product::GROUP;
   for (const Run& run : phase.runs) {
     const int64_t count = run.pixels * in_channels;
-    multiply_add<Product, P, V>(sum, in + run.first * in_channels, in_step, Product::GROUP, kernel,
-                                V * LANES * Product::GROUP, count / Product::GROUP);
-    kernel += count * V * LANES;
+    multiply_add<Product, P, V>(sum, in + run.first * in_channels, in_step, GROUP, kernel, V * CHANNELS * GROUP,
+                                count / GROUP);
+    kernel += count * V * CHANNELS;
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
-      const int64_t left = channels - v * LANES;
-      const Reals reals = __builtin_convertvector(sum[p][v], Reals);
-      if (left >= LANES)
-        store(out + p * out_step + v * LANES, reals);
+      const int64_t left = channels - v * CHANNELS;
+      const Reals reals = Product::totals(sum[p][v]);
+      if (left >= CHANNELS)
+        memcpy(out + p * out_step + v * CHANNELS, &reals, sizeof(Real) * CHANNELS);
       else if (left > 0)
-        memcpy(out + p * out_step + v * LANES, &reals, sizeof(Real) * left);
+        memcpy(out + p * out_step + v * CHANNELS, &reals, sizeof(Real) * left);
     }
 }
 
@@ -106,7 +139,7 @@ static void gradient_tile(int64_t rows, int64_t count, const Real* x, int64_t x_
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[p][v] = load<Reals>(kernel + p * kernel_step + v * LANES);
   for (int64_t i = 0; i < rows; i++)
-    multiply_add<OfReals, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
+    multiply_add<OfReals<1>, P, V>(sum, x + i * x_row, 1, x_next, y + i * y_row, y_next, count);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -130,9 +163,42 @@ template <class F> static inline void in_parts(int64_t total, int64_t most, F f)
   for (int64_t i = 0; i < parts; i++) f(total * i / parts, total * (i + 1) / parts - total * i / parts);
 }
 
-// Blocks of columns are two registers wide, the last one perhaps one.
-static inline int64_t block_width(const Plan& plan, int64_t first) {
-  return plan.out_channels - first > LANES ? 2 * LANES : LANES;
+// Whether so many channels fit into a register of which G lanes share each, and the inputs come in groups of G.
+template <int G> static inline bool fits(const Plan& plan, int64_t channels) {
+  return channels <= LANES / G && plan.in_channels % G == 0;
+}
+
+// f(product, V, first) for blocks of columns, V registers wide: two, as long as there are so many. The last channels
+// share lanes where they are few.
+template <class Product, class F> static inline void by_blocks(const Plan& plan, F f) {
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  for (int64_t first = 0; first < plan.out_channels;) {
+    const int64_t left = plan.out_channels - first;
+    const auto block = [&](auto product, auto registers) {
+      f(product, registers, first);
+      first += registers * product.CHANNELS;
+    };
+    if constexpr (std::is_same_v<Product, OfReals<1>>) {
+      constexpr int MOST = 16 / sizeof(Real), HALF = MOST / 2;  // a group has at most 16 bytes
+      if (fits<MOST>(plan, left)) {
+        block(OfReals<MOST>(), one);
+        continue;
+      }
+      if (fits<HALF>(plan, left)) {
+        block(OfReals<HALF>(), one);
+        continue;
+      }
+      if (left > LANES && fits<4>(plan, left - LANES)) {
+        block(Product(), one);
+        continue;
+      }
+    }
+    if (left > LANES)
+      block(Product(), two);
+    else
+      block(Product(), one);
+  }
 }
 
 // The kernel in the order in which the tiles read it: for each phase, for each block of columns, tap by tap, one group
@@ -145,17 +211,17 @@ static const typename Product::Weight* packed(const Plan& plan, Place place, con
       scratch<typename Product::Weight>(place, taps * plan.in_channels * rounded_up(plan.out_channels, LANES));
   auto* to = start;
   for (const Phase& phase : plan.phases)
-    for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
-      const int64_t end = first + block_width(plan, first), last = std::min(end, plan.out_channels);
+    by_blocks<Product>(plan, [&](auto product, auto registers, int64_t first) {
+      const int64_t end = first + registers * product.CHANNELS, last = std::min(end, plan.out_channels);
       for (const Tap& tap : phase.taps) {
         const Real* from = kernel + tap.index * plan.in_channels * plan.out_channels;
-        for (int64_t c = 0; c < plan.in_channels; c += Product::GROUP) {
+        for (int64_t c = 0; c < plan.in_channels; c += product.GROUP) {
           for (int64_t o = first; o < last; o++)
-            for (int g = 0; g < Product::GROUP; g++) *to++ = from[(c + g) * plan.kernel_in + o * plan.kernel_out];
-          to = std::fill_n(to, (end - last) * Product::GROUP, 0);
+            for (int g = 0; g < product.GROUP; g++) *to++ = from[(c + g) * plan.kernel_in + o * plan.kernel_out];
+          to = std::fill_n(to, (end - last) * product.GROUP, 0);
         }
       }
-    }
+    });
   return start;
 }
 
@@ -224,18 +290,16 @@ template <class Product>
 static void conv_image(const Plan& plan, const typename Product::Number* in, const typename Product::Weight* kernel,
                        Real* out) {
   for (const Phase& phase : plan.phases)
-    for (int64_t first = 0; first < plan.out_channels; first += 2 * LANES) {
-      const int64_t width = block_width(plan, first);
-      (width > LANES ? conv_columns<Product, 2> : conv_columns<Product, 1>)(plan, phase, in, kernel, out + first,
-                                                                            plan.out_channels - first);
-      kernel += phase.taps.size() * plan.in_channels * width;
-    }
+    by_blocks<Product>(plan, [&](auto product, auto registers, int64_t first) {
+      conv_columns<decltype(product), registers>(plan, phase, in, kernel, out + first, plan.out_channels - first);
+      kernel += phase.taps.size() * plan.in_channels * registers * product.CHANNELS;
+    });
 }
 
 // The convolution or its adjoint, as the plan says. An image of codes is convolved as such where the kernel allows it:
 // as long as sums are below 2^24, floats hold them exactly, and the result is the same in every bit.
 static void conv(const Plan& plan, const Real* x, const Real* kernel, Real* y, int64_t images, Pool& pool) {
-  const auto* weights = packed<OfReals>(plan, KERNEL, kernel);
+  const auto* weights = packed<OfReals<1>>(plan, KERNEL, kernel);
 #if CODES
   const auto* codes = takes_codes(plan, kernel) ? packed<OfCodes>(plan, KERNEL_CODES, kernel) : nullptr;
 #endif
@@ -246,7 +310,7 @@ static void conv(const Plan& plan, const Real* x, const Real* kernel, Real* y, i
     const auto* in_codes = codes ? coded(plan, in) : nullptr;
     if (in_codes) return conv_image<OfCodes>(plan, in_codes, codes, out);
 #endif
-    conv_image<OfReals>(plan, plan.is_direct() ? in : padded(plan, in), weights, out);
+    conv_image<OfReals<1>>(plan, plan.is_direct() ? in : padded(plan, in), weights, out);
   });
 }
 
@@ -283,7 +347,7 @@ static void kernel_gradient(const Plan& plan, const Real* x, const Real* y, Real
       if (channels != plan.out_channels) out = widened(out, pixels, plan.out_channels, channels);
       in_parts(plan.out_size[0], most_rows, [&](int64_t row, int64_t rows) {
         for (int64_t first = 0; first < channels; first += 2 * LANES)
-          (block_width(plan, first) > LANES ? gradient_columns<2> : gradient_columns<1>)(
+          (channels - first > LANES ? gradient_columns<2> : gradient_columns<1>)(
               plan, in, out + first, channels, row, rows, sum + first);
       });
     }
