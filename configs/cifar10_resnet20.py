@@ -4,7 +4,7 @@ Symmetric and plain resnet20 with 4-bit weights and activations on CIFAR-10. `--
 6 epochs in one cycle, `--recipe published` the 200 epochs of the paper (train/config/recipes.py).
 
 The fast recipe on two busy CPU cores, seed 0: symmetric 75.30% test accuracy after 41 minutes, agreement with its
-high-precision twin 95.93%; plain 79.90% after 26 minutes, 97.02%. The table is in docs/results/images.md. The published
+high-precision twin 95.93%; plain 79.90% after 26 minutes, 97.02%. The table is in docs/results/index.md. The published
 recipe has not been run.
 
 python -m train run configs/cifar10_resnet20.py --recipe stable --data-dir FOLDER
