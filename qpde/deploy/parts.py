@@ -104,6 +104,7 @@ class Outer:
 
 
 def norm_of(params: dict, stats: dict) -> tuple[np.ndarray, np.ndarray]:
+    """g and b of a batch norm in evaluation, g x + b, in float64."""
     scale = params["scale"].astype(np.float64) / np.sqrt(stats["var"].astype(np.float64) + NORM_EPSILON)
     return scale, params["bias"] - stats["mean"] * scale
 
