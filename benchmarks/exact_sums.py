@@ -17,9 +17,9 @@ import jax
 from timing import interleaved
 
 from qpde import Bits, models, native
-from qpde.models.images import call
+from qpde.models.images.call import Call
 
-NOTE_STEP = call.Call._note_step
+NOTE_STEP = Call._note_step
 
 
 def note_in_training(call, *arguments, **options):
@@ -42,14 +42,14 @@ def programs(model, variables, x):
 
     compiled = {}
     for name, note in SUMS.items():
-        call.Call._note_step = note
+        Call._note_step = note
         evaluation = jax.jit(partial(model.apply, variables)).lower(x).compile()
         training = jax.jit(jax.grad(loss)).lower(variables["params"], x).compile()
         compiled |= {
             ("evaluation", name): partial(evaluation, x),
             ("training", name): partial(training, variables["params"], x),
         }
-    call.Call._note_step = NOTE_STEP
+    Call._note_step = NOTE_STEP
     return compiled
 
 

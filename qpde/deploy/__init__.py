@@ -3,8 +3,8 @@
 from qpde.deploy.c import c_source, save_c
 from qpde.deploy.export import FORMATS, export
 from qpde.deploy.files import load_packed, save_packed, theoretical_bytes
-from qpde.deploy.fold import fold
 from qpde.deploy.folded import Folded, Note, State
+from qpde.deploy.folding import fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.integer import run, run_reference
 from qpde.deploy.modules import PackedKernel, PackedModule, export_module, load_module, pack_module, save_module

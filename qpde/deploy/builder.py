@@ -12,7 +12,7 @@ from qpde.bits import EXACT_BITS
 from qpde.deploy.folded import Note
 from qpde.deploy.parts import Part, table_of, top_code
 from qpde.deploy.program import Affine, Clip, Conv, Kernel, Op, Quantize, Smooth, Snap
-from qpde.stencils import ENERGIES
+from qpde.stencils import ENERGIES, max_stable_step
 
 __all__ = ["Builder"]
 
@@ -28,24 +28,29 @@ class Builder:
         self.count = 0
 
     def note(self, part: str, weight_bits: int | None, act_bits: int | None) -> None:
+        """End a part: note its bits, and the reasons given since the part before."""
         self.notes.append(Note(part, weight_bits, act_bits, tuple(dict.fromkeys(self.reasons))))
         self.reasons.clear()
 
     def in_float(self, reason: str) -> None:
+        """Give a reason why something of the present part is computed in float32."""
         self.reasons.append(reason)
 
     def add(self, op: Callable[..., Op], *args: Any, name: str | None = None, **options: Any) -> str:
+        """Any operation, its result named by a number where no name is given."""
         self.count += 1
         name = f"v{self.count}" if name is None else name
         self.ops.append(op(name, *args, **options))
         return name
 
     def affine(self, *terms: tuple[str, Any], bias: Any = None) -> str:
+        """The sum of terms (x, factor) and a bias."""
         names, factors = zip(*terms, strict=True)
         factors = tuple(np.asarray(f, np.float32) for f in factors)
         return self.add(Affine, names, factors, None if bias is None else np.asarray(bias, np.float32))
 
     def relu(self, x: str) -> str:
+        """max(x, 0)."""
         return self.add(Clip, x, 0.0, math.inf)
 
     def conv(self, part: Part, x: str, name: str, **options: Any) -> tuple[str, Any]:
@@ -64,6 +69,7 @@ class Builder:
         adjoint: bool = False,
         dilation: int = 1,
     ) -> str:
+        """Sums of a kernel that is kept by its key."""
         self.kernels.setdefault(key, kernel)
         if not kernel.is_whole:
             self.in_float(f"{key.split('.')[-1]} has no integer codes")
@@ -73,13 +79,14 @@ class Builder:
         return self.add(Conv, x, key, stride, padding, adjoint, dilation)
 
     def quantize(self, part: Part, x: str, index: int) -> str:
+        """Codes of an activation of the block, or what takes their place."""
         bits, signed = part.bits.activations, part.signed(index)
         if bits is None:
             self.in_float("activations are not rounded")
             return x
         if bits >= EXACT_BITS:
             self.in_float("activations are not rounded")
-            clip = float(part.clips()["acts"][index])
+            clip = float(part.clips()["act_clips"][index])
             return self.add(Clip, x, -clip if signed else 0.0, clip)
         name = f"{part.name}.q{index}"
         if part.block.levels != "uniform":
@@ -95,7 +102,7 @@ class Builder:
         if part.block.residual == "rounded" or part.bits.activations is None:
             return q
         self.in_float("the precise shortcut")
-        top = float(part.clips()["acts"][0]) / part.unit(0)
+        top = float(part.clips()["act_clips"][0]) / part.unit(0)
         return self.add(Clip, x, -top if part.signed(0) else 0.0, top)
 
     def smooth(self, part: Part, x: str, unit: float) -> str:
@@ -103,13 +110,14 @@ class Builder:
         s = part.block.smoothing
         if part.gamma2 is None or s is None:
             return x
-        gamma2 = float(np.asarray(part.gamma2).reshape(()))
         self.in_float(f"{s.kind} smoothing")
-        bound = (0.25 if ENERGIES[s.kind].slope_is_one else s.eps / 4) / unit
-        gamma2 = gamma2 if ENERGIES[s.kind].slope_is_one else gamma2 / unit
-        bound = bound * unit if ENERGIES[s.kind].slope_is_one else bound
-        return self.add(Smooth, x, s.kind, s.steps, min(max(gamma2, 0.0), bound), s.eps / unit)
+        bound = float(max_stable_step(eps=s.eps, kind=s.kind))
+        gamma2 = min(max(float(np.asarray(part.gamma2).reshape(())), 0.0), bound)
+        if not ENERGIES[s.kind].slope_is_one:
+            gamma2 /= unit
+        return self.add(Smooth, x, s.kind, s.steps, gamma2, s.eps / unit)
 
     def smooth_output(self, part: Part, x: str, unit: float) -> str:
+        """Smoothing of the block's output, where asked for."""
         smoothing = part.block.smoothing
         return self.smooth(part, x, unit) if smoothing is not None and smoothing.output else x

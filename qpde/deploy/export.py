@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from qpde.bits import Bits
 from qpde.deploy.c import c_source
 from qpde.deploy.files import packed_bytes
-from qpde.deploy.fold import fold
 from qpde.deploy.folded import Folded
+from qpde.deploy.folding import fold
 from qpde.deploy.graphs import FoldedGraph, fold_graph
 from qpde.deploy.onnx import onnx_model, require
 from qpde.deploy.settle import settle as settled

@@ -38,19 +38,20 @@ class Part:
 
     @property
     def params(self) -> dict:
+        """Parameters of the block."""
         return self.variables["params"]
 
-    def clips(self) -> dict[str, Any]:
-        clips = self.block.clips_at(self.device_variables["params"], self.bits)
-        weights = self.block.split_weight_clips(clips["weight_clips"])
-        return {"weights": [np.asarray(c) for c in weights], "acts": np.asarray(clips["act_clips"])}
+    def clips(self) -> dict[str, list[np.ndarray]]:
+        """`weight_clips` and `act_clips` at the bits of the block."""
+        return jax.tree.map(np.asarray, self.block.clip_lists(self.device_variables["params"], self.bits))
 
     def signed(self, index: int) -> bool:
+        """Whether an activation has negative codes."""
         return index == 0 and self.block.signed_inputs
 
     def unit(self, index: int) -> float:
         """The real number that one code of an activation stands for; 1 where nothing is rounded."""
-        bits, clip = self.bits.activations, float(self.clips()["acts"][index])
+        bits, clip = self.bits.activations, float(self.clips()["act_clips"][index])
         if bits is None or bits >= EXACT_BITS:
             return 1.0
         if self.block.levels != "uniform":
@@ -60,7 +61,7 @@ class Part:
     def kernel(self, name: str) -> tuple[Kernel, np.ndarray | np.floating]:
         """The kernel and its scale, () or (C_out,)."""
         index = list(self.block.kernel_shapes()).index(name)
-        w, clip = self.params[name], self.clips()["weights"][index]
+        w, clip = self.params[name], self.clips()["weight_clips"][index]
         bits, depthwise = self.bits.weights, is_depthwise(w.shape)
         if bits is not None and depthwise:
             bits = depthwise_bits(bits)
@@ -96,10 +97,12 @@ class Outer:
             self.kernel = Kernel(np.round(w / self.scale).astype(np.int8), bits)
 
     def norm(self) -> tuple[np.ndarray, np.ndarray]:
+        """g and b of its batch norm."""
         return norm_of(self.params["norm"], self.stats["norm"])
 
     @property
     def reasons(self) -> list[str]:
+        """Why it is computed in float32."""
         return ["float32 kernel" if self.bits is None else "float32 input"]
 
 
@@ -133,17 +136,15 @@ def table_of(levels: str, bits: int) -> np.ndarray:
 
 def weight_codes(w: np.ndarray, clip: np.ndarray, bits: int | None, levels: str):
     """Codes (int8, or float32 where they have none), their scale, and the bits to pack them at or None."""
-    if bits is None or bits > _CODE_BITS:
-        rounded = quantizers.quantize_weight(w, clip, bits, levels=levels)
-        return np.asarray(rounded, np.float32), np.float64(1), None
-    if levels == "uniform":
+    if bits is not None and bits <= _CODE_BITS and levels == "uniform":
         codes, scale = quantizers.encode_weight(w, clip, bits)
         return np.asarray(codes), np.asarray(scale, np.float64), next(b for b in _PACKED_BITS if b >= bits)
+    rounded = np.asarray(quantizers.quantize_weight(w, clip, bits, levels=levels), np.float32)
+    if bits is None or bits > _CODE_BITS:
+        return rounded, np.float64(1), None
     table = table_of(levels, bits - 1)
-    values = np.asarray(quantizers.quantize_weight(w, np.ones_like(clip), bits, levels=levels))
     top = float(table[-1])
     if np.any(table != np.round(table)) or top > 127:
-        return np.asarray(quantizers.quantize_weight(w, clip, bits, levels=levels)), np.float64(1), None
-    values = np.asarray(quantizers.quantize_weight(w, clip, bits, levels=levels), np.float64) / clip
+        return rounded, np.float64(1), None
     packed = next(b for b in _PACKED_BITS if 2 ** (b - 1) > top)
-    return np.round(values * top).astype(np.int8), clip.astype(np.float64) / top, packed
+    return np.round(rounded.astype(np.float64) / clip * top).astype(np.int8), clip.astype(np.float64) / top, packed

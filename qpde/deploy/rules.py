@@ -1,4 +1,4 @@
-"""What each part of a network is in operations, in the units of `qpde.deploy.fold`.
+"""What each part of a network is in operations, in the units of `qpde.deploy.folding`.
 
 A rule takes the name of a block's input, in units of its first quantizer, and returns that of its output, in which 1
 stands for the real number `unit_out`.

@@ -69,6 +69,8 @@ BLOCKS = {"basic": BasicBlock, "stable": StableBlock, "inverted": InvertedBlock}
 
 GRAPH_NETWORKS: dict[str, Callable[..., GraphNetwork]] = {"pde_gcn": pde_gcn, "gcn": gcn, "gcnii": gcnii, "gat": gat}
 
+_OF_IMAGES = ("num_classes", "width")  # arguments of `image_network` beside the fields of `NetworkOptions`
+
 
 def names() -> tuple[str, ...]:
     """Names that `create` knows."""
@@ -109,7 +111,7 @@ def image_network(architecture: Architecture, *, num_classes: int, width: float 
     Raises:
       ValueError: An option is unknown or out of range.
     """
-    check_choices(options, "num_classes", "width")
+    check_choices(options, *_OF_IMAGES)
     if isinstance(architecture, SegmentationArchitecture) and options.get("head", "dense") != "dense":
         raise ValueError(f"head (={options['head']!r}) of {architecture.name} must be 'dense'")
     kind: Any = SegmentationNetwork if isinstance(architecture, SegmentationArchitecture) else Network
@@ -147,8 +149,7 @@ def segmentation_network(
       ValueError: An option is unknown or out of range, or a stride that the encoder does not reach.
     """
     check_known("encoder", encoder, ARCHITECTURES)
-    own = ("encoder", "stem_stride", "output_stride", "decoder_width")
-    check_choices(options, "num_classes", "width", *own)
+    check_choices(options, *_OF_IMAGES, "encoder", "stem_stride", "output_stride", "decoder_width")
     architecture = segmentation_architecture(
         decoder,
         ARCHITECTURES[encoder],

@@ -86,7 +86,7 @@ struct OfCodes {
 };
 #endif
 
-// sum[p][v] += sum over k of a[p a_step + k a_next] * b[k b_next + v ...], in groups.
+// sum[p][v] += sum over k of a[p a_step + k a_next] * the v-th register from b[k b_next] on, in groups.
 template <class Product, int P, int V>
 static inline __attribute__((always_inline)) void multiply_add(typename Product::Sums (&sum)[P][V],
                                                                const typename Product::Number* a, int64_t a_step,
@@ -189,7 +189,7 @@ template <class Product, class F> static inline void by_blocks(const Plan& plan,
         block(OfReals<HALF>(), one);
         continue;
       }
-      if (left > LANES && fits<4>(plan, left - LANES)) {
+      if (left > LANES && fits<4>(plan, left - LANES)) {  // two registers, the second nearly empty, cost more
         block(Product(), one);
         continue;
       }

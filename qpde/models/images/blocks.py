@@ -174,6 +174,12 @@ class Block(Part, BlockOptions):
 
         return {name: own[place(width)] for (name, own), width in zip(rows.items(), bits, strict=True)}
 
+    def clip_lists(self, params: dict, bits: Bits) -> dict[str, list[Array]]:
+        """`weight_clips`, that of every kernel, and `act_clips` of these widths."""
+        clips = self.clips_at(params, bits)
+        weights = self.split_weight_clips(clips["weight_clips"])
+        return {"weight_clips": weights, "act_clips": list(clips["act_clips"])}
+
     def split_weight_clips(self, clips: Float[Array, " n"]) -> list[Array]:
         """The clip of every kernel, () or (C_out,), from `weight_clips`."""
         if not self.per_channel:
@@ -327,11 +333,7 @@ class Block(Part, BlockOptions):
         return native.materialize(self.step(x, variables, step_size, call)), call.updates
 
     def _call(self, variables: dict, bits: Bits, mode: Mode, gamma2: Any) -> Call:
-        own = self.clips_at(variables["params"], bits)
-        clips = {
-            "weight_clips": self.split_weight_clips(own["weight_clips"]),
-            "act_clips": list(own["act_clips"]),
-        }
+        clips = self.clip_lists(variables["params"], bits)
         return Call(self, self.kernel_shapes(), clips, variables, bits, mode, gamma2)
 
     @abc.abstractmethod

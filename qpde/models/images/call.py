@@ -51,7 +51,7 @@ class Call:
         self.steps: dict[str | int, _Step] = {}
         self.updates: dict[str, Any] = {"batch_stats": {}}
         if mode.observe is not None:
-            self.updates["observed"] = {name: [None] * len(clips) for name, clips in self.clips.items()}
+            self.updates["observed"] = {name: [None] * len(own) for name, own in clips.items()}
 
     def kernels(self) -> dict[str, jax.Array]:
         """Q_w of every kernel, in the dtype to compute in."""

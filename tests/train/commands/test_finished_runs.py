@@ -1,4 +1,4 @@
-"""What is asked of finished runs: certificates, other widths, budgets of bits; on a network small enough for a test."""
+"""Finished runs certified, measured at other bits and given budgets of bits, on a network small enough for a test."""
 
 import csv
 import json

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qpde import Bits
-from qpde.models.images import call
 from qpde.models.images.blocks import BasicBlock, InvertedBlock
+from qpde.models.images.call import Call
 from qpde.models.layers import Mode
 
 
@@ -66,7 +66,7 @@ def test_the_function_and_its_gradient_stay_what_they_are(kind, options, monkeyp
     block, variables, x = made(kind, width=8, **options)
     f = lambda v, x: run(block, v, x, Bits(4, 4)).sum()  # noqa: E731
     exact, own = run(block, variables, x, Bits(4, 4)), jax.grad(f, (0, 1))(variables, x)
-    monkeypatch.setattr(call.Call, "_note_step", lambda *_, **__: None)
+    monkeypatch.setattr(Call, "_note_step", lambda *_, **__: None)
     # A code at a threshold may fall to its other side.
     close = np.abs(exact - run(block, variables, x, Bits(4, 4))) < 1e-5
     assert np.mean(close) > 0.99
@@ -81,7 +81,7 @@ def test_where_a_sum_may_pass_2_to_the_24_numbers_are_real(monkeypatch):
     variables = {**variables, "params": params | ones | {"weight_clips": jnp.full(2, 3.0)}}
     codes = run(block, variables, x, Bits(8, 4))  # 127 * 15 * 9 * 600 < 2^24
     wide = run(block, variables, x, Bits(8, 8))
-    monkeypatch.setattr(call.Call, "_note_step", lambda *_, **__: None)
+    monkeypatch.setattr(Call, "_note_step", lambda *_, **__: None)
     np.testing.assert_array_equal(wide, run(block, variables, x, Bits(8, 8)))
     np.testing.assert_allclose(codes, run(block, variables, x, Bits(8, 4)), rtol=1e-4, atol=1e-3)
 
