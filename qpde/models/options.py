@@ -76,6 +76,9 @@ class NetworkOptions(BlockOptions):
     symmetric: bool = True
     """Use symmetric steps x - h K^T s(K x) with one kernel, instead of two kernels and h = 1. In ResNets and MobileNets
     the first block of a stage stays plain."""
+    expansion: float = 1.0
+    """Channels of K x in the symmetric steps, as a multiple of the architecture's own, which has as many as x has, or
+    six times as many in MobileNetV2. With 2 a symmetric block of a ResNet has the parameters of a plain one."""
     weight_bits: int | None = None
     """Bits of the kernels, 2 to 32 (16 and more clip without rounding). None: exact."""
     act_bits: int | None = None
@@ -121,6 +124,7 @@ class NetworkOptions(BlockOptions):
             _check_smoothing(self.smoothing, blocks)
         return dataclasses.replace(
             self,
+            expansion=float(self.expansion),
             step_size=_checked_step_size(self.step_size, self.norm),
             lipschitz_target=float(self.lipschitz_target),
             clip_bits=_checked_clip_bits(self.clip_bits, self.weight_bits, self.act_bits),

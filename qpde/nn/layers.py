@@ -205,11 +205,9 @@ class GradientStep(BasicBlock):
     """x - h K^T s(K x) as a part of an image network: a symmetric block without a ReLU behind it.
 
     Attributes:
-      hidden: Channels of K x.
       taps: Side of the kernel, odd.
     """
 
-    hidden: int
     taps: int = 3
 
     has_signed_inputs = True
@@ -218,9 +216,6 @@ class GradientStep(BasicBlock):
 
     def kernel_shapes(self):
         return {"kernel1": (self.taps, self.taps, self.width_in, self.hidden)}
-
-    def norm_widths(self):
-        return {"norm1": self.hidden} | ({"norm2": self.width_in} if self.norm == "separate" else {})
 
     def composed_kernel(self, kernels):
         return kernels["kernel1"], self.taps // 2
@@ -299,7 +294,7 @@ class SymmetricStep(QuantLayer):
             width_out=channels,
             stride=1,
             symmetric=True,
-            hidden=channels if self.hidden is None else self.hidden,
+            expansion=1 if self.hidden is None else self.hidden / channels,
             taps=self.taps,
             standardize=self.standardize,
             per_channel=self.per_channel,

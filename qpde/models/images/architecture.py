@@ -19,7 +19,7 @@ class Architecture:
     Attributes:
       name: Its name, for messages and tables.
       block: Kind of its blocks.
-      stages: (width_in, width_out, blocks, stride, expansion) of each stage.
+      stages: (width_in, width_out, blocks, stride, expansion) of each stage; see `Block` for the last.
       neck_width: Channels of a 1x1 convolution before the pooling, or None.
     """
 
@@ -71,16 +71,25 @@ def blocks_of_stage(
       options: Options of the network.
       first: More fields of the first block.
       shared: More fields of all blocks, where `first` does not give them.
+    Raises:
+      ValueError: The options' expansion leaves K x without channels, or is not finite.
     """
     width_in, width_out, count, stride, expansion = stage
+    narrowest = min(width_in, width_out)
+    if options.symmetric and not 0.5 < narrowest * expansion * options.expansion < math.inf:
+        raise ValueError(
+            f"expansion (={options.expansion}) must be finite and leave K x a channel where x has {narrowest}: "
+            "1 keeps the architecture's own"
+        )
 
     def block(is_first):
+        symmetric = options.symmetric and (not is_first or kind.keeps_width)
         return kind(
             width_in=width_in if is_first else width_out,
             width_out=width_out,
             stride=stride if is_first else 1,
-            symmetric=options.symmetric and (not is_first or kind.keeps_width),
-            expansion=expansion,
+            symmetric=symmetric,
+            expansion=expansion * options.expansion if symmetric else expansion,
             **options.of_blocks,
             **(shared | first if is_first and first else shared),
         )

@@ -65,7 +65,8 @@ class Block(Part, BlockOptions):
       width_out: Channels of the output.
       stride: Stride of the block.
       symmetric: Whether K^T takes the place of a second kernel.
-      expansion: Hidden width of the inverted block, in widths of its input.
+      expansion: Channels of K x in a symmetric step and of the hidden maps of an inverted block, in channels of the
+        input.
       dilation: Distance of the taps of convolutions on the block's input.
       dilation_after: Distance of those behind the place of the stride. It is larger where dilation replaces a stride.
     """
@@ -74,7 +75,7 @@ class Block(Part, BlockOptions):
     width_out: int
     stride: int
     symmetric: bool
-    expansion: int = 1
+    expansion: int | float = 1
     dilation: int = 1
     dilation_after: int = 1
 
@@ -86,6 +87,11 @@ class Block(Part, BlockOptions):
     def act_count(self) -> int:
         """Quantizers of activations."""
         return 2
+
+    @property
+    def hidden(self) -> int:
+        """Channels of K x in a symmetric step, and of an inverted block between its 1x1 convolutions."""
+        return round(self.width_in * self.expansion)
 
     @property
     def has_spectral_state(self) -> bool:
@@ -351,15 +357,17 @@ class BasicBlock(Block):
         return self.stride != 1 or self.width_in != self.width_out
 
     def kernel_shapes(self):
-        shapes = {"kernel1": (3, 3, self.width_in, self.width_out)}
-        if not self.symmetric:
-            shapes["kernel2"] = (3, 3, self.width_out, self.width_out)
+        if self.symmetric:
+            shapes = {"kernel1": (3, 3, self.width_in, self.hidden)}
+        else:
+            last = (3, 3, self.width_out, self.width_out)
+            shapes = {"kernel1": (3, 3, self.width_in, self.width_out), "kernel2": last}
         if self.has_projection:
             shapes["shortcut_kernel"] = (1, 1, self.width_in, self.width_out)
         return shapes
 
     def norm_widths(self):
-        widths = {"norm1": self.width_out}
+        widths = {"norm1": self.hidden if self.symmetric else self.width_out}
         if not self.symmetric or self.norm == "separate":
             widths["norm2"] = self.width_out
         if self.has_projection:
@@ -448,14 +456,15 @@ class StableBlock(BasicBlock):
         return height // self.stride, width // self.stride
 
     def kernel_shapes(self):
-        shapes = {"kernel1": (3, 3, self.width_in, self.width_in)}
-        if not self.symmetric:
-            shapes["kernel2"] = (3, 3, self.width_in, self.width_in)
-        return shapes
+        if self.symmetric:
+            return {"kernel1": (3, 3, self.width_in, self.hidden)}
+        return dict.fromkeys(("kernel1", "kernel2"), (3, 3, self.width_in, self.width_in))
 
     def norm_widths(self):
-        two = not self.symmetric or self.norm == "separate"
-        return {"norm1": self.width_in} | ({"norm2": self.width_in} if two else {})
+        widths = {"norm1": self.hidden if self.symmetric else self.width_in}
+        if not self.symmetric or self.norm == "separate":
+            widths["norm2"] = self.width_in
+        return widths
 
     def macs(self, height, width):
         return {
@@ -524,11 +533,6 @@ class InvertedBlock(Block):
     def _shrinks(self) -> int:
         """By how much a side of the hidden map is smaller than that of the input, strides apart."""
         return 2 * self.dilation if self.symmetric and not self.padded else 0
-
-    @property
-    def hidden(self) -> int:
-        """Expanded width."""
-        return self.width_in * self.expansion
 
     def kernel_shapes(self):
         shapes = {"kernel1": (1, 1, self.width_in, self.hidden), "kernel2": (3, 3, 1, self.hidden)}

@@ -22,6 +22,7 @@ SYMMETRIC = {"symmetric": True, "stride": 1, "width_out": 2}
 BLOCKS = {
     "basic": functools.partial(BasicBlock, symmetric=False, stride=2, width_out=3, dilation_after=2),
     "basic, symmetric": functools.partial(BasicBlock, **SYMMETRIC, dilation=2),
+    "basic, expanded": functools.partial(BasicBlock, **SYMMETRIC, expansion=2.5, norm="tied"),
     "stable": functools.partial(StableBlock, symmetric=False, stride=2, width_out=4),
     "inverted": functools.partial(InvertedBlock, symmetric=False, stride=2, width_out=3, expansion=2, dilation=2),
     "inverted, symmetric": functools.partial(InvertedBlock, **SYMMETRIC, expansion=2, padded=True, norm="tied"),

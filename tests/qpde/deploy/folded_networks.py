@@ -24,6 +24,7 @@ KINDS = {
     "apot": ("resnet20", {"levels": "apot"}),
     "pot": ("resnet20", {"levels": "pot"}),
     "stable": ("stablenet20", {}),
+    "expanded": ("stablenet20", {"norm": "tied", "expansion": 1.5}),
     "inverted": ("mobilenetv2", {"symmetric": False, "signed_inputs": True}),
     "inverted symmetric": ("mobilenetv2", {"norm": "tied"}),
     "W8A8": ("resnet20", {"weight_bits": 8, "act_bits": 8}),

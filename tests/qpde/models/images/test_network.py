@@ -1,7 +1,9 @@
 """Networks: structure, counts, options, and what they promise about compilation and errors."""
 
+import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,24 @@ def test_a_tied_resnet32_has_the_parameters_of_a_plain_resnet20():
     tied = models.create("resnet32", num_classes=10, norm="tied", step_size="auto")
     plain = models.create("resnet20", num_classes=10, symmetric=False)
     assert models.summary(tied, (32, 32, 3)).parameters == models.summary(plain, (32, 32, 3)).parameters
+
+
+def test_an_expanded_tied_resnet20_has_the_kernels_of_a_plain_one():
+    tied = models.create("resnet20", num_classes=10, norm="tied", expansion=2.0)
+    plain = models.create("resnet20", num_classes=10, symmetric=False)
+    assert tied.blocks[1].kernel_shapes() == {"kernel1": (3, 3, 16, 32)}
+    assert tied.blocks[3] == dataclasses.replace(plain.blocks[3], norm="tied")  # the first of a stage stays as it is
+
+    def of_kernels(model):
+        return sum(math.prod(shape) for block in model.blocks for shape in block.kernel_shapes().values())
+
+    assert of_kernels(tied) == of_kernels(plain)
+
+
+def test_the_expansion_of_mobilenet_multiplies_its_own():
+    model = models.create("mobilenetv2", num_classes=10, expansion=0.5)
+    assert {block.expansion for block in model.blocks if block.symmetric} == {3}
+    assert {block.expansion for block in model.blocks if not block.symmetric} == {1, 6}
 
 
 @pytest.mark.parametrize("name", ["resnet20", "stablenet20"])
@@ -456,6 +476,8 @@ def test_depthwise_weights_keep_eight_bits_where_anything_is_rounded():
         ({"step_size": "auto"}, "norm='tied'"),
         ({"lipschitz_target": 2.5}, "lipschitz_target.*2.5.*at most 2"),
         ({"lipschitz_target": float("nan")}, "lipschitz_target"),
+        ({"expansion": 0.03}, r"expansion \(=0.03\) must.*a channel where x has 16"),
+        ({"expansion": float("inf")}, r"expansion \(=inf\) must be finite"),
         ({"norm": "batch"}, "separate, tied, spectral"),
         ({"residual": "exact"}, "rounded, precise"),
         ({"head": "normed"}, "dense, scaled"),
