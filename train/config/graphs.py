@@ -68,8 +68,10 @@ class GraphModel:
     """What pde_gcn rounds."""
     kernel_init: Literal["identity", "orthogonal"] = "identity"
     """Initial value of pde_gcn's K."""
+    stem: Literal["dense", "graph"] = "dense"
+    """First layer of gcn: a dense one, or a graph convolution as in the paper."""
     head: Literal["dense", "graph"] = "dense"
-    """Last layer of gcn: a dense one, or a graph convolution as in the paper."""
+    """Last layer of gcn, likewise."""
     lambda_: float = 0.5
     """lambda of gcnii: the larger, the more its kernels count."""
     smoothing: tyro.conf.AvoidSubcommands[GraphSmoothing | None] = None

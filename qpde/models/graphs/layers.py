@@ -113,6 +113,7 @@ class GraphLayer(abc.ABC):
 
     act_count = 1  # quantizers of activations
     drops_inputs = True  # whether training drops entries of every layer's input
+    stem = "dense"
     head = "dense"
 
     @property
@@ -298,9 +299,11 @@ class ConvolutionLayer(GraphLayer):
     """relu(A Q(x) W + b), A = D^-1/2 (adjacency + I) D^-1/2 (Kipf and Welling, 2017).
 
     Attributes:
-      head: "dense", x W + b behind these layers, or "graph", A x W + b.
+      stem: "dense", relu(x W + b) before these layers, or "graph", relu(A x W + b).
+      head: "dense", x W + b behind them, or "graph", A x W + b.
     """
 
+    stem: str = "dense"
     head: str = "dense"
 
     def step(self, state, step_size, q, call):

@@ -4,8 +4,8 @@
 
 with dropout around the dense layers in training. Stem and head layers are exact, the weights and inputs of the
 hidden ones are quantized (`qpde.models.graphs.layers` holds their formulas). So a baseline of depth L has L graph
-convolutions between the two dense layers, as in GCNII. Kipf and Welling's GCN ends with a graph convolution: `gcn` with
-`head="graph"` does, behind its dense stem.
+convolutions between the two dense layers, as in GCNII. Kipf and Welling's GCN has no dense layers: `gcn` makes graph
+convolutions of them with `stem="graph"` and `head="graph"`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from qpde.quantizers import LEVEL_SETS
 __all__ = ["GraphNetwork", "gat", "gcn", "gcnii", "pde_gcn"]
 
 LOOPS = ("auto", "scan", "unroll")
-HEADS = ("dense", "graph")
+ENDS = ("dense", "graph")
 
 # The deepest network that "auto" unrolls. A scan compiles faster, but copies what the backward pass needs into stacks.
 # Rematerialisation is there to save memory and has little to copy.
@@ -133,13 +133,13 @@ class GraphNetwork(nn.Module):
         bits = self._checked_bits(self.bits if bits is None else bits)
 
         scale = graphs.normalize(graph)
-        x = self._dense("stem", self._dropout(features, train), self.layer.width)
+        spread = {"dense": None, "graph": partial(propagate, graph, scale=scale)}
+        x = self._dense("stem", self._dropout(features, train), self.layer.width, spread[self.layer.stem])
         x = jax.nn.relu(x)
         if not self.layer.drops_inputs:
             x = self._dropout(x, train)
         x, states = self._hidden(graph._replace(nodes=x), scale, bits, train, return_states, observe)
-        then = partial(propagate, graph, scale=scale) if self.layer.head == "graph" else None
-        logits = self._dense("head", self._dropout(x, train), self.num_classes, then)
+        logits = self._dense("head", self._dropout(x, train), self.num_classes, spread[self.layer.head])
         return (logits, states) if return_states else logits
 
     def _hidden(self, graph, scale, bits, train, return_states, observe):
@@ -302,6 +302,7 @@ def gcn(
     layers: int = 2,
     width: int = 64,
     dropout: float = 0.5,
+    stem: str = "dense",
     head: str = "dense",
     weight_bits: int | None = None,
     act_bits: int | None = None,
@@ -318,7 +319,8 @@ def gcn(
       layers: Depth, at least 1.
       width: Channels of the hidden fields.
       dropout: Rate, 0 <= rate < 1, on every layer's input and before the head.
-      head: What makes logits of the last layer's x: "dense", x W + b, or "graph", A x W + b as in the paper.
+      stem: What makes the first layer's x of the features: "dense", relu(x W + b), or "graph", relu(A x W + b).
+      head: What makes logits of the last layer's x: "dense", x W + b, or "graph", A x W + b.
       weight_bits: Default bits of the hidden layers' matrices, 2 to 32, or None for exact; `model.apply(..., bits=)`
         overrides them call by call.
       act_bits: Default bits of the activations, likewise.
@@ -330,8 +332,9 @@ def gcn(
     Raises:
       ValueError: An unknown option, or a number out of range.
     """
-    _check_known("head", head, HEADS)
-    layer = ConvolutionLayer(width=width, levels=levels, head=head)
+    _check_known("stem", stem, ENDS)
+    _check_known("head", head, ENDS)
+    layer = ConvolutionLayer(width=width, levels=levels, stem=stem, head=head)
     return _network(layer, layers, num_classes, dropout, weight_bits, act_bits, loop, remat)
 
 

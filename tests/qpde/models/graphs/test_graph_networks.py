@@ -125,22 +125,33 @@ def test_published_relu_on_both_directions_is_linear():
     assert float(jnp.abs(unsigned - linear(variables, graph, qpde.Bits(None, 4))[1][0]).max()) > 1e-3
 
 
-def test_a_convolution_layer_is_that_of_kipf_and_welling():
-    graph = random_graph()
-    _, variables = make("gcn")
-    variables = with_layers(variables, bias=jnp.asarray(np.random.default_rng(0).random((DEPTH, WIDTH)), jnp.float32))
-    _, states = runner("gcn")(variables, graph, EXACT)
+def normalized_adjacency(graph):
+    """D^-1/2 (adjacency + I) D^-1/2."""
     adjacency = np.eye(NODES)
     adjacency[graph.senders, graph.receivers] = adjacency[graph.receivers, graph.senders] = 1
     root = np.diag(adjacency.sum(1) ** -0.5)
-    layers = variables["params"]["layers"]
-    expected = np.maximum(root @ adjacency @ root @ states[0] @ layers["kernel"][1] + layers["bias"][1][None], 0)
-    close(states[1], expected)
+    return root @ adjacency @ root
 
-    params = variables["params"] | {"head_bias": jnp.asarray([0.5, -1.0, 2.0])}
-    for head, a in (("dense", np.eye(NODES)), ("graph", root @ adjacency @ root)):
-        logits, states = runner("gcn", head=head)({"params": params}, graph, EXACT)
-        close(logits, a @ states[-1] @ params["head_kernel"] + params["head_bias"][None])
+
+@pytest.mark.parametrize("ends", [{}, {"stem": "graph"}, {"head": "graph"}])
+def test_a_convolution_layer_is_that_of_kipf_and_welling(ends):
+    graph = random_graph()
+    _, variables = make("gcn")
+    rng = np.random.default_rng(0)
+    bias, stem_bias, head_bias = (
+        jnp.asarray(rng.random(shape), jnp.float32) for shape in ((DEPTH, WIDTH), WIDTH, CLASSES)
+    )
+    variables = with_layers(variables, bias=bias)
+    params = variables["params"] | {"stem_bias": stem_bias, "head_bias": head_bias}
+    logits, states = runner("gcn", **ends)({"params": params}, graph, EXACT)
+
+    spread, kernels = normalized_adjacency(graph), params["layers"]["kernel"]
+    before, behind = (spread if end in ends else np.eye(NODES) for end in ("stem", "head"))
+    start = np.maximum(before @ graph.nodes @ params["stem_kernel"] + stem_bias[None], 0)
+    for state, kernel, b in zip(states, kernels, bias, strict=True):
+        close(state, np.maximum(spread @ start @ kernel + b[None], 0))
+        start = state
+    close(logits, behind @ start @ params["head_kernel"] + head_bias[None])
 
 
 def test_an_initial_residual_layer_is_that_of_gcnii():
@@ -380,7 +391,7 @@ SMOOTH = {"step_size": "auto", "nonlinearity": "huber", "smoothing": GraphSmooth
         ("pde_gcn", MIXED),
         ("pde_gcn", STATE | {"kernel_init": "orthogonal"}),
         ("pde_gcn", SMOOTH | {"kernel_init": "orthogonal"}),
-        ("gcn", {"head": "graph"}),
+        ("gcn", {"stem": "graph", "head": "graph"}),
         ("gcnii", {}),
         ("gat", {}),
     ],
