@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from qpde.bits import Bits
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.network import BoundPart, Network
 from qpde.models.images.parts import Factors, Head, Part, StepBound
 from qpde.models.images.segmentation import SegmentationNetwork

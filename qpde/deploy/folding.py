@@ -35,7 +35,7 @@ from qpde.deploy.parts import Outer, Part
 from qpde.deploy.program import Affine, Clip, Concat, Op, Quantize, Resize, Snap, consumers
 from qpde.deploy.rules import head_of, neck_of, rule_of, stem_of
 from qpde.models.graphs.networks import GraphNetwork
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.network import Layer, Network
 from qpde.models.images.segmentation import SegmentationNetwork
 

@@ -11,7 +11,7 @@ import numpy as np
 from qpde import quantizers
 from qpde.bits import EXACT_BITS, Bits
 from qpde.deploy.program import Kernel
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.network import BoundPart
 from qpde.models.images.parts import ExactConv
 from qpde.models.layers import NORM_EPSILON, depthwise_bits, is_depthwise

@@ -14,7 +14,8 @@ import numpy as np
 from qpde.deploy.builder import Builder
 from qpde.deploy.parts import Outer, Part
 from qpde.deploy.program import Affine, Concat, Mean, Pool, Quantize, Resize
-from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock
+from qpde.models.images.block import Block
+from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
 from qpde.models.layers import TINY
 

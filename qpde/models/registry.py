@@ -7,7 +7,8 @@ from typing import Any
 
 from qpde.models.graphs.networks import GraphNetwork, gat, gcn, gcnii, pde_gcn
 from qpde.models.images.architecture import Architecture
-from qpde.models.images.blocks import BasicBlock, Block, InvertedBlock, StableBlock
+from qpde.models.images.block import Block
+from qpde.models.images.blocks import BasicBlock, InvertedBlock, StableBlock
 from qpde.models.images.network import Network
 from qpde.models.images.segmentation import (
     DECODERS,

@@ -6,7 +6,7 @@ the function does not depend on them (Nagel et al., Data-free quantization, ICCV
     a kernel and the norm behind it     N(K x) with K / a is N(K x): the norm's statistics are divided by a too
     a norm, a ReLU and a kernel         K s(N(x)) = (K / c) s(c N(x)) for c > 0, since s(c x) = c s(x)
 
-Where each holds is a property of a block, `qpde.models.images.blocks.Block.scalings`:
+Where each holds is a property of a block, `qpde.models.images.block.Block.scalings`:
 
     plain                   both, for every kernel and every hidden activation
     symmetric, separate     the second, with K^T behind the ReLU; K itself shrinks with it, and its norm takes that up
@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from qpde.batches import Batch, read_batches
 from qpde.bits import Bits
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.network import Network
 from qpde.models.layers import NORM_EPSILON, Quantizer, is_depthwise
 from qpde.models.protocol import QuantizedNetwork

@@ -93,7 +93,7 @@ def imagenet(
 def stable(recipe: Experiment, *, name: str) -> Experiment:
     """The symmetric network, its steps kept from amplifying an error, with a shortcut that is not rounded.
 
-    "spectral" has spectral norms, "tied" tied norms and step sizes from power iterations (`qpde.models.images.blocks`).
+    "spectral" has spectral norms, "tied" tied norms and step sizes from power iterations (`qpde.models.images.block`).
     """
     spectral = {"symmetric": True, "norm": "spectral", "residual": "precise"}
     tied = {"symmetric": True, "norm": "tied", "step_size": "auto", "residual": "precise"}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.options import NetworkOptions
 
 __all__ = ["Architecture", "blocks_of_stage"]

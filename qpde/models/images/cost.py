@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from qpde.bits import LARGEST_BITS, Bits
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.network import Network, bits_of_block
 from qpde.models.images.parts import Part
 from qpde.models.layers import depthwise_bits, is_depthwise

@@ -18,7 +18,7 @@ import jax
 
 from qpde import operators
 from qpde.kernel_norms import conv_norm_bound, depthwise_norm_bound
-from qpde.models.images.blocks import Block, Scaling
+from qpde.models.images.block import Block, Scaling
 from qpde.models.images.parts import StepBound
 
 __all__ = ["ConvBlock", "PooledBlock", "SeparableBlock"]

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from qpde import stencils
 from qpde.bits import Bits
 from qpde.models.images.architecture import Architecture, blocks_of_stage
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.parts import ExactConv, Head, Part
 from qpde.models.images.stages import Pooled, Stage, gamma2_of, groups, store
 from qpde.models.layers import Mode, Observe

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qpde.models.images.architecture import Architecture, blocks_of_stage
-from qpde.models.images.blocks import BasicBlock, Block
+from qpde.models.images.block import Block
+from qpde.models.images.blocks import BasicBlock
 from qpde.models.images.decoders import ConvBlock, PooledBlock, SeparableBlock
 from qpde.models.images.network import Layer, Network
 from qpde.models.images.parts import ExactConv, Head

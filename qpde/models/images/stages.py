@@ -17,7 +17,7 @@ from flax.core import unfreeze
 
 from qpde.bits import Bits
 from qpde.integrators import integrate
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.parts import Head
 from qpde.models.layers import Mode
 from qpde.models.options import Smoothing

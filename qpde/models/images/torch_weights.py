@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpde import quantizers
-from qpde.models.images.blocks import Block
+from qpde.models.images.block import Block
 from qpde.models.images.network import Network
 from qpde.models.images.parts import Part, Read
 from qpde.models.images.stages import groups
