@@ -24,7 +24,7 @@ FORMS = (
 )
 """The plain network, the symmetric one as published, and two whose steps never amplify an error."""
 
-WIDE = Variant("tied-wide", FORMS[2].changes | {"width": 1.25})
+WIDE = Variant("tied-wide", FORMS[2].changes | {"width": 1.5, "expansion": 0.45})
 """A tied network with as many parameters as the plain one, for resnet20."""
 
 
