@@ -370,9 +370,10 @@ def _built(described: dict[str, Any], own: Any) -> QuantizedNetwork:
         if options.get("smoothing") is not None:
             options["smoothing"] = _dataclass(Smoothing, options["smoothing"])
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        known = {field.name for field in dataclasses.fields(NetworkOptions)}
-        if set(options) != known:
-            raise ValueError(f"options {sorted(set(options) ^ known)} are unknown or missing")
+        # An option that is not there came later: its default is what the network had before.
+        unknown = set(options) - {field.name for field in dataclasses.fields(NetworkOptions)}
+        if unknown:
+            raise ValueError(f"options {sorted(unknown)} are unknown: it was written by a newer qpde")
         return image_network(_ARCHITECTURES[kind](**architecture), num_classes=described["num_classes"], **options)
     if kind == "graph":
         options = dict(described.pop("layer_options"))

@@ -105,6 +105,19 @@ def test_what_it_does_not_know_is_refused(folder, change, message):
         qpde.load(folder)
 
 
+def test_a_network_of_before_an_option_has_its_default_and_one_of_after_is_refused(network, folder):
+    path = folder / DESCRIPTION
+    description = json.loads(path.read_text())
+    options = description["network"]["options"]
+    del options["expansion"]
+    path.write_text(json.dumps(description))
+    assert qpde.load(folder).model == network[0]
+    options["invented"] = 1
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"\['invented'\] are unknown: it was written by a newer qpde"):
+        qpde.load(folder)
+
+
 def test_missing_files_and_wrong_input_are_named(network, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no {DESCRIPTION}"):
         qpde.load(tmp_path)
